@@ -1,0 +1,30 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` fail at once, in words, where they are asked for and there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _stay_in_place(tmp_path: object) -> object:
+    """A test that writes into the working directory is a defect: this notices one."""
+    before = set(os.listdir())
+    yield
+    new = set(os.listdir()) - before - {".pytest_cache", "__pycache__", ".hypothesis"}
+    assert not new, f"the test left {sorted(new)} in the working directory"
