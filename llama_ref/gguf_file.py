@@ -1,0 +1,126 @@
+"""GGUF files of the llama architecture: one file with everything in it, often quantised; read back as floats.
+
+Unlike in Hugging Face's layout, the rows of q and k already stand in Meta's order. The file states two facts by its
+tensors: no `output.weight` means tied embeddings, and `rope_freqs.weight` means llama-3 RoPE scaling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_ref.config import LlamaConfig
+from llama_ref.gguf_header import TensorPlace, read_header
+from llama_ref.weights import Checkpoint, CheckpointError, Key, check_shapes, expected_shapes, spans
+
+OF_MODEL = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+OF_LAYER = {
+    "attention_norm": "attn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}  # ggml type -> stored as it is
+
+
+@dataclass(frozen=True, eq=False)
+class GgufTensor:
+    """One tensor of a memory-mapped file; only the rows asked for are read and dequantised (to float32).
+
+    A quantised row is a chain of blocks, so columns are cut after the rows have been dequantised.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ggml_type: int
+    rows: Any = field(repr=False)  # uint8, [rows, bytes of a row], a view of the mapped file
+
+    def __getitem__(self, key: Key, /) -> torch.Tensor:
+        import numpy
+
+        parts = spans(key, self.shape)
+        if any(start == stop for start, stop in parts):
+            return torch.empty([stop - start for start, stop in parts], dtype=self.dtype)
+        start, stop = parts[0] if len(self.shape) == 2 else (0, 1)
+        taken = numpy.array(self.rows[start:stop])  # a copy: a tensor over the read-only mapping could be written to
+        if self.ggml_type in PLAIN:
+            values = torch.from_numpy(taken).view(self.dtype)
+        else:
+            from gguf.constants import GGMLQuantizationType
+            from gguf.quants import dequantize
+
+            values = torch.from_numpy(dequantize(taken, GGMLQuantizationType(self.ggml_type)))
+        left, right = parts[-1]
+        part = values[:, left:right] if len(self.shape) == 2 else values[0, left:right]
+        return part.contiguous()
+
+
+def gguf_name(name: str) -> str:
+    """Canonical name -> GGUF's: "layers.3.feed_forward.w1.weight" -> "blk.3.ffn_gate.weight"."""
+    if name in OF_MODEL:
+        return OF_MODEL[name]
+    _, layer, part = name.removesuffix(".weight").split(".", 2)
+    return f"blk.{layer}.{OF_LAYER[part]}.weight"
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open one GGUF file; raises CheckpointError."""
+    header = read_header(path)
+    if header.metadata.get("split.count", 1) > 1:
+        raise CheckpointError(
+            f"{path}: one of {header.metadata['split.count']} parts; merge them with gguf-split first"
+        )
+    stored = _map_tensors(path, header.tensors)
+    factors = stored.pop(ROPE_FACTORS, None)
+    try:
+        config = LlamaConfig.from_gguf(
+            header.metadata,
+            tie_embeddings="output.weight" not in stored,
+            rope_factors=None if factors is None else factors[:].tolist(),
+        )
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    expected = expected_shapes(config)
+    wanted = {gguf_name(name): shape for name, shape in expected.items()}
+    check_shapes({name: tensor.shape for name, tensor in stored.items()}, wanted, path)
+    return Checkpoint(config, {name: stored[gguf_name(name)] for name in expected}, path)
+
+
+def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTensor]:
+    try:
+        import numpy
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError as error:
+        raise CheckpointError(f"{path}: reading GGUF needs the package gguf (pip install gguf)") from error
+    sizes = {kind.value: size for kind, size in GGML_QUANT_SIZES.items()}  # (weights, bytes) of a block
+    content = numpy.memmap(path, mode="r", dtype=numpy.uint8)
+    tensors = {}
+    for name, place in places.items():
+        if place.ggml_type not in sizes:
+            raise CheckpointError(f"{path}: {name} has the unknown GGML type {place.ggml_type}")
+        kind = GGMLQuantizationType(place.ggml_type)
+        block_columns, block_bytes = sizes[place.ggml_type]
+        rows, columns = (1, *place.shape)[-2:]
+        if len(place.shape) not in (1, 2) or columns % block_columns:
+            raise CheckpointError(f"{path}: {name} of shape {list(place.shape)} cannot be read as {kind.name}")
+        row_bytes = columns // block_columns * block_bytes
+        end = place.offset_bytes + rows * row_bytes
+        if end > len(content):
+            raise CheckpointError(f"{path}: truncated: {name} ends at byte {end} of a file of {len(content)}")
+        data = content[place.offset_bytes : end].reshape(rows, row_bytes)
+        dtype = PLAIN.get(place.ggml_type, torch.float32)
+        tensors[name] = GgufTensor(place.shape, dtype, place.ggml_type, data)
+    return tensors

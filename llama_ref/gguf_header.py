@@ -1,0 +1,114 @@
+"""The header of a GGUF file: metadata, and where each tensor lies. Nothing else of the file is read.
+
+Written here rather than taken from the `gguf` package because that builds an array per vocabulary string and needs
+seconds; a test holds the two against each other. Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ref.weights import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+DEFAULT_ALIGNMENT_BYTES = 32
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies: `shape` as PyTorch counts (rows first), `ggml_type` the number of its encoding."""
+
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset_bytes: int  # from the start of the file
+
+
+@dataclass(frozen=True)
+class Header:
+    """`fingerprint` is the SHA-256 of the header's bytes: the same vocabulary and settings, the same fingerprint."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorPlace]
+    fingerprint: str
+
+
+def read_header(path: Path) -> Header:
+    """Read a file's header; raises CheckpointError if it is no GGUF, or ends within the header."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _parse(content)
+    except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: truncated or corrupt GGUF header") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (OSError, ValueError) as error:  # mmap refuses an empty file with ValueError
+        raise CheckpointError(f"{path}: not readable ({error})") from error
+
+
+def _parse(content: mmap.mmap) -> Header:
+    if content[:4] != MAGIC:
+        raise CheckpointError("not a GGUF file")
+    cursor = _Cursor(content, position=4)
+    version = cursor.number("I")
+    if version not in VERSIONS:
+        raise CheckpointError(f"GGUF version {version} is not supported (known: 2, 3, little-endian)")
+    n_tensors, n_entries = cursor.number("Q"), cursor.number("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_entries):
+        name = cursor.text()
+        metadata[name] = cursor.value(cursor.number("I"))
+    places = []
+    for _ in range(n_tensors):
+        name = cursor.text()
+        dims = [cursor.number("Q") for _ in range(cursor.number("I"))]
+        places.append((name, tuple(reversed(dims)), cursor.number("I"), cursor.number("Q")))
+    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT_BYTES))
+    data = -(-cursor.position // alignment) * alignment
+    tensors = {name: TensorPlace(shape, kind, data + offset) for name, shape, kind, offset in places}
+    return Header(metadata, tensors, hashlib.sha256(content[: cursor.position]).hexdigest())
+
+
+class _Cursor:
+    """Reads values one after another. A count beyond the end of the file fails at once, as IndexError."""
+
+    def __init__(self, content: mmap.mmap, position: int) -> None:
+        self.content, self.position, self.size = content, position, len(content)
+
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.content, self.position)
+        self.position += struct.calcsize("<" + code)
+        return value
+
+    def text(self) -> str:
+        length = self.number("Q")
+        self._claim(length)
+        start, self.position = self.position, self.position + length
+        return self.content[start : self.position].decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind != ARRAY:
+            raise CheckpointError(f"metadata of unknown type {kind}")
+        kind, length = self.number("I"), self.number("Q")
+        self._claim(length)  # at least one byte each
+        if kind not in SCALARS:
+            return [self.value(kind) for _ in range(length)]
+        layout = struct.Struct(f"<{length}{SCALARS[kind]}")
+        values = list(layout.unpack_from(self.content, self.position))
+        self.position += layout.size
+        return values
+
+    def _claim(self, length: int) -> None:
+        if length > self.size - self.position:
+            raise IndexError(length)

