@@ -1,0 +1,238 @@
+"""Climb the ladder: build every rung, judge it, measure all of them in turns, and say what stands in the way.
+
+Each round takes one sample of every rung, so that a machine that slows down slows all of them. Compilation is timed by
+itself. A sample is one prompt continued greedily by a fixed number of tokens, whatever the EOS ids say.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from llama_fast.bandwidth import read_bandwidth_gb_per_s, synchronize
+from llama_fast.build import Runner, build
+from llama_fast.generate import Generation, generate
+from llama_fast.plan import KVCache
+from llama_fast.roofline import (
+    DATASHEET_GB_PER_S,
+    GB,
+    cache_bytes_per_step,
+    floor_steps_per_second,
+    mbu,
+    stored_bytes,
+    weight_bytes_per_step,
+)
+from llama_fast.rungs import Rung
+from llama_ref.checkpoint import Checkpoint
+
+Judge = Callable[[Runner, int | None], str]
+"""Says whether a runner agrees with the reference, "AGREE" or another word; told the length of its static cache."""
+
+WARM_UP_TOKENS = 8
+
+
+class Progress(Protocol):
+    """Who is told what happens: a live display, or nobody."""
+
+    def say(self, text: str) -> None: ...
+
+    def sample(self, rung: str, tokens_per_second: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and most of the samples."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """One line of `ladder.json`. Times in the units of their names; MBU against the measured read bandwidth."""
+
+    name: str
+    does: str
+    plan: str
+    dtype: str
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    cache_length: int
+    tokens_per_second: Spread
+    decode_tokens_per_second: float
+    time_to_first_token_ms: float
+    bandwidth_gb_per_s: float
+    mbu: float
+    peak_memory_gb: float
+    weights_gb: float
+    compile_seconds: float
+    floor_tokens_per_second: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A bench run: the machine, what was asked, one result per rung."""
+
+    model: str
+    device: str
+    torch: str
+    python: str
+    threads: int
+    samples: int
+    sampling: str
+    read_bandwidth_gb_per_s: float
+    datasheet_bandwidth_gb_per_s: float | None
+    resident_memory_gb: float
+    rungs: list[RungResult]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of `ladder.json`."""
+        return asdict(self)
+
+
+@dataclass
+class Climber:
+    """A rung that was built: its runner, the cache it keeps, and its samples so far."""
+
+    rung: Rung
+    runner: Runner
+    cache: KVCache
+    compile_seconds: float
+    peak_memory_bytes: float
+    verdict: str
+    samples: list[Generation] = field(default_factory=list)
+
+
+def bench(
+    checkpoint: Checkpoint,
+    model: str,
+    prompt: Sequence[int],
+    rungs: Sequence[Rung],
+    device: torch.device,
+    judge: Judge,
+    progress: Progress,
+    samples: int = 5,
+    new_tokens: int = 200,
+) -> Ladder:
+    """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model."""
+    progress.say("measuring the read bandwidth")
+    bandwidth = read_bandwidth_gb_per_s(device)
+    climbers = [prepare(checkpoint, rung, prompt, new_tokens, device, judge, progress) for rung in rungs]
+    for round_number in range(samples):
+        for climber in climbers:
+            progress.say(f"sample {round_number + 1} of {samples}: {climber.rung.name}")
+            climber.samples.append(sample(climber, prompt, new_tokens))
+            progress.sample(climber.rung.name, climber.samples[-1].tokens_per_second)
+    return Ladder(
+        model=model,
+        device=device_name(device),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        threads=torch.get_num_threads(),
+        samples=samples,
+        sampling="greedy",
+        read_bandwidth_gb_per_s=bandwidth,
+        datasheet_bandwidth_gb_per_s=DATASHEET_GB_PER_S.get(device_name(device)),
+        resident_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
+        rungs=[result(climber, prompt, new_tokens, bandwidth) for climber in climbers],
+    )
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    rung: Rung,
+    prompt: Sequence[int],
+    new_tokens: int,
+    device: torch.device,
+    judge: Judge,
+    progress: Progress,
+) -> Climber:
+    """Build a rung, compile it by a first generation, measure its memory alone, have it judged."""
+    gc.collect()
+    held = device_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    progress.say(f"{rung.name}: building")
+    runner = build(checkpoint, rung.plan, device, rung.dtype(device))
+    length = len(prompt) + new_tokens
+    cache = runner.allocate(1, length)
+    climber = Climber(rung, runner, cache, 0.0, 0.0, "")
+    progress.say(f"{rung.name}: first tokens (compilation, if any)")
+    first = timed(climber, prompt, device)
+    again = timed(climber, prompt, device)
+    climber.compile_seconds = max(0.0, first - again)
+    if device.type == "cuda":
+        sample(climber, prompt, new_tokens)
+        climber.peak_memory_bytes = torch.cuda.max_memory_allocated(device) - held
+    else:
+        cache_bytes = cache_bytes_per_step(runner.config, 1, max(cache.length, length), runner.dtype.itemsize)
+        climber.peak_memory_bytes = stored_bytes(runner.model) + cache_bytes
+    progress.say(f"{rung.name}: asking the oracle")
+    climber.verdict = judge(runner, cache.length or None)
+    return climber
+
+
+def timed(climber: Climber, prompt: Sequence[int], device: torch.device) -> float:
+    began = time.perf_counter()
+    sample(climber, prompt, WARM_UP_TOKENS)
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def sample(climber: Climber, prompt: Sequence[int], new_tokens: int) -> Generation:
+    """One continuation. A cache that grows is made anew; a static one stays, with the addresses that were compiled."""
+    runner = climber.runner
+    fixed = climber.cache.length >= len(prompt) + new_tokens
+    return generate(runner, [prompt], new_tokens, cache=climber.cache if fixed else None)
+
+
+def result(climber: Climber, prompt: Sequence[int], new_tokens: int, bandwidth: float) -> RungResult:
+    runner = climber.runner
+    rates = [generation.tokens_per_second for generation in climber.samples]
+    rate = statistics.median(rates)
+    mean_positions = len(prompt) + new_tokens / 2
+    step_bytes = weight_bytes_per_step(runner.model) + cache_bytes_per_step(
+        runner.config, 1, mean_positions, runner.dtype.itemsize
+    )
+    return RungResult(
+        name=climber.rung.name,
+        does=climber.rung.does,
+        plan=str(runner.plan),
+        dtype=str(runner.dtype).removeprefix("torch."),
+        batch=1,
+        prompt_tokens=len(prompt),
+        new_tokens=new_tokens,
+        cache_length=max(climber.cache.length, len(prompt) + new_tokens),
+        tokens_per_second=Spread(rate, min(rates), max(rates)),
+        decode_tokens_per_second=statistics.median(g.decode_tokens_per_second for g in climber.samples),
+        time_to_first_token_ms=statistics.median(g.first_token_seconds for g in climber.samples) * 1e3,
+        bandwidth_gb_per_s=step_bytes * rate / GB,
+        mbu=mbu(step_bytes, rate, bandwidth),
+        peak_memory_gb=climber.peak_memory_bytes / GB,
+        weights_gb=stored_bytes(runner.model) / GB,
+        compile_seconds=climber.compile_seconds,
+        floor_tokens_per_second=floor_steps_per_second(step_bytes, bandwidth),
+        verdict=climber.verdict,
+    )
+
+
+def device_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture and number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,210 @@
+"""The one ordered sentence: encode -> shard -> fuse -> construct -> compile.
+
+`build(checkpoint, plan)` says it and returns a Runner: the two phases of generation, prefill and decode, over one model.
+Every optimisation is applied here and nowhere else, so the order in which they compose can be read off.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.model import Block, Joined, Llama, Separate
+from llama_fast.plan import KVCache, Parts, Plan
+from llama_fast.sampling import Chooser, Sampling
+from llama_ref.checkpoint import Checkpoint, TensorSource
+from llama_ref.config import LlamaConfig
+
+JOINED = {"qkv": ("attention.wq", "attention.wk", "attention.wv"), "gate_up": ("feed_forward.w1", "feed_forward.w3")}
+ALONE = {"wo": "attention.wo", "w2": "feed_forward.w2"}
+
+
+def build(
+    checkpoint: Checkpoint, plan: Plan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Runner:
+    """The checkpoint's model under `plan`, ready to run.
+
+    Defaults: a GPU if there is one; bf16 there, float32 on a CPU. Raises ValueError where the plan cannot be built.
+    """
+    device, dtype = where(device), dtype or default_dtype(where(device))
+    if checkpoint.encoding not in ("dense", plan.encoding.name):
+        raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
+    config = plan.shard.local_config(checkpoint.config)
+    stored = {name: plan.shard.cut(name, parts) for name, parts in encoded(checkpoint, plan, dtype, device)}
+    model = construct(config, stored, plan, dtype).eval().requires_grad_(False)
+    run_prefill, run_decode = plan.compiler.compile(prefill, decode, model)
+    return Runner(checkpoint, config, plan, device, dtype, model, run_prefill, run_decode)
+
+
+def where(device: torch.device | str | None) -> torch.device:
+    """The device that is meant; ValueError if CUDA is asked for and absent."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but this PyTorch sees no CUDA device")
+    return device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def encoded(
+    checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, device: torch.device
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every weight as (name without ".weight", parts), one at a time, encoded on `device`.
+
+    What the encoding leaves alone becomes `dtype`; None keeps it as stored.
+    """
+    for name, source in checkpoint.weights.items():
+        stem, _, part = name.rpartition(".")
+        if part == "scale":  # read together with its weight
+            continue
+        yield stem, encode_one(checkpoint, stem, source, plan, dtype, device)
+
+
+def encode_one(
+    checkpoint: Checkpoint, stem: str, source: TensorSource, plan: Plan, dtype: torch.dtype | None, device: torch.device
+) -> dict[str, Tensor]:
+    tensor = source[:].to(device)
+    scale = checkpoint.weights.get(f"{stem}.scale")
+    if scale is not None:
+        return {"weight": tensor, "scale": scale[:].to(device)}
+    if is_encoded(stem, checkpoint.config):
+        return plan.encoding.encode(tensor, dtype or tensor.dtype)
+    return {"weight": tensor.to(dtype or tensor.dtype)}
+
+
+def is_encoded(stem: str, config: LlamaConfig) -> bool:
+    """Whether the plan's encoding holds this weight: every matrix that is read whole for every token.
+
+    The norms are vectors, and of an untied embedding table a token reads one row: these stay as they are.
+    """
+    return not stem.endswith("norm") and (stem != "tok_embeddings" or config.tie_embeddings)
+
+
+def construct(config: LlamaConfig, stored: dict[str, dict[str, Tensor]], plan: Plan, dtype: torch.dtype) -> Llama:
+    """The model over stored weights, which are taken out of `stored` as they are used."""
+
+    def projections(layer: str) -> dict[str, nn.Module]:
+        modules = {}
+        for role, names in JOINED.items():
+            several = [stored.pop(f"{layer}.{name}") for name in names]
+            modules[role] = (
+                join(several, plan) if plan.fuse_projections else Separate([*map(plan.encoding.linear, several)])
+            )
+        return modules | {role: plan.encoding.linear(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
+
+    def block(layer: str) -> Block:
+        norms = {norm: stored.pop(f"{layer}.{norm}")["weight"] for norm in ("attention_norm", "ffn_norm")}
+        return Block(config, norms, projections(layer), plan.shard.all_reduce)
+
+    table = stored.pop("tok_embeddings")
+    if config.tie_embeddings:
+        embedding, head = plan.encoding.embedding(table, dtype), plan.encoding.linear(table)
+    else:
+        embedding, head = Plan().encoding.embedding(table, dtype), plan.encoding.linear(stored.pop("output"))
+    blocks = [block(f"layers.{i}") for i in range(config.n_layers)]
+    return Llama(config, embedding, blocks, stored.pop("norm")["weight"], head)
+
+
+def join(several: list[dict[str, Tensor]], plan: Plan) -> Joined:
+    """Matrices of one input as one: every part is concatenated along its first axis, `out`."""
+    whole = {part: torch.cat([parts[part] for parts in several]) for part in several[0]}
+    return Joined(plan.encoding.linear(whole), [parts["weight"].shape[0] for parts in several])
+
+
+def prefill(
+    model: nn.Module, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser
+) -> tuple[Tensor, Tensor]:
+    """Phase one: all prompts at once, padded on the right. The next token [B] and its logits [B, V] of each row."""
+    logits_BV = model(tokens_BT, None, cache, last_B=lengths_B - 1)[:, 0]
+    return choose(logits_BV, lengths_B), logits_BV
+
+
+def decode(
+    model: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser
+) -> tuple[Tensor, Tensor]:
+    """Phase two: the tokens just chosen (T = 1) or proposed (T > 1). The next token [B] and all logits [B, T, V]."""
+    logits_BTV = model(tokens_BT, start_B, cache)
+    return choose(logits_BTV[:, -1], start_B + tokens_BT.shape[1]), logits_BTV
+
+
+class DecodedWeights(Mapping[str, Tensor]):
+    """Canonical dense weights with exactly the numbers that a runner computes with, made anew at every access."""
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+        self._names = [name for name in runner.checkpoint.weights if not name.endswith(".scale")]
+
+    def __getitem__(self, name: str) -> Tensor:
+        r, stem = self._runner, name.removesuffix(".weight")
+        parts = encode_one(r.checkpoint, stem, r.checkpoint.weights[name], r.plan, r.dtype, r.device)
+        return r.plan.encoding.decode(parts) if is_encoded(stem, r.checkpoint.config) else parts["weight"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A built model and its two phases. `config` holds the shapes of this process's shard."""
+
+    checkpoint: Checkpoint
+    config: LlamaConfig
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    model: Llama
+    run_prefill: object
+    run_decode: object
+
+    def allocate(self, batch: int, length: int) -> KVCache:
+        """A cache for `batch` rows of up to `length` positions; ValueError beyond the model's context."""
+        if length > self.config.max_context:
+            raise ValueError(f"{length} positions exceed the model's context of {self.config.max_context}")
+        return self.plan.cache.allocate(self.config, batch, length, self.dtype, self.device)
+
+    @torch.no_grad()
+    def start(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser) -> tuple[Tensor, Tensor]:
+        """Prefill: the first new token [B] and the logits [B, V] it was chosen from."""
+        cache.reserve(torch.zeros_like(lengths_B), tokens_BT.shape[1])
+        return self.run_prefill(self.model, tokens_BT, lengths_B, cache, choose)
+
+    @torch.no_grad()
+    def step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser) -> tuple[Tensor, Tensor]:
+        """Decode: the next token [B] and the logits [B, T, V] of all T."""
+        cache.reserve(start_B, tokens_BT.shape[1])
+        return self.run_decode(self.model, tokens_BT, start_B, cache, choose)
+
+    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
+        """The logits [B, V] at each row's last token."""
+        return self.start(tokens_BT, lengths_B, cache, self._greedy(tokens_BT))[1]
+
+    def decode(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> Tensor:
+        """The logits [B, T, V] of tokens at positions start_B, start_B + 1, ..."""
+        return self.step(tokens_BT, start_B, cache, self._greedy(tokens_BT))[1]
+
+    @torch.no_grad()
+    def score(self, tokens_BT: Tensor) -> Tensor:
+        """The logits [B, T, V] of whole sequences, not compiled."""
+        B, T = tokens_BT.shape
+        cache = self.allocate(B, T)
+        cache.reserve(torch.zeros(B, dtype=torch.int64), T)
+        return self.model(tokens_BT, None, cache)  # type: ignore[no-any-return]
+
+    def reference_weights(self) -> Mapping[str, Tensor]:
+        """decode(encode(w)) under canonical names: what a reference must compute with to be comparable."""
+        return DecodedWeights(self)
+
+    def _greedy(self, tokens_BT: Tensor) -> Chooser:
+        return Chooser(Sampling(), [0] * tokens_BT.shape[0], self.device)

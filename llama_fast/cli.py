@@ -1,0 +1,165 @@
+"""Words to Plan to text: `llama-fast generate`, `bench`, `quantize`. The one place that knows flags and terminals."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from llama_fast.build import Runner, build, default_dtype, encoded, where
+from llama_fast.llama import Llama
+from llama_fast.plan import Plan
+from llama_fast.presets import encoding_named, optimised
+from llama_fast.report import Summary
+from llama_fast.roofline import GB
+from llama_ref.models import DEFAULT_MODEL, resolve
+from llama_ref.tokenizer import DEFAULT_PROMPT
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+ModelFlag = Annotated[
+    str, typer.Option(help="A directory, a GGUF file, a hub id, smollm2-135m, or random:NAME[:SEED].")
+]
+DeviceFlag = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.")]
+DtypeFlag = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bf16 on a GPU, float32 on a CPU.")]
+EncodingFlag = Annotated[str | None, typer.Option(help="dense or int8; by default as the checkpoint is stored.")]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@app.command()
+def generate(
+    model: ModelFlag = DEFAULT_MODEL,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEFAULT_PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
+    num_samples: Annotated[int, typer.Option(help="How many continuations, one after another.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest.")] = 200,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that sum to p.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Sample i draws with seed + i.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
+    encoding: EncodingFlag = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first token.")] = False,
+    device: DeviceFlag = None,
+    dtype: DtypeFlag = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write texts, tokens and rates here.")] = None,
+) -> None:
+    """Continue a prompt; print the text, the speed, the bandwidth and the memory."""
+    found = resolve(model)
+    to, kind = where(device), dtype_named(dtype, where(device))
+    checkpoint = found.open(to, kind)
+    plan = optimised(encoding_named(encoding or checkpoint.encoding), compile)
+    llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
+    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop or [])
+    if compile:
+        llama.generate(prompt, min(max_new_tokens, 8), **options)  # the first call compiles; it is not timed
+    if to.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(to)
+    outputs = []
+    for i in range(num_samples):
+        print(prompt, end="" if found.has_tokenizer else " ", flush=True)
+        show = (lambda _, piece: print(piece, end="", flush=True)) if stream else None
+        output = llama.generate(prompt, max_new_tokens, seed=seed + i, on_text=show, **options)
+        print("" if stream else output.text, flush=True)
+        outputs.append(output)
+    summary = Summary.of(llama, outputs)
+    print("\n".join(summary.lines()))
+    if json_file is not None:
+        content = {"model": model, "plan": str(plan), "dtype": str(kind).removeprefix("torch."), **summary.as_json()}
+        content["samples"] = [asdict(output) for output in outputs]
+        json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@app.command()
+def quantize(
+    model: ModelFlag = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="The directory to write; it must be new or empty.")] = Path("quantized"),
+    encoding: Annotated[str, typer.Option(help="int8.")] = "int8",
+    device: DeviceFlag = None,
+) -> None:
+    """Encode a checkpoint once and save it: a directory that loads again without the original."""
+    from llama_ref.saved import check_can_write, save_checkpoint
+
+    kind = encoding_named(encoding)
+    if kind.name == "dense":
+        raise ValueError("encoding dense changes nothing: name a smaller one, as int8")
+    check_can_write(out)
+    found = resolve(model)
+    checkpoint = found.open()
+    if checkpoint.encoding != "dense":
+        raise ValueError(f"{model} is stored as {checkpoint.encoding} already")
+    tensors = {
+        f"{stem}.{part}": tensor.cpu()
+        for stem, parts in encoded(checkpoint, Plan(encoding=kind), None, where(device))
+        for part, tensor in parts.items()
+    }
+    save_checkpoint(out, checkpoint.config, tensors, kind.name, tokenizer=found.tokenizer())
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    print(f"{out}: {kind.name}, {size / GB:.3f} GB")
+
+
+@app.command()
+def bench(
+    model: ModelFlag = DEFAULT_MODEL,
+    rungs: Annotated[str | None, typer.Option(help="Which rungs, with commas between; all by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Where ladder.json and ladder.png go.")] = Path("."),
+    samples: Annotated[int, typer.Option(help="Samples of every rung, taken in turns.", min=1)] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens a sample, whatever the EOS ids say.", min=2)] = 200,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEFAULT_PROMPT,
+    device: DeviceFlag = None,
+) -> None:
+    """Climb the ladder: measure every rung, prove it, plot it."""
+    from llama_fast.bench import bench as climb
+    from llama_fast.plots import draw
+    from llama_fast.report import Live, show_table
+    from llama_fast.rungs import RUNGS, rungs_named
+    from oracle.verify import judge_runner
+
+    chosen = rungs_named(rungs or ",".join(RUNGS))
+    to = where(device)
+    out.mkdir(parents=True, exist_ok=True)
+    with Live(model) as live:
+        live.say("opening the model")
+        found = resolve(model)
+        checkpoint = found.open(to, default_dtype(to))
+        ids = found.tokenizer().encode(prompt)
+
+        def judge(runner: Runner, cache_length: int | None) -> str:
+            return judge_runner(runner, checkpoint, ids, cache_length=cache_length).outcome.value
+
+        ladder = climb(checkpoint, model, ids, chosen, to, judge, live, samples, new_tokens)
+    (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
+    draw(ladder, out / "ladder.png")
+    show_table(ladder)
+    print(f"{out / 'ladder.json'}  {out / 'ladder.png'}")
+    if any(rung.verdict != "AGREE" for rung in ladder.rungs):
+        raise typer.Exit(1)
+
+
+def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
+    """ "bfloat16" -> torch.bfloat16; None is the device's default."""
+    if name is None:
+        return default_dtype(device)
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r} (known: {', '.join(DTYPES)})")
+    return DTYPES[name]
+
+
+def main() -> None:
+    """The entry point: an error is one line and exit code 2, never a traceback (LLAMA_FAST_TRACEBACK=1 shows it)."""
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("LLAMA_FAST_TRACEBACK"):
+            raise
+        expected = isinstance(error, (ValueError, OSError))
+        kind = "" if expected else f"{type(error).__name__}: "
+        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

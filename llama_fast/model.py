@@ -1,0 +1,251 @@
+"""The same Llama, arranged to be fast: a cache and a position come in, so a token costs one pass over the weights.
+
+A second derivation of the arithmetic of `llama_ref.model`: rotary pairs are turned by real cosines and sines instead of
+complex numbers, attention is PyTorch's fused one over cached keys, projections may be joined. `linear`, the matrices'
+arithmetic, and `all_reduce`, the sum over processes, are arguments; the blocks do not know what either is.
+
+Shapes: B batch, T tokens, S cache slots, D model width, H query heads, K key/value heads, d head width, F hidden width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_fast.plan import KVCache, LayerCache
+from llama_ref.config import LlamaConfig, RopeScaling
+
+Observer = Callable[[str, Tensor], None]
+AllReduce = Callable[[Tensor], Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        super().__init__()
+        self.weight = nn.Buffer(weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()  # float32: a bf16 sum of squares over 4096 terms has two digits
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class Separate(nn.Module):
+    """Several projections of one input, each its own product."""
+
+    def __init__(self, linears: Sequence[nn.Module]):
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(linear(x) for linear in self.linears)
+
+
+class Joined(nn.Module):
+    """Several projections of one input as one product, cut apart afterwards."""
+
+    def __init__(self, linear: nn.Module, sizes: Sequence[int]):
+        super().__init__()
+        self.linear = linear
+        self.sizes = list(sizes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.linear(x).split(self.sizes, -1))
+
+
+class Block(nn.Module):
+    """Attention and the gated feed-forward, each added to the residual stream.
+
+    `projections` holds the modules qkv, wo, gate_up and w2; `norms` the two weights [D].
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        norms: Mapping[str, Tensor],
+        projections: Mapping[str, nn.Module],
+        all_reduce: AllReduce,
+    ):
+        super().__init__()
+        self.config = config
+        self.all_reduce = all_reduce
+        self.attention_norm = RMSNorm(norms["attention_norm"], config.norm_eps)
+        self.ffn_norm = RMSNorm(norms["ffn_norm"], config.norm_eps)
+        self.qkv = projections["qkv"]
+        self.wo = projections["wo"]
+        self.gate_up = projections["gate_up"]
+        self.w2 = projections["w2"]
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        turns_BTd2: Tensor,
+        position_BT: Tensor,
+        mask_B1TS: Tensor | None,
+        cache: LayerCache,
+        observe: Observer | None = None,
+        name: str = "",
+    ) -> Tensor:
+        """The residual stream after this block; `mask_B1TS` None means causal among these T tokens alone."""
+        x_BTD = x_BTD + self.all_reduce(self.attention(x_BTD, turns_BTd2, position_BT, mask_B1TS, cache, observe, name))
+        return x_BTD + self.all_reduce(self.feed_forward(x_BTD, observe, name))
+
+    def attention(
+        self,
+        x_BTD: Tensor,
+        turns_BTd2: Tensor,
+        position_BT: Tensor,
+        mask_B1TS: Tensor | None,
+        cache: LayerCache,
+        observe: Observer | None,
+        name: str,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        d = self.config.head_dim
+        n_BTD = self.attention_norm(x_BTD)
+        q_BTHd, k_BTKd, v_BTKd = (part.view(B, T, -1, d) for part in self.qkv(n_BTD))
+        if observe is not None:
+            see(observe, name, attention_norm=n_BTD, q=q_BTHd, k=k_BTKd, v=v_BTKd)
+        q_BTHd, k_BTKd = rotate(q_BTHd, turns_BTd2), rotate(k_BTKd, turns_BTd2)
+        k_BKSd, v_BKSd = cache.write(k_BTKd, v_BTKd, position_BT)
+        if mask_B1TS is None:
+            k_BKSd, v_BKSd = k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2)
+        a_BTHd = attend(q_BTHd, k_BKSd, v_BKSd, mask_B1TS)
+        o_BTD = self.wo(a_BTHd.reshape(B, T, -1))
+        if observe is not None:
+            see(observe, name, q_rope=q_BTHd, k_rope=k_BTKd, attention=a_BTHd, attention_out=o_BTD)
+        return o_BTD  # type: ignore[no-any-return]
+
+    def feed_forward(self, x_BTD: Tensor, observe: Observer | None, name: str) -> Tensor:
+        n_BTD = self.ffn_norm(x_BTD)
+        gate_BTF, up_BTF = self.gate_up(n_BTD)
+        hidden_BTF = F.silu(gate_BTF) * up_BTF
+        down_BTD = self.w2(hidden_BTF)
+        if observe is not None:
+            see(observe, name, ffn_norm=n_BTD, ffn_hidden=hidden_BTF, ffn_out=down_BTD)
+        return down_BTD  # type: ignore[no-any-return]
+
+
+class Llama(nn.Module):
+    """Tokens and their positions in, logits out; keys and values are kept in the cache that is passed."""
+
+    rope_table: Tensor
+
+    def __init__(
+        self, config: LlamaConfig, embedding: nn.Module, blocks: Sequence[Block], norm: Tensor, head: nn.Module
+    ):
+        """Assemble built parts; `norm` is the final norm's weight [D]."""
+        super().__init__()
+        self.config = config
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = RMSNorm(norm, config.norm_eps)
+        self.head = head
+        self.register_buffer("rope_table", rope_table(config).to(norm.device), persistent=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        start_B: Tensor | None,
+        cache: KVCache,
+        last_B: Tensor | None = None,
+        observe: Observer | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V], or [B, 1, V] at index `last_B` of each row alone.
+
+        Row b's token t stands at position start_B[b] + t and sees every position up to its own in the cache. A start
+        of None means position 0 with nothing before: attention then stays among these tokens, and causal.
+        """
+        B, T = tokens_BT.shape
+        step_1T = torch.arange(T, device=tokens_BT.device)[None, :]
+        position_BT = step_1T.expand(B, T) if start_B is None else start_B[:, None] + step_1T
+        mask_B1TS = None
+        if start_B is not None:
+            slot_S = torch.arange(cache.length, device=tokens_BT.device)
+            mask_B1TS = (slot_S <= position_BT[:, :, None])[:, None]
+        turns_BTd2 = self.rope_table[position_BT]
+        x_BTD = self.embedding(tokens_BT)
+        if observe is not None:
+            observe("embedding", x_BTD)
+        for i, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
+            if observe is None:
+                x_BTD = block(x_BTD, turns_BTd2, position_BT, mask_B1TS, layer)
+            else:
+                x_BTD = block(x_BTD, turns_BTd2, position_BT, mask_B1TS, layer, observe, f"layers.{i}")
+                observe(f"layers.{i}", x_BTD)
+        if last_B is not None:
+            x_BTD = x_BTD[torch.arange(B, device=last_B.device), last_B][:, None]
+        n_BTD = self.norm(x_BTD)
+        logits_BTV = self.head(n_BTD)
+        if observe is not None:
+            observe("norm", n_BTD)
+            observe("logits", logits_BTV)
+        return logits_BTV  # type: ignore[no-any-return]
+
+
+def see(observe: Observer, name: str, **stages: Tensor) -> None:
+    """Show the stages of a block under the reference's names: `see(f, "layers.3", q=q)` calls f("layers.3.q", q)."""
+    for stage, value in stages.items():
+        observe(f"{name}.{stage}", value)
+
+
+def rope_table(config: LlamaConfig) -> Tensor:
+    """Cosine and sine of every position's angles, float32 [max_context, d/2, 2], from float64 angles.
+
+    Float32 is a must: in bf16 neighbouring positions beyond a few hundred would share an angle.
+    """
+    exponent = torch.arange(config.head_dim // 2, dtype=torch.float64) * (2 / config.head_dim)
+    frequency = torch.exp(-exponent * math.log(config.rope_theta))
+    if config.rope_scaling is not None:
+        frequency = stretch(frequency, config.rope_scaling)
+    angle = torch.arange(config.max_context, dtype=torch.float64)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()], -1).float()
+
+
+def stretch(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Frequencies for a longer context.
+
+    "linear" slows every pair by the factor. "llama3" sorts pairs by wavelength: short ones stay, long ones are slowed,
+    those between go smoothly from one to the other (Llama 3.1's published rule).
+    """
+    slowed = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return slowed
+    wavelength = 2 * math.pi / frequency
+    longest_kept = scaling.original_context / scaling.high_freq_factor
+    shortest_slowed = scaling.original_context / scaling.low_freq_factor
+    smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = torch.lerp(slowed, frequency, smooth)
+    return torch.where(wavelength < longest_kept, frequency, torch.where(wavelength > shortest_slowed, slowed, between))
+
+
+def rotate(x_BThd: Tensor, turns_BTd2: Tensor) -> Tensor:
+    """(a, b) -> (a cos - b sin, a sin + b cos) for each pair of a head, in float32."""
+    cos, sin = turns_BTd2[:, :, None, :, 0], turns_BTd2[:, :, None, :, 1]
+    a, b = x_BThd.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x_BThd)
+
+
+def attend(q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask_B1TS: Tensor | None) -> Tensor:
+    """Attention of H query heads over K shared key/value heads: [B, T, H, d]."""
+    B, T, H, d = q_BTHd.shape
+    K = k_BKSd.shape[1]
+    if (
+        T == 1 and mask_B1TS is not None
+    ):  # the heads of a group are rows of one product: keys are read once, not H / K times
+        q_BKGd = q_BTHd.view(B, K, H // K, d)
+        return F.scaled_dot_product_attention(q_BKGd, k_BKSd, v_BKSd, attn_mask=mask_B1TS).reshape(B, T, H, d)
+    q_BHTd = q_BTHd.transpose(1, 2)
+    a_BHTd = F.scaled_dot_product_attention(
+        q_BHTd, k_BKSd, v_BKSd, attn_mask=mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=K != H
+    )
+    return a_BHTd.transpose(1, 2)

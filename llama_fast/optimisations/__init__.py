@@ -1,0 +1,1 @@
+"""The leaves: one idea, one file. None imports another; deleting one breaks no other."""

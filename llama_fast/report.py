@@ -1,0 +1,151 @@
+"""What a person sees: a live line while the ladder is climbed, a table at the end, and the summary of a generation."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live as RichLive
+from rich.spinner import Spinner
+from rich.table import Table
+
+from llama_fast.bench import Ladder, RungResult
+from llama_fast.llama import Llama, Output
+from llama_fast.roofline import GB, cache_bytes_per_step, stored_bytes, weight_bytes_per_step
+
+
+class Live:
+    """A spinner with what happens now and the samples so far; plain lines where there is no terminal."""
+
+    def __init__(self, model: str):
+        self._console = Console()
+        self._samples: dict[str, list[float]] = {}
+        self._console.print(f"[bold]{model}[/bold]: climbing the ladder")
+        self._live = RichLive(console=self._console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> Live:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(f"  {text}", highlight=False)
+            return
+        rates = "   ".join(f"{name} {statistics.median(seen):.1f} tok/s" for name, seen in self._samples.items())
+        self._live.update(Spinner("dots", f"{text}   [dim]{rates}[/dim]"))
+
+    def sample(self, rung: str, tokens_per_second: float) -> None:
+        self._samples.setdefault(rung, []).append(tokens_per_second)
+
+
+def show_table(ladder: Ladder) -> None:
+    """The ladder as a table, and the machine it stands on."""
+    first = ladder.rungs[0]
+    table = Table(title=f"{ladder.model} on {ladder.device}", title_justify="left")
+    table.add_column("rung")
+    for heading in (
+        "tokens/s",
+        "(min-max)",
+        "speed-up",
+        "of floor",
+        "GB/s",
+        "memory GB",
+        "first token ms",
+        "compile s",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_column("oracle")
+    for rung in ladder.rungs:
+        table.add_row(*row(rung, first))
+    console = Console(width=max(Console().width, 118))
+    console.print(table)
+    sheet = ladder.datasheet_bandwidth_gb_per_s
+    console.print(
+        f"floor: bytes read per token / read bandwidth measured now, {ladder.read_bandwidth_gb_per_s:,.1f} GB/s"
+        + (f" (datasheet {sheet:,.0f})" if sheet else ""),
+        highlight=False,
+    )
+    console.print(
+        f"batch 1, prompt of {first.prompt_tokens} tokens, {first.new_tokens} new tokens, greedy, "
+        f"median of {ladder.samples} samples taken in turns, compilation apart; torch {ladder.torch}",
+        highlight=False,
+    )
+    console.print(f"resident memory of the process with all rungs: {ladder.resident_memory_gb:.2f} GB", highlight=False)
+
+
+def row(rung: RungResult, first: RungResult) -> list[str]:
+    name = rung.name if rung.dtype == first.dtype else f"{rung.name} ({rung.dtype})"
+    rate = rung.tokens_per_second
+    colour = "green" if rung.verdict == "AGREE" else "red"
+    return [
+        name,
+        f"{rate.median:.1f}",
+        f"{rate.min:.1f}-{rate.max:.1f}",
+        f"{rate.median / first.tokens_per_second.median:.2f}x",
+        f"{rate.median / rung.floor_tokens_per_second:.0%}",
+        f"{rung.bandwidth_gb_per_s:.1f}",
+        f"{rung.peak_memory_gb:.2f}",
+        f"{rung.time_to_first_token_ms:.0f}",
+        f"{rung.compile_seconds:.1f}",
+        f"[{colour}]{rung.verdict}[/{colour}]",
+    ]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Speed, bandwidth and memory of some generations with one prompt each. GB = 1e9 bytes."""
+
+    tokens_per_second: float
+    decode_tokens_per_second: float
+    first_token_ms: float
+    bandwidth_gb_per_s: float
+    memory_gb: float
+    resident_memory_gb: float
+    on_gpu: bool
+
+    @classmethod
+    def of(cls, llama: Llama, outputs: Sequence[Output]) -> Summary:
+        runner = llama.runner
+        new_tokens = sum(len(output.tokens) for output in outputs)
+        rate = new_tokens / sum(output.total_seconds for output in outputs)
+        decoded = sum(len(output.tokens) - 1 for output in outputs)
+        decode_seconds = sum(output.total_seconds - output.first_token_seconds for output in outputs)
+        positions = outputs[0].prompt_tokens + new_tokens / len(outputs) / 2
+        read = cache_bytes_per_step(runner.config, 1, positions, runner.dtype.itemsize)
+        on_gpu = runner.device.type == "cuda"
+        longest = max(output.prompt_tokens + len(output.tokens) for output in outputs)
+        slots = llama.cache_length(1) or longest
+        held = stored_bytes(runner.model) + cache_bytes_per_step(runner.config, 1, slots, runner.dtype.itemsize)
+        return cls(
+            tokens_per_second=rate,
+            decode_tokens_per_second=decoded / decode_seconds if decoded else 0.0,
+            first_token_ms=statistics.median(output.first_token_seconds for output in outputs) * 1e3,
+            bandwidth_gb_per_s=(weight_bytes_per_step(runner.model) + read) * rate / GB,
+            memory_gb=(torch.cuda.max_memory_allocated(runner.device) if on_gpu else held) / GB,
+            resident_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
+            on_gpu=on_gpu,
+        )
+
+    def lines(self) -> list[str]:
+        """The lines that scripts read, and what stands beside them."""
+        lines = [
+            f"Average tokens/sec: {self.tokens_per_second:.2f}",
+            f"Bandwidth achieved: {self.bandwidth_gb_per_s:.2f} GB/s",
+            f"Memory used: {self.memory_gb:.2f} GB",
+            f"Decode tokens/sec: {self.decode_tokens_per_second:.2f}, first token after {self.first_token_ms:.0f} ms",
+        ]
+        return lines if self.on_gpu else [*lines, f"Resident memory: {self.resident_memory_gb:.2f} GB"]
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "on_gpu"}

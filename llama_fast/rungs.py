@@ -1,0 +1,46 @@
+"""The rungs of the ladder, as data: a later rung is one more entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llama_fast.build import default_dtype
+from llama_fast.optimisations.int8 import Int8
+from llama_fast.plan import Dense, Plan
+from llama_fast.presets import optimised
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder: what it is called, what it does, the Plan that does it."""
+
+    name: str
+    does: str
+    plan: Plan
+    cpu_dtype: torch.dtype = torch.float32
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The type it computes in; on a CPU a rung may differ from the baseline, and the report says so."""
+        return self.cpu_dtype if device.type == "cpu" else default_dtype(device)
+
+
+RUNGS = {
+    rung.name: rung
+    for rung in (
+        Rung("baseline", "eager, q k v apart, a cache that grows", Plan()),
+        Rung("compiled", "torch.compile, static cache", optimised(Dense(), compile=True)),
+        # bf16 on a CPU: PyTorch's packed int8 product is five times slower with float32 activations
+        Rung("int8", "the same, int8 weights", optimised(Int8(), compile=True), cpu_dtype=torch.bfloat16),
+    )
+}
+
+
+def rungs_named(names: str) -> list[Rung]:
+    """ "baseline,int8" -> two rungs, the baseline always first; ValueError that lists the known names."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in RUNGS]
+    if unknown or not wanted:
+        raise ValueError(f"unknown rung {', '.join(map(repr, unknown)) or repr(names)} (known: {', '.join(RUNGS)})")
+    return [RUNGS[name] for name in dict.fromkeys(["baseline", *wanted])]

@@ -1,0 +1,64 @@
+"""Tokens to text, piece by piece: never half a character, never a character of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+UNFINISHED = "�"
+"""What a decoder gives for the first bytes of a character whose last ones are in a later token."""
+
+
+class TextStream:
+    """The text of one row as it grows: `push` a token, get what may be shown.
+
+    `decode` must give the text of a run of ids. Only the ids since the last border are decoded again, with the run
+    before them for context (a word's leading space depends on what stands before it).
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
+        if not all(stop):
+            raise ValueError("a stop string is empty: every text contains it")
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._context = self._border = 0  # ids before the border are shown, those from the context on are decoded with
+        self._held = ""  # text that may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character or a possible stop string is open."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        whole = self._decode(self._ids[self._context :])
+        if whole.endswith(UNFINISHED):
+            return ""
+        known = self._decode(self._ids[self._context : self._border])
+        self._context, self._border = self._border, len(self._ids)
+        return self._release(whole[len(known) :])
+
+    def finish(self) -> str:
+        """What is left at the end of the generation."""
+        if self.stopped:
+            return ""
+        known = self._decode(self._ids[self._context : self._border])
+        rest = self._release(self._decode(self._ids[self._context :])[len(known) :])
+        if self.stopped:
+            return rest
+        rest, self._held = rest + self._held, ""
+        return rest
+
+    def _release(self, piece: str) -> str:
+        text = self._held + piece
+        cuts = [at for at in (text.find(word) for word in self._stop) if at >= 0]
+        if cuts:
+            self.stopped, self._held = True, ""
+            return text[: min(cuts)]
+        open_from = len(text) - max((overlap(text, word) for word in self._stop), default=0)
+        self._held = text[open_from:]
+        return text[:open_from]
+
+
+def overlap(text: str, word: str) -> int:
+    """How many characters at the end of `text` begin `word`: ("see END", "END.") -> 3."""
+    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
