@@ -1,0 +1,75 @@
+"""The ladder's speed on this GPU, held against `targets.toml`. Prints measured, target and floor of every rung."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama_fast.bench import Ladder, RungResult, bench
+from llama_fast.build import Runner
+from llama_fast.rungs import RUNGS
+from llama_ref.models import resolve
+from oracle.verify import judge_runner
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1500)]
+
+MODEL = os.environ.get("LLAMA_FAST_GPU_MODEL", "random:llama-2-7b")
+TARGETS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("targets.toml").read_text())
+
+
+class Printed:
+    """Progress as lines of the test's output."""
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def sample(self, rung: str, tokens_per_second: float) -> None:
+        print(f"  {rung}: {tokens_per_second:.1f} tokens/s", flush=True)
+
+
+@pytest.fixture(scope="module")
+def ladder() -> Ladder:
+    """Every rung that fits one process, climbed once."""
+    device = torch.device("cuda")
+    found = resolve(MODEL)
+    checkpoint = found.open(device, torch.bfloat16)
+    prompt = found.tokenizer().encode("Hello, my name is")
+
+    def judge(runner: Runner, cache_length: int | None) -> str:
+        return judge_runner(runner, checkpoint, prompt, cache_length=cache_length).outcome.value
+
+    return bench(checkpoint, MODEL, prompt, list(RUNGS.values()), device, judge, Printed())
+
+
+def target(rung: RungResult, gpu: str) -> tuple[float, str]:
+    """Tokens per second that `rung` must reach on `gpu`, and where the figure is from."""
+    entry = TARGETS.get(gpu, {})
+    if rung.name in entry.get("tokens_per_second", {}):
+        return entry["tokens_per_second"][rung.name], f"published for {gpu}"
+    shares = entry.get("share", {})
+    share = shares.get(rung.name, TARGETS["generic"]["share"][rung.name])
+    return share * rung.floor_tokens_per_second, f"{share:.0%} of the floor"
+
+
+@pytest.mark.parametrize("name", list(RUNGS))
+def test_a_rung_reaches_its_target(ladder: Ladder, name: str) -> None:
+    rung = next(rung for rung in ladder.rungs if rung.name == name)
+    goal, source = target(rung, ladder.device)
+    reached = rung.tokens_per_second.median
+    print(
+        f"{name} on {ladder.device}: measured {reached:.1f} tokens/s "
+        f"({rung.tokens_per_second.min:.1f}-{rung.tokens_per_second.max:.1f}), target {goal:.1f} ({source}), "
+        f"floor {rung.floor_tokens_per_second:.1f} at {ladder.read_bandwidth_gb_per_s:.0f} GB/s read"
+    )
+    assert rung.verdict == "AGREE"
+    assert reached >= goal
