@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MAX_LAYERS = 10_000  # far above any Llama; a damaged file must not have us list the tensors of a billion layers
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -72,6 +74,8 @@ class LlamaConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
+        if self.n_layers > MAX_LAYERS:
+            raise ValueError(f"n_layers={self.n_layers} is above {MAX_LAYERS}, which no Llama has")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
@@ -274,7 +278,7 @@ def _required(data: Mapping[str, Any], name: str) -> Any:
     if value is None:
         raise ValueError(f"{name} is missing")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r} must be a number")  # noqa: TRY004 - a file's content, not a caller's type
+        raise ValueError(f"{name}={value!r} must be a number")
     return value
 
 
@@ -363,8 +367,10 @@ def _gguf_rope_scaling(
     if max(factors) == 1.0:
         return None
     scaling = RopeScaling("llama3", float(max(factors)))
+    if len(factors) != head_dim // 2:
+        raise ValueError(f"rope_freqs.weight holds {len(factors)} factors for a head dimension of {head_dim}")
     expected = llama3_rope_factors(scaling, theta, head_dim)
-    if len(expected) != len(factors) or any(abs(a - b) > 1e-4 * b for a, b in zip(factors, expected)):
+    if any(abs(found - wanted) > 1e-4 * wanted for found, wanted in zip(factors, expected)):
         raise ValueError("rope_freqs.weight does not follow the llama-3 rule: not supported")
     return scaling
 

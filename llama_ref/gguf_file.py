@@ -79,10 +79,8 @@ def gguf_name(name: str) -> str:
 def open_gguf(path: Path) -> Checkpoint:
     """Open one GGUF file; raises CheckpointError."""
     header = read_header(path)
-    if header.metadata.get("split.count", 1) > 1:
-        raise CheckpointError(
-            f"{path}: one of {header.metadata['split.count']} parts; merge them with gguf-split first"
-        )
+    if header.metadata.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(f"{path}: one of {header.metadata['split.count']} parts; merge them by gguf-split first")
     stored = _map_tensors(path, header.tensors)
     factors = stored.pop(ROPE_FACTORS, None)
     try:
@@ -91,7 +89,7 @@ def open_gguf(path: Path) -> Checkpoint:
             tie_embeddings="output.weight" not in stored,
             rope_factors=None if factors is None else factors[:].tolist(),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     expected = expected_shapes(config)
     wanted = {gguf_name(name): shape for name, shape in expected.items()}

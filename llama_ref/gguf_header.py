@@ -45,7 +45,7 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _parse(content)
-    except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+    except (struct.error, IndexError, UnicodeDecodeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: truncated or corrupt GGUF header") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -70,7 +70,9 @@ def _parse(content: mmap.mmap) -> Header:
         name = cursor.text()
         dims = [cursor.number("Q") for _ in range(cursor.number("I"))]
         places.append((name, tuple(reversed(dims)), cursor.number("I"), cursor.number("Q")))
-    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT_BYTES))
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT_BYTES)
+    if not isinstance(alignment, int) or alignment <= 0:
+        raise CheckpointError(f"general.alignment={alignment!r} must be a positive number of bytes")
     data = -(-cursor.position // alignment) * alignment
     tensors = {name: TensorPlace(shape, kind, data + offset) for name, shape, kind, offset in places}
     return Header(metadata, tensors, hashlib.sha256(content[: cursor.position]).hexdigest())

@@ -110,7 +110,7 @@ def _read_config(directory: Path) -> LlamaConfig:
 
 
 def _check_duplicate(stored: Mapping[str, StoredTensor], directory: Path) -> None:
-    """A tied model may store its table twice; if the two differ, the config or the file is wrong, and we cannot tell."""
+    """A tied model may store its table twice; if the two differ, the config or the file is wrong: who knows which?"""
     table, head = stored.get("model.embed_tokens.weight"), stored["lm_head.weight"]
     if table is None:
         return  # the strict check will name it

@@ -32,10 +32,7 @@ class RandomTensor:
         # the file-like promise: a slice equals the slice of the whole, so the whole is drawn
         generator = torch.Generator(self.device).manual_seed(stable_seed(self.seed, self.name))
         drawn = torch.randn(self.shape, generator=generator, device=self.device, dtype=torch.float32)
-        if len(self.shape) == 1:
-            drawn = drawn.mul_(0.1).add_(1.0)
-        else:
-            drawn = drawn.mul_(self.shape[1] ** -0.5)
+        drawn = drawn.mul_(0.1).add_(1.0) if len(self.shape) == 1 else drawn.mul_(self.shape[1] ** -0.5)
         part = drawn[key]
         return part.to(self.dtype) if part.numel() == drawn.numel() else part.to(self.dtype, copy=True)
 

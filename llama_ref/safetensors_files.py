@@ -40,7 +40,7 @@ class StoredTensor:
 
     def __getitem__(self, key: Key, /) -> torch.Tensor:
         parts = spans(key, self.shape)
-        if any(start == stop for start, stop in parts):  # safetensors refuses an empty slice
+        if any(start == stop for start, stop in parts):  # older safetensors refuse an empty slice
             return torch.empty([stop - start for start, stop in parts], dtype=self.dtype)
         part: torch.Tensor = self.handle[tuple(slice(start, stop) for start, stop in parts)]
         return part

@@ -23,6 +23,9 @@ NAMES_SHOWN = 20  # a wrong directory misses hundreds of tensors; the first few 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read as it stands; the message is one line and names the file and the tensors."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # a damaged file may name a tensor with line breaks
+
 
 class TensorSource(Protocol):
     """A tensor that may still lie in its file: `t[a:b]`, `t[a:b, c:d]` and `t[:]` read that part and nothing else.

@@ -51,14 +51,14 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Load, change and rewrite model.safetensors. Cloned: the loaded tensors are views of the file to be replaced."""
     tensors = {name: tensor.clone() for name, tensor in load_file(directory / "model.safetensors").items()}
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
 
 
-# --- Hugging Face directories ------------------------------------------------------------------------------------------
+# --- Hugging Face directories ---------------------------------------------------------------------
 
 
 def assert_same_weights(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
@@ -211,7 +211,7 @@ def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
     refused(lambda: open_checkpoint(tmp_path), "neither model.safetensors nor", "pytorch_model.bin")
 
 
-# --- slices ------------------------------------------------------------------------------------------------------------
+# --- slices ---------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4))
@@ -331,7 +331,7 @@ def test_a_slice_of_a_huge_gguf_file_reads_only_itself(tmp_path: Path) -> None:
     run_on_sparse_file(tmp_path / "w.gguf", header, "gguf_header", "read_header", tail)
 
 
-# --- GGUF --------------------------------------------------------------------------------------------------------------
+# --- GGUF -----------------------------------------------------------------------------------------
 
 GGUF_CONFIG = LlamaConfig(64, 2, 4, 2, 16, 96, 101, 256, norm_eps=0.0078125, bos_id=1, eos_ids=(2, 7))
 
@@ -502,7 +502,7 @@ def test_transformers_reads_a_gguf_the_same(tmp_path: Path) -> None:
     assert_same_weights(Checkpoint(checkpoint.config, as_float32), theirs.state_dict())
 
 
-# --- random weights ----------------------------------------------------------------------------------------------------
+# --- random weights -------------------------------------------------------------------------------
 
 
 def test_random_weights_have_the_promised_spread() -> None:
@@ -539,7 +539,7 @@ def test_seeds_are_the_same_in_every_process() -> None:
     assert stable_seed(3, "norm.weight") == 518306634911288784
 
 
-# --- our own directories -----------------------------------------------------------------------------------------------
+# --- our own directories --------------------------------------------------------------------------
 
 
 class FakeTokenizer:
@@ -592,6 +592,8 @@ def test_views_of_one_memory_are_saved_apart(tmp_path: Path) -> None:
     tensors = {name: weight[:] for name, weight in random_checkpoint(SMALL).weights.items()}
     both = torch.randn(16 + 16, 32)
     tensors["layers.0.attention.wk.weight"], tensors["layers.0.attention.wv.weight"] = both[:16], both[16:]
+    tensors["layers.1.attention.wk.weight"] = tensors["layers.1.attention.wv.weight"] = both[8:24]
+    tensors["layers.1.feed_forward.w1.weight"] = tensors["layers.1.feed_forward.w3.weight"]
     tensors["layers.1.attention.wq.weight"] = torch.randn(32, 32).T
     save_checkpoint(tmp_path / "out", SMALL, tensors)
     opened = open_checkpoint(tmp_path / "out")

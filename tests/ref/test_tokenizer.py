@@ -253,5 +253,5 @@ def test_a_gguf_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(TokenizerError, match="bare.gguf: holds no tokenizer"):
+    with pytest.raises(TokenizerError, match=r"bare\.gguf: holds no tokenizer"):
         load_tokenizer(path)
