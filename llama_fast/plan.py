@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_fast.matvec import product
 from llama_ref.config import LlamaConfig
 
 Parts = Mapping[str, Tensor]
@@ -104,7 +105,7 @@ class DenseLinear(nn.Module):
         self.weight = nn.Buffer(parts["weight"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return product(x, self.weight)
 
 
 class DenseEmbedding(nn.Module):

@@ -24,6 +24,7 @@ def draw(ladder: Ladder, path: Path) -> None:
     figure, (memory, bandwidth, speed) = plt.subplots(1, 3, figsize=(15, 5.6), constrained_layout=True)
     rungs = ladder.rungs
     bars(memory, "Memory (GB)", rungs, [rung.peak_memory_gb for rung in rungs], "{:.2f}")
+    memory.margins(y=0.12)
     bars(bandwidth, "Bandwidth achieved (GB/s)", rungs, [rung.bandwidth_gb_per_s for rung in rungs], "{:.1f}")
     wall = ladder.read_bandwidth_gb_per_s
     bandwidth.axhline(wall, color=FLOOR, linewidth=1.6, label=f"measured read bandwidth, {wall:,.1f} GB/s")
@@ -37,8 +38,8 @@ def draw(ladder: Ladder, path: Path) -> None:
         speed.text(
             x, rung.floor_tokens_per_second, f"{share:.0%} reached", ha="center", va="bottom", color=FLOOR, size=8
         )
-    for axis in (bandwidth, speed):
-        axis.margins(y=0.18)
+    for axis, top in ((bandwidth, wall), (speed, max(rung.floor_tokens_per_second for rung in rungs))):
+        axis.set_ylim(0, top * 1.2)  # room for the legend above the wall
         axis.legend(loc="upper left", frameon=False, fontsize=8)
     figure.suptitle(f"{ladder.model} on {ladder.device}", color=INK, fontsize=13, fontweight="bold")
     first = rungs[0]
@@ -58,10 +59,9 @@ def bars(axis: Axes, title: str, rungs: list[RungResult], values: list[float], f
     axis.bar(range(len(values)), values, color=[SHADES[i % len(SHADES)] for i in range(len(values))], width=0.72)
     for x, value in enumerate(values):
         text = f"{form.format(value)}\n{value / values[0]:.0%}"
-        axis.text(x, value / 2, text, ha="center", va="center", fontsize=9, color="white", fontweight="bold")
+        axis.text(x, value, text, ha="center", va="bottom", fontsize=9, color=INK, fontweight="bold")
     axis.set_xticks(range(len(rungs)), [tick(rung, rungs[0]) for rung in rungs], fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_ylim(bottom=0)
 
 
 def tick(rung: RungResult, baseline: RungResult) -> str:

@@ -31,8 +31,7 @@ RUNGS = {
     for rung in (
         Rung("baseline", "eager, q k v apart, a cache that grows", Plan()),
         Rung("compiled", "torch.compile, static cache", optimised(Dense(), compile=True)),
-        # bf16 on a CPU: PyTorch's packed int8 product is five times slower with float32 activations
-        Rung("int8", "the same, int8 weights", optimised(Int8(), compile=True), cpu_dtype=torch.bfloat16),
+        Rung("int8", "the same, int8 weights", optimised(Int8(), compile=True)),
     )
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TRUNK = {"plan", "sampling", "model", "build", "generate", "text", "roofline"}
+TRUNK = {"matvec", "plan", "sampling", "model", "build", "generate", "text", "roofline"}
 FACE = {"presets", "llama", "bandwidth", "rungs", "bench", "plots", "report", "__init__"}
 
 

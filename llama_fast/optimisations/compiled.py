@@ -1,48 +1,61 @@
 """Compile the two phases. Eager PyTorch launches hundreds of small kernels a token and the host cannot keep up.
 
 The source's recipe, and the default on a GPU: prefill compiled for any length, decode compiled for one shape and
-replayed as a CUDA graph. On a CPU there is no launch to save and compiling thirty equal blocks takes minutes, so one
-block is compiled, reused for every layer, and only in decode; prefill, which is bound by arithmetic, stays eager.
+replayed as a CUDA graph. A model is thirty equal blocks: inside the whole graph they are regions that are compiled once.
+On a CPU prefill, which is bound by arithmetic, stays eager.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama_fast.model import Llama
 
 Phase = Callable[..., Any]
 
+# The first is mode="reduce-overhead". Only with the second does inductor write a matrix-vector kernel of its own, tuned to
+# the shape: without it int8 weights are first copied to bf16, and a token reads five times the bytes.
+DECODE_OPTIONS = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """`regional` compiles one block for all layers, else the whole decode step; None chooses by the device."""
+    """The source's two phases; `prefill` None compiles that one on a GPU only. `regions`: one compilation for all blocks."""
 
-    regional: bool | None = None
+    prefill: bool | None = None
+    regions: bool = True
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
-        on_cpu = next(model.buffers()).device.type == "cpu"
-        if self.regional if self.regional is not None else on_cpu:
-            assert isinstance(model, Llama)
-            by_block = compiled_by_block(model)
-            return prefill, lambda _, *arguments: decode(by_block, *arguments)
-        return (
-            torch.compile(prefill, dynamic=True, fullgraph=True),
-            torch.compile(decode, dynamic=False, fullgraph=True, mode="reduce-overhead"),
-        )
+        assert isinstance(model, Llama)
+        on_gpu = next(model.buffers()).device.type == "cuda"
+        shell = with_regions(model) if self.regions else model
+        run_decode = torch.compile(decode, dynamic=False, fullgraph=True, options=DECODE_OPTIONS if on_gpu else None)
+        run_prefill = prefill
+        if self.prefill if self.prefill is not None else on_gpu:
+            run_prefill = torch.compile(prefill, dynamic=True, fullgraph=True)
+        return run_prefill, lambda _, *arguments: run_decode(shell, *arguments)
 
 
-def compiled_by_block(model: Llama) -> Llama:
-    """The same modules, each block behind a compiled call; the first compilation serves them all."""
-    blocks = [torch.compile(block, dynamic=False, fullgraph=True) for block in model.blocks]
-    shell = Llama.__new__(Llama)
-    nn.Module.__init__(shell)
-    shell.config, shell.embedding, shell.norm, shell.head = model.config, model.embedding, model.norm, model.head
-    shell.blocks = nn.ModuleList(blocks)
-    shell.register_buffer("rope_table", model.rope_table, persistent=False)
+class Region(nn.Module):
+    """A block whose code is compiled once for all blocks that are equal but for their numbers."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    @torch.compiler.nested_compile_region
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.block(*arguments)  # type: ignore[no-any-return]
+
+
+def with_regions(model: Llama) -> Llama:
+    """The same modules behind regions."""
+    shell = copy.copy(model)
+    shell._modules = {**model._modules, "blocks": nn.ModuleList(Region(block) for block in model.blocks)}
     return shell

@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_fast.matvec import product
 from llama_fast.plan import Parts
 
 LARGEST = 127
@@ -32,11 +32,7 @@ class Int8Linear(nn.Module):
         self.scale = nn.Buffer(parts["scale"])
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.scale.view(-1).to(x.dtype)
-        if x.device.type == "cpu" and x.dtype is torch.bfloat16:
-            flat = x.reshape(-1, x.shape[-1])
-            return torch._weight_int8pack_mm(flat, self.weight, scale).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight.to(x.dtype)) * scale
+        return product(x, self.weight, self.scale)
 
 
 class Int8Embedding(nn.Module):

@@ -58,11 +58,12 @@ def test_ceil_bf16_is_the_least_bf16_number_not_below(value: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_the_product_is_the_decoded_matrixs(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("columns", [64, 192, 60, 7])
+def test_the_product_is_the_decoded_matrixs(dtype: torch.dtype, rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(40, 64, generator=generator)
+    weight = torch.randn(40, columns, generator=generator)
     parts = Int8().encode(weight, dtype)
-    x = torch.randn(2, rows, 64, generator=generator).to(dtype)
+    x = torch.randn(2, rows, columns, generator=generator).to(dtype)
     y = Int8().linear(parts)(x)
     assert y.shape == (2, rows, 40) and y.dtype is dtype
     exact = x.double() @ Int8().decode(parts).double().T

@@ -23,8 +23,11 @@ CONFIG = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize("encoding", [Dense(), Int8()], ids=lambda e: e.name)
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=200, seed=3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("encoding", "sampling"),
+    [(Dense(), Sampling()), (Int8(), Sampling(0.8, top_k=200, seed=3))],
+    ids=["dense-greedy", "int8-sampled"],
+)
 def test_graphs_replay_and_nothing_recompiles(encoding: object, sampling: Sampling) -> None:
     torch._dynamo.reset()
     counters.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from llama_fast.bench import Ladder, RungResult, bench
 from llama_fast.build import Runner
+from llama_fast.plots import draw
 from llama_fast.rungs import RUNGS
 from llama_ref.models import resolve
 from oracle.verify import judge_runner
@@ -48,7 +50,11 @@ def ladder() -> Ladder:
     def judge(runner: Runner, cache_length: int | None) -> str:
         return judge_runner(runner, checkpoint, prompt, cache_length=cache_length).outcome.value
 
-    return bench(checkpoint, MODEL, prompt, list(RUNGS.values()), device, judge, Printed())
+    climbed = bench(checkpoint, MODEL, prompt, list(RUNGS.values()), device, judge, Printed())
+    if out := os.environ.get("LLAMA_FAST_LADDER_OUT"):
+        Path(out, "ladder.json").write_text(json.dumps(climbed.as_json(), indent=2) + "\n")
+        draw(climbed, Path(out, "ladder.png"))
+    return climbed
 
 
 def target(rung: RungResult, gpu: str) -> tuple[float, str]:

@@ -1,0 +1,118 @@
+"""The command line: the lines that scripts read, the files it writes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_fast import cli
+from llama_ref.checkpoint import Checkpoint, save_checkpoint
+from llama_ref.tokenizer import RandomTokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llama-fast", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def model(untied: Checkpoint, tmp_path: Path) -> Path:
+    tokenizer = RandomTokenizer(untied.config.vocab_size, None, ())
+    save_checkpoint(tmp_path / "model", untied.config, dict(untied.weights), tokenizer=tokenizer)
+    return tmp_path / "model"
+
+
+def test_generate_prints_the_contracts_lines(run: Run, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    code, out, _ = run(
+        "generate", "--model", model, "--prompt", "ab", "--max-new-tokens", 6, "--num-samples", 2, "--json", file
+    )
+    assert code == 0
+    for line in (r"Average tokens/sec: \d+\.\d\d", r"Bandwidth achieved: \d+\.\d\d GB/s", r"Memory used: \d+\.\d\d GB"):
+        assert re.search(f"^{line}$", out, re.M), line
+    data = json.loads(file.read_text())
+    assert len(data["samples"]) == 2 and all(1 <= len(sample["tokens"]) <= 6 for sample in data["samples"])
+    assert data["samples"][0]["tokens"] != data["samples"][1]["tokens"], "every sample has its own seed"
+
+
+def test_streaming_shows_the_same_text(run: Run, model: Path) -> None:
+    arguments = ("generate", "--model", model, "--prompt", "ab", "--max-new-tokens", 9, "--temperature", 0)
+    plain, streamed = run(*arguments)[1], run(*arguments, "--stream")[1]
+    assert plain.splitlines()[0] == streamed.splitlines()[0] != ""
+
+
+def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    assert run("quantize", "--model", model, "--out", out)[0] == 0
+    arguments = ("--prompt", "ab", "--max-new-tokens", 9, "--temperature", 0)
+    direct = run("generate", "--model", model, "--encoding", "int8", *arguments)[1].splitlines()[0]
+    for path in model.iterdir():
+        path.unlink()
+    assert run("generate", "--model", out, *arguments)[1].splitlines()[0] == direct
+    code, _, err = run("quantize", "--model", out, "--out", tmp_path / "again")
+    assert code == 2 and "stored as int8 already" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--max-new-tokens", 0), "max_new_tokens=0 must be at least 1"),
+        (("generate", "--max-new-tokens", -5), "max_new_tokens=-5 must be at least 1"),
+        (("generate", "--prompt", "x" * 200), "exceed the model's context of 128"),
+        (("generate", "--prompt", ""), "a prompt is empty"),
+        (("generate", "--encoding", "int7"), "unknown encoding 'int7' (known: dense, int8"),
+        (("generate", "--dtype", "float8"), "unknown dtype 'float8' (known: float32, bfloat16)"),
+        (("generate", "--temperature", -1), "temperature=-1.0"),
+        (("generate", "--stop", ""), "a stop string is empty"),
+        (("quantize", "--encoding", "dense"), "encoding dense changes nothing"),
+        (("bench", "--rungs", "warp"), "unknown rung 'warp' (known: baseline"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(
+    run: Run, model: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    code, _, err = run(*arguments, "--model", model)
+    assert code == 2
+    assert message in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_a_full_output_directory_is_left_alone(run: Run, model: Path) -> None:
+    before = sorted((path, path.read_bytes()) for path in model.iterdir())
+    code, _, err = run("quantize", "--model", model, "--out", model)
+    assert code == 2 and "exists and is not empty" in err
+    assert sorted((path, path.read_bytes()) for path in model.iterdir()) == before
+
+
+def test_an_unknown_model_says_what_is_possible(run: Run) -> None:
+    code, _, err = run("generate", "--model", "random:llama-9")
+    assert code == 2 and "unknown shape 'llama-9'" in err and "llama-2-7b" in err
+
+
+def test_our_own_bugs_are_one_line_too(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "resolve", lambda name: 1 / 0)
+    code, _, err = run("generate", "--model", model)
+    assert code == 2 and err.startswith("error: ZeroDivisionError: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_and_absent(run: Run, model: Path) -> None:
+    code, _, err = run("generate", "--model", model, "--device", "cuda")
+    assert code == 2 and "sees no CUDA device" in err

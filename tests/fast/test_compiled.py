@@ -1,0 +1,57 @@
+"""Compiled code is the same model, and stays compiled. Compilation is slow, so the models are tiny and few."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from llama_fast.build import build
+from llama_fast.generate import generate
+from llama_fast.optimisations.compiled import Compiled
+from llama_fast.optimisations.int8 import Int8
+from llama_fast.optimisations.static_cache import Static
+from llama_fast.plan import Dense, Encoding, Plan
+from llama_fast.sampling import Sampling
+from llama_ref.checkpoint import Checkpoint
+
+
+@pytest.mark.parametrize(
+    ("encoding", "dtype", "prefill"),
+    [(Dense(), torch.float32, True), (Int8(), torch.bfloat16, False)],
+    ids=["dense-float32-both-phases", "int8-bfloat16-decode"],
+)
+def test_compiled_is_eager_and_nothing_recompiles(
+    untied: Checkpoint, encoding: Encoding, dtype: torch.dtype, prefill: bool
+) -> None:
+    torch._dynamo.reset()
+    plan = Plan(encoding, cache=Static(length=96), compiler=Compiled(prefill), fuse_projections=True)
+    runner = build(untied, plan, "cpu", dtype)
+    cache = runner.allocate(1, 96)
+    sampling = Sampling(temperature=0.7, seed=5)
+    generate(runner, [[3, 1, 4]], 4, cache=cache)
+    generate(runner, [[3, 1, 4]], 4, sampling, cache=cache)
+    warm = counters["stats"]["unique_graphs"]
+    assert warm > 0
+    eager = build(untied, Plan(encoding, cache=Static(length=96), fuse_projections=True), "cpu", dtype)
+    for length in (1, 2, 50):
+        prompt = [(7 * i + length) % 101 for i in range(length)]
+        compiled_cache, eager_cache = cache, eager.allocate(1, 96)
+        tokens_BT, lengths_B = torch.tensor([prompt + [0] * (2 - length)]), torch.tensor([length])
+        torch.testing.assert_close(
+            runner.prefill(tokens_BT, lengths_B, compiled_cache),
+            eager.prefill(tokens_BT, lengths_B, eager_cache),
+            atol=1e-4 if dtype is torch.float32 else 0.1,
+            rtol=1e-3,
+        )
+        for step in range(6):
+            token_B1, at_B = torch.tensor([[step * 11]]), lengths_B + step
+            torch.testing.assert_close(
+                runner.decode(token_B1, at_B, compiled_cache),
+                eager.decode(token_B1, at_B, eager_cache),
+                atol=1e-4 if dtype is torch.float32 else 0.1,
+                rtol=1e-3,
+            )
+        generate(runner, [prompt], 20, Sampling(temperature=1.1, seed=length), cache=cache)
+        generate(runner, [prompt], 20, cache=runner.allocate(1, 96))
+    assert counters["stats"]["unique_graphs"] == warm, "something was compiled again after warm-up"
