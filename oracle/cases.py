@@ -1,0 +1,75 @@
+"""What is asked: ragged batches of tokens, and where prefill ends and decoding begins."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TEXT = Path(__file__).parent / "data" / "alice.txt"
+"""Public-domain prose; its source stands in data/README.md."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One teacher-forced decoding of a batch: row b is cut to `ends[b]` tokens, of which `starts[b]` are prefilled."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ragged batch, the splits at which it is decoded, and the prompts that are continued greedily."""
+
+    rows: tuple[tuple[int, ...], ...]
+    splits: tuple[Split, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int
+
+    @property
+    def longest(self) -> int:
+        """Positions that a cache must hold for all of it."""
+        return max(max(map(len, self.rows), default=0), max(map(len, self.prompts), default=0) + self.new_tokens)
+
+
+def random_row(vocab_size: int, length: int, seed: int) -> tuple[int, ...]:
+    """Uniform tokens, the same in every process."""
+    draw = random.Random(seed)
+    return tuple(draw.randrange(vocab_size) for _ in range(length))
+
+
+def text_rows(encode: Callable[[str], list[int]], lengths: Sequence[int], skip: int = 0) -> list[tuple[int, ...]]:
+    """Consecutive stretches of the shipped text, each encoded as a text of its own (with BOS, if texts have one)."""
+    text = TEXT.read_text(encoding="utf-8")
+    rows, at = [], skip
+    for length in lengths:
+        row = encode(text[at : at + 6 * length])[:length]
+        rows.append(tuple(row))
+        at += 6 * length
+    return rows
+
+
+def standard_case(
+    vocab_size: int, max_context: int, encode: Callable[[str], list[int]] | None = None, seed: int = 1
+) -> Case:
+    """Two rows of 129 and 96 tokens (fewer in a short context): real text and its neighbour, or random tokens.
+
+    Decoding starts in the middle; after one token; and near the end, where prefill is long and decode short.
+    """
+    long = min(129, max_context)
+    short = max(2, long * 3 // 4)
+    if encode is not None:
+        rows = tuple(text_rows(encode, (long, short)))
+        long, short = map(len, rows)
+    else:
+        rows = (random_row(vocab_size, long, seed), random_row(vocab_size, short, seed + 1))
+    middle, few = long // 2, max(1, short // 3)
+    splits = (
+        Split((middle, few), (long, short)),
+        Split((1, short - 2), (min(long, 24), short)),
+        Split((long - 3, 2), (long, min(short, 8))),
+    )
+    new = max(1, min(24, max_context - 12))
+    return Case(rows, splits, (rows[0][: min(12, max_context - new)], rows[1][: min(5, max_context - new)]), new)

@@ -1,0 +1,319 @@
+"""Logits judged by what their own number type costs. Pure functions on tensors; nothing here knows a Llama.
+
+Three sets of logits of the same tokens come in: the subject's, the truth's (float64) and a yardstick's (a plain
+implementation in the subject's own type). What the type costs is the yardstick's error against the truth; a subject
+agrees if its error, divided by the yardstick's, stays below a factor, in four statistics:
+
+    whole           RMS over all positions                  1.3
+    window          RMS over any 32 positions of a row      1.6
+    position RMS    RMS over the vocabulary, any position   4
+    position max    largest error, any position             5
+
+The fewer numbers a statistic averages, the wider two innocent roundings scatter, hence the growing factors; fewer
+positions than usual get a factor in between. Legal variants (fused attention, permuted sums, split sums; 30 seeds,
+float32 and bfloat16) reached 1.13, 1.28, 2.3 and 3.2.
+
+Logits are compared up to one constant per position, which neither softmax nor sampling sees (so log-probabilities may
+be judged as well). It must go: a trained model's rounding error is mostly such a shift of all logits together. On
+SmolLM2-135M in bfloat16 it is 88% of the squared error, and being a single number a position, its ratio of two innocent
+runs reached 10.
+
+A ratio needs a denominator that cannot vanish by luck, so the yardstick's error has two floors. Nobody can do better
+than round the result once: that costs 0.39 units of the truth's RMS, and up to half a unit of its largest value (`unit`
+is the type's unit roundoff). And at a single position (or in a window cut short) the yardstick may happen to be nearly
+right, above all where one large number carries the error: there its error counts as at least its relative error over
+the whole run, times the truth's size at that position. A yardstick that is *far* from the truth proves nothing either:
+beyond a relative error of 1/4 the verdict is EMPTY, not AGREE.
+
+Shapes: T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+ROUNDING_RMS = 0.39  # RMS of one rounding / (unit x RMS of the rounded): 1/sqrt(3) over a binade's RMS of 1.47
+ROUNDING_MAX = 0.5  # least bound of one rounding / (unit x value), just below a power of two
+UNINFORMATIVE = 0.25  # relative error of a yardstick that no longer measures anything
+
+
+class Outcome(str, Enum):
+    """What a verdict says. Only AGREE is a pass."""
+
+    AGREE = "AGREE"
+    DIFFER = "DIFFER"
+    EMPTY = "EMPTY"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How much larger than the yardstick's error the subject's may be; `window_positions` is a window's length."""
+
+    whole: float = 1.3
+    window: float = 1.6
+    position_rms: float = 4.0
+    position_max: float = 5.0
+    window_positions: int = 32
+
+    def of_average(self, positions: int) -> float:
+        """The factor for an RMS over so many positions: 1 -> 4.0, 32 -> 1.6, 200 and more -> 1.3.
+
+        The excess over 1 falls as a power of the number of positions, as the scatter of an average does.
+        """
+        power = math.log((self.position_rms - 1) / (self.window - 1)) / math.log(self.window_positions)
+        return max(self.whole, 1 + (self.position_rms - 1) * math.pow(positions, -power))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: passed if `measured` <= `budget` (NaN fails). `compared` = 0 says that nothing was there."""
+
+    name: str
+    measured: float
+    budget: float
+    where: str = ""
+    compared: int = 1
+
+    @property
+    def ok(self) -> bool:
+        return self.compared > 0 and self.measured <= self.budget
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Checks and what follows from them. One failed check is DIFFER; no checks, or one that is empty, is EMPTY."""
+
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def outcome(self) -> Outcome:
+        if any(check.compared and not check.ok for check in self.checks):
+            return Outcome.DIFFER
+        if not self.checks or any(not check.compared for check in self.checks):
+            return Outcome.EMPTY
+        return Outcome.AGREE
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.ok)
+
+    @property
+    def closest(self) -> Check | None:
+        """The check that stands nearest to its budget, or furthest beyond."""
+        return max(self.checks, key=_use_of_budget, default=None)
+
+    def __add__(self, other: Verdict) -> Verdict:
+        """Both sets of checks. An empty part stays visible: it carries its own empty check."""
+        return Verdict(self.checks + other.checks)
+
+    def named(self, prefix: str) -> Verdict:
+        """The same checks as "prefix: name"."""
+        return Verdict(tuple(replace(check, name=f"{prefix}: {check.name}") for check in self.checks))
+
+    def __str__(self) -> str:
+        told = self.failures[0] if self.failures else self.closest
+        if told is None:
+            return f"{self.outcome.value} (no checks)"
+        if not told.compared:
+            return f"{self.outcome.value} ({told.name}: {told.where or 'nothing was compared'})"
+        place = f" at {told.where}" if told.where else ""
+        return f"{self.outcome.value} ({told.name} {told.measured:.3g} of {told.budget:.3g}{place})"
+
+
+def empty(name: str, why: str) -> Verdict:
+    """The verdict of a comparison that could not be made."""
+    return Verdict((Check(name, 0.0, 0.0, why, compared=0),))
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance from 1 to the next number: bfloat16 -> 2**-8."""
+    return torch.finfo(dtype).eps / 2
+
+
+def compare_logits(
+    subject: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    yardstick: Sequence[Tensor],
+    unit: float,
+    starts: Sequence[int] | None = None,
+    factors: Factors = Factors(),
+) -> Verdict:
+    """The four statistics over rows of logits [T_b, V], up to a constant per position; see `compare_values`."""
+    return compare_values(subject, truth, yardstick, unit, starts, factors, centred=True)
+
+
+def compare_values(
+    subject: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    yardstick: Sequence[Tensor],
+    unit: float,
+    starts: Sequence[int] | None = None,
+    factors: Factors = Factors(),
+    centred: bool = False,
+) -> Verdict:
+    """The four statistics over rows [T_b, features]; `starts` are the rows' first positions.
+
+    `unit` is `unit_roundoff` of the subject's type. Truth and yardstick must be finite; a subject that is not DIFFERs
+    at the position named. Rows missing, positions missing or another vocabulary are DIFFER too.
+    """
+    starts = [0] * len(truth) if starts is None else starts
+    wrong = misfit(subject, truth)
+    if wrong:
+        return Verdict((Check("shape", 1.0, 0.0, wrong),))
+    rows = [
+        _Errors.of(s, t, y, unit, row, start, centred)
+        for row, (s, t, y, start) in enumerate(zip(subject, truth, yardstick, starts, strict=True))
+        if t.numel()
+    ]
+    if not rows:
+        return empty("positions", "nothing was compared")
+    finite = _finite_check(rows)
+    if not finite.ok:
+        return Verdict((finite,))
+    positions = finite.compared
+    blunt = math.sqrt(_total(r.yardstick_square for r in rows) / max(_total(r.truth_square for r in rows), 1e-300))
+    if not blunt <= UNINFORMATIVE:
+        return empty("yardstick", f"a relative error of {blunt:.2g} in the plain implementation: no conclusion")
+
+    whole = math.sqrt(_total(r.square for r in rows) / _total(r.yardstick_floored for r in rows))
+    windows = [window for row in rows for window in row.windows(factors, blunt)]
+    window = replace(max(windows, key=_use_of_budget), compared=positions)
+    rms = [(row.square / row.typical_square(blunt)).sqrt() for row in rows]
+    largest = [row.largest / row.typical_largest(blunt) for row in rows]
+    return Verdict(
+        (
+            finite,
+            Check("whole", whole, factors.of_average(positions), "", positions),
+            window,
+            _worst("position RMS", rows, rms, factors.position_rms, positions),
+            _worst("position max", rows, largest, factors.position_max, positions),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """One row's squared and largest errors per position, and the place it has."""
+
+    square: Tensor  # [T], summed over the vocabulary, as all squares here
+    yardstick_square: Tensor
+    yardstick_floored: Tensor  # at least one rounding
+    truth_square: Tensor
+    largest: Tensor  # [T]
+    yardstick_largest: Tensor  # at least one rounding
+    truth_largest: Tensor
+    row: int
+    start: int
+
+    @classmethod
+    def of(
+        cls,
+        subject_TV: Tensor,
+        truth_TV: Tensor,
+        yardstick_TV: Tensor,
+        unit: float,
+        row: int,
+        start: int,
+        centred: bool,
+    ) -> _Errors:
+        truth_TV = truth_TV.double()
+        own_TV = subject_TV.to(truth_TV.device).double() - truth_TV
+        other_TV = yardstick_TV.to(truth_TV.device).double() - truth_TV
+        rounding_square = truth_TV.square().sum(-1) * (ROUNDING_RMS * unit) ** 2
+        rounding_largest = truth_TV.abs().amax(-1) * (ROUNDING_MAX * unit)
+        if centred:
+            own_TV, other_TV, truth_TV = centred_rows(own_TV), centred_rows(other_TV), centred_rows(truth_TV)
+        other_square = other_TV.square().sum(-1)
+        tiny = torch.finfo(torch.float64).tiny
+        return cls(
+            square=own_TV.square().sum(-1).cpu(),
+            yardstick_square=other_square.cpu(),
+            yardstick_floored=other_square.maximum(rounding_square).clamp(min=tiny).cpu(),
+            truth_square=truth_TV.square().sum(-1).cpu(),
+            largest=own_TV.abs().amax(-1).cpu(),
+            yardstick_largest=other_TV.abs().amax(-1).maximum(rounding_largest).clamp(min=tiny).cpu(),
+            truth_largest=truth_TV.abs().amax(-1).cpu(),
+            row=row,
+            start=start,
+        )
+
+    def typical_square(self, relative: float) -> Tensor:
+        """The yardstick's squared error per position, at least the run's relative error x the truth's size there."""
+        return self.yardstick_floored.maximum(self.truth_square * relative**2)
+
+    def typical_largest(self, relative: float) -> Tensor:
+        return self.yardstick_largest.maximum(self.truth_largest * relative)
+
+    def windows(self, factors: Factors, relative: float) -> list[Check]:
+        """Every window of the row; the last one reaches back so as to be full, a shorter row is one shorter window."""
+        T, length = len(self.square), factors.window_positions
+        allowed = self.yardstick_floored if length <= T else self.typical_square(relative)
+        begins = sorted({*range(0, max(T - length, 0) + 1, length), max(T - length, 0)})
+        checks = []
+        for begin in begins:
+            end = min(begin + length, T)
+            ratio = math.sqrt(float(self.square[begin:end].sum() / allowed[begin:end].sum()))
+            place = f"row {self.row}, positions {self.start + begin}-{self.start + end - 1}"
+            checks.append(Check("window", ratio, factors.of_average(end - begin), place))
+        return checks
+
+    def at(self, index: int) -> str:
+        return f"row {self.row}, position {self.start + index}"
+
+
+def centred_rows(x_TV: Tensor) -> Tensor:
+    """Each row less its mean."""
+    return x_TV - x_TV.mean(-1, keepdim=True)
+
+
+def peak(ratio_T: Tensor) -> tuple[float, int]:
+    """The largest value and its index."""
+    return float(ratio_T.max()), int(ratio_T.argmax())
+
+
+def _worst(name: str, rows: Sequence[_Errors], ratios: Sequence[Tensor], budget: float, positions: int) -> Check:
+    """The largest ratio over all positions of all rows, and where it stands."""
+    peaks = [peak(ratio_T) for ratio_T in ratios]
+    row = max(range(len(rows)), key=lambda index: peaks[index][0])
+    return Check(name, peaks[row][0], budget, rows[row].at(peaks[row][1]), positions)
+
+
+def _finite_check(rows: Sequence[_Errors]) -> Check:
+    """That the subject's numbers are numbers. Truth and yardstick are ours: there it is an error, not a verdict."""
+    bad, where, positions = 0, "", 0
+    for row in rows:
+        if not torch.isfinite(row.truth_square).all():
+            raise ValueError("the float64 truth holds NaN or infinity: these weights cannot be judged")
+        broken_T = ~torch.isfinite(row.square)
+        bad += int(broken_T.sum())
+        where = where or (row.at(int(broken_T.int().argmax())) if broken_T.any() else "")
+        positions += len(row.square)
+    return Check("positions with NaN or infinity", bad, 0, where, positions)
+
+
+def misfit(subject: Sequence[Tensor], truth: Sequence[Tensor]) -> str:
+    """How the subject's shapes differ from the truth's, in words; empty if they do not."""
+    if len(subject) != len(truth):
+        return f"{len(subject)} rows instead of {len(truth)}"
+    for row, (own, other) in enumerate(zip(subject, truth)):
+        if own.shape != other.shape:
+            return f"row {row}: shape {list(own.shape)} instead of {list(other.shape)}"
+    return ""
+
+
+def _total(parts: Iterable[Tensor]) -> float:
+    return float(sum(part.sum() for part in parts))
+
+
+def _use_of_budget(check: Check) -> float:
+    if not check.compared or math.isnan(check.measured):
+        return math.inf
+    if check.budget > 0:
+        return check.measured / check.budget
+    return 0.0 if check.measured <= 0 else math.inf
