@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.model import Block, Joined, Llama, Separate
-from llama_fast.plan import KVCache, Parts, Plan
+from llama_fast.plan import KVCache, Phase, Plan
 from llama_fast.sampling import Chooser, Sampling
 from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
@@ -165,8 +165,8 @@ class Runner:
     device: torch.device
     dtype: torch.dtype
     model: Llama
-    run_prefill: object
-    run_decode: object
+    run_prefill: Phase
+    run_decode: Phase
 
     def allocate(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` rows of up to `length` positions; ValueError beyond the model's context."""

@@ -57,7 +57,7 @@ def generate(
     checkpoint = found.open(to, kind)
     plan = optimised(encoding_named(encoding or checkpoint.encoding), compile)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
-    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop or [])
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop or []}
     if compile:
         llama.generate(prompt, min(max_new_tokens, 8), **options)  # the first call compiles; it is not timed
     if to.type == "cuda":
@@ -119,11 +119,11 @@ def bench(
     from llama_fast.bench import bench as climb
     from llama_fast.plots import draw
     from llama_fast.report import Live, show_table
-    from llama_fast.rungs import RUNGS, rungs_named
+    from llama_fast.rungs import rungs_named, rungs_of
     from oracle.verify import judge_runner
 
-    chosen = rungs_named(rungs or ",".join(RUNGS))
     to = where(device)
+    chosen = rungs_named(rungs) if rungs else rungs_of(to)
     out.mkdir(parents=True, exist_ok=True)
     with Live(model) as live:
         live.say("opening the model")

@@ -99,7 +99,7 @@ class Llama:
     @overload
     def generate(self, prompts: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[Output]: ...
 
-    def generate(
+    def generate(  # type: ignore[misc]  # the overloads leave the options to this signature
         self,
         prompts: str | Sequence[str],
         max_new_tokens: int = 200,

@@ -23,7 +23,10 @@ from llama_fast.matvec import product
 from llama_ref.config import LlamaConfig
 
 Parts = Mapping[str, Tensor]
-"""One matrix [out, in] as stored: {"weight": ...}, or {"weight": int8 [out, in], "scale": [out, 1]}. Every part's first axis is `out`."""
+"""One matrix [out, in] as stored: {"weight": ...}, or {"weight": int8 [out, in], "scale": [out, 1]}; `out` comes first."""
+
+Phase = Callable[..., tuple[Tensor, Tensor]]
+"""Prefill or decode: (model, tokens [B, T], lengths or start [B], cache, choose) -> (next token [B], logits)."""
 
 
 class Encoding(Protocol):
@@ -78,9 +81,7 @@ class Cache(Protocol):
 class Compiler(Protocol):
     """What happens to the two phases before they run."""
 
-    def compile(
-        self, prefill: Callable[..., Any], decode: Callable[..., Any], model: nn.Module
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         """The two functions, compiled or not; a compiler may instead compile the model's blocks in place of the whole."""
 
 
@@ -192,9 +193,7 @@ class Growing:
 class Eager:
     """Run the two phases as written."""
 
-    def compile(
-        self, prefill: Callable[..., Any], decode: Callable[..., Any], model: nn.Module
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         return prefill, decode
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llama_fast.optimisations.compiled import Compiled
+from llama_fast.optimisations.fused import Fused
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import Dense, Eager, Encoding, Plan
@@ -20,3 +21,8 @@ def encoding_named(name: str) -> Encoding:
 def optimised(encoding: Encoding = Dense(), compile: bool = False) -> Plan:
     """The static cache and joined projections, with this encoding, compiled or not."""
     return Plan(encoding, cache=Static(), compiler=Compiled() if compile else Eager(), fuse_projections=True)
+
+
+def fused(encoding: Encoding = Dense()) -> Plan:
+    """The static cache and our own kernels; needs a CUDA device."""
+    return Plan(encoding, cache=Static(), compiler=Fused(), fuse_projections=True)

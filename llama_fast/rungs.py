@@ -9,7 +9,7 @@ import torch
 from llama_fast.build import default_dtype
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.plan import Dense, Plan
-from llama_fast.presets import optimised
+from llama_fast.presets import fused, optimised
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Rung:
     does: str
     plan: Plan
     cpu_dtype: torch.dtype = torch.float32
+    needs_gpu: bool = False
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The type it computes in; on a CPU a rung may differ from the baseline, and the report says so."""
@@ -32,8 +33,15 @@ RUNGS = {
         Rung("baseline", "eager, q k v apart, a cache that grows", Plan()),
         Rung("compiled", "torch.compile, static cache", optimised(Dense(), compile=True)),
         Rung("int8", "the same, int8 weights", optimised(Int8(), compile=True)),
+        Rung("fused", "kernels of our own, one CUDA graph", fused(Dense()), needs_gpu=True),
+        Rung("fused-int8", "the same, int8 weights", fused(Int8()), needs_gpu=True),
     )
 }
+
+
+def rungs_of(device: torch.device) -> list[Rung]:
+    """All rungs that can be climbed on a device."""
+    return [rung for rung in RUNGS.values() if device.type == "cuda" or not rung.needs_gpu]
 
 
 def rungs_named(names: str) -> list[Rung]:

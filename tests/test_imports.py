@@ -85,6 +85,9 @@ def test_judging_knows_no_llama(path: Path) -> None:
 
 def test_importing_the_library_brings_in_no_heavy_neighbour() -> None:
     heavy = ("transformers", "matplotlib", "typer", "rich", "gguf", "tokenizers", "huggingface_hub", "triton", "oracle")
-    code = f"import sys, torch; before = set(sys.modules); import llama_fast; print([m for m in {heavy} if m in set(sys.modules) - before])"
+    code = (
+        "import sys, torch; before = set(sys.modules); import llama_fast; "
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

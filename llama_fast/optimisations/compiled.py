@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.model import Llama
-
-Phase = Callable[..., Any]
+from llama_fast.plan import Phase
 
 # The first is mode="reduce-overhead". Only with the second does inductor write a matrix-vector kernel of its own, tuned to
 # the shape: without it int8 weights are first copied to bf16, and a token reads five times the bytes.
-DECODE_OPTIONS = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+DECODE_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "triton.cudagraphs": True,
+    "coordinate_descent_tuning": True,
+}
 
 
 @dataclass(frozen=True)

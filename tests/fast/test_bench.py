@@ -17,10 +17,23 @@ from llama_fast.roofline import cache_bytes_per_step, floor_steps_per_second, st
 from llama_fast.rungs import RUNGS, Rung, rungs_named
 from llama_ref.checkpoint import Checkpoint
 
-FIELDS = (
-    "name plan dtype batch prompt_tokens new_tokens cache_length tokens_per_second time_to_first_token_ms "
-    "bandwidth_gb_per_s mbu peak_memory_gb compile_seconds floor_tokens_per_second verdict"
-).split()
+FIELDS = [
+    "name",
+    "plan",
+    "dtype",
+    "batch",
+    "prompt_tokens",
+    "new_tokens",
+    "cache_length",
+    "tokens_per_second",
+    "time_to_first_token_ms",
+    "bandwidth_gb_per_s",
+    "mbu",
+    "peak_memory_gb",
+    "compile_seconds",
+    "floor_tokens_per_second",
+    "verdict",
+]
 
 
 class Quiet:
@@ -97,5 +110,5 @@ def test_keys_and_values_are_counted(untied: Checkpoint) -> None:
 
 def test_rungs_are_named_and_the_baseline_leads() -> None:
     assert [rung.name for rung in rungs_named("int8,compiled")] == ["baseline", "int8", "compiled"]
-    with pytest.raises(ValueError, match="unknown rung 'in8' .known: baseline, compiled, int8"):
+    with pytest.raises(ValueError, match=r"unknown rung 'in8' \(known: baseline, compiled, int8"):
         rungs_named("in8")

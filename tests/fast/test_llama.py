@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 from llama_fast import Llama, Plan
 from llama_fast.optimisations.int8 import Int8
 from llama_ref.checkpoint import Checkpoint, save_checkpoint

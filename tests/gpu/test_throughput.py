@@ -14,7 +14,7 @@ import torch
 from llama_fast.bench import Ladder, RungResult, bench
 from llama_fast.build import Runner
 from llama_fast.plots import draw
-from llama_fast.rungs import RUNGS
+from llama_fast.rungs import RUNGS, rungs_of
 from llama_ref.models import resolve
 from oracle.verify import judge_runner
 
@@ -50,7 +50,7 @@ def ladder() -> Ladder:
     def judge(runner: Runner, cache_length: int | None) -> str:
         return judge_runner(runner, checkpoint, prompt, cache_length=cache_length).outcome.value
 
-    climbed = bench(checkpoint, MODEL, prompt, list(RUNGS.values()), device, judge, Printed())
+    climbed = bench(checkpoint, MODEL, prompt, rungs_of(device), device, judge, Printed())
     if out := os.environ.get("LLAMA_FAST_LADDER_OUT"):
         Path(out, "ladder.json").write_text(json.dumps(climbed.as_json(), indent=2) + "\n")
         draw(climbed, Path(out, "ladder.png"))

@@ -1,0 +1,128 @@
+"""Decode attention that reads only the cache slots up to each row's position, split over programs along the context.
+
+The grid is fixed (a CUDA graph replays it); how much of the context each program reads is computed on the device from
+`start`. Programs of one key/value head serve all its query heads and all T tokens. If the context took more than one program,
+the last one to finish adds up the partial results.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# (functions under triton.jit are compiled from their source; Triton ships no types)
+
+import triton
+import triton.language as tl
+
+from llama_fast.kernels.common import dot, start_next, wait
+
+# Finite, so that a row with no visible slot in a split gives weight 0 in the sum over splits and not NaN.
+HIDDEN = tl.constexpr(-1.0e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _slots(base, lo, first_slot, last_slot, HD: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr):
+    """Keys or values of slots lo .. lo + BS, as far as they lie in first_slot .. last_slot; zeros elsewhere. [BS, DP]."""
+    slot = lo + tl.arange(0, BS)
+    d = tl.arange(0, DP)
+    inside = ((slot >= first_slot) & (slot < last_slot))[:, None] & (d < HD)[None, :]
+    return tl.load(base + slot[:, None] * HD + d[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _attend_to(
+    q, k, v, lo, hi, first, row_t, log2_scale, peak, total, acc, DP: tl.constexpr, RP: tl.constexpr, BS: tl.constexpr
+):
+    """One tile of BS slots of the online softmax, in powers of two."""
+    slot = lo + tl.arange(0, BS)
+    if RP == 1:
+        scores = tl.sum(tl.reshape(q, [1, DP]).to(tl.float32) * k.to(tl.float32), 1)[None, :]
+    else:
+        scores = dot(q, tl.trans(k), tl.zeros([RP, BS], tl.float32))
+    scores *= log2_scale
+    seen = (slot < hi)[None, :] & (slot[None, :] <= (first + row_t)[:, None])
+    scores = tl.where(seen, scores, HIDDEN)
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    shrink = tl.exp2(peak - new_peak)
+    p = tl.exp2(scores - new_peak[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    if RP == 1:
+        acc = acc * shrink[:, None] + tl.sum(tl.reshape(p, [BS, 1]) * v.to(tl.float32), 0)[None, :]
+    else:
+        acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+    return new_peak, total, acc
+
+
+@triton.jit
+def _attend(
+    q, k_cache, v_cache, start, out, part, part_stats, arrived, slots, softmax_scale,
+    T: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, DP: tl.constexpr,
+    RP: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, E: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * HKV, SPLITS). RP: T * G query rows padded (1, or >= 16 for tensor cores). LEAST: fewest slots worth a program."""
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    b = pair // HKV
+    start_next(PDL)
+    if not EARLY:
+        wait(PDL)
+    first = tl.load(start + b).to(tl.int32)
+    n = first + T
+    share = tl.maximum(tl.cdiv(tl.cdiv(n, SPLITS), BS) * BS, LEAST)
+    active = tl.cdiv(n, share)
+    if split < active:
+        lo = split * share
+        hi = tl.minimum(n, lo + share)
+        k_base = k_cache + pair.to(tl.int64) * slots * HD
+        v_base = v_cache + pair.to(tl.int64) * slots * HD
+        # Slots of earlier steps do not depend on the kernel ahead: their first tile travels before the wait.
+        k = _slots(k_base, lo, 0, tl.minimum(hi, first), HD, DP, BS)
+        v = _slots(v_base, lo, 0, tl.minimum(hi, first), HD, DP, BS)
+        if EARLY:
+            wait(PDL)
+        r = tl.arange(0, RP)
+        d = tl.arange(0, DP)
+        row_t = r // G
+        # Row r of this program is token r // G, query head r % G of its group.
+        at_rows = ((b * T + row_t) * HKV + pair % HKV) * (G * HD) + (r % G) * HD
+        mask_rows = (r < T * G)[:, None] & (d < HD)[None, :]
+        at_out = at_rows[:, None] + d[None, :]
+        query = tl.load(q + at_out, mask=mask_rows, other=0)
+        if hi > first:  # this step's own tokens, where they fall in this program's share
+            new = (lo + tl.arange(0, BS) >= first)[:, None]
+            k = tl.where(new, _slots(k_base, lo, first, hi, HD, DP, BS), k)
+            v = tl.where(new, _slots(v_base, lo, first, hi, HD, DP, BS), v)
+        log2_scale = softmax_scale * LOG2_E
+        peak = tl.full([RP], HIDDEN, tl.float32)
+        total = tl.zeros([RP], tl.float32)
+        acc = tl.zeros([RP, DP], tl.float32)
+        peak, total, acc = _attend_to(query, k, v, lo, hi, first, row_t, log2_scale, peak, total, acc, DP, RP, BS)
+        for tile in tl.range(lo + BS, hi, BS, num_stages=STAGES):
+            k_tile = _slots(k_base, tile, 0, hi, HD, DP, BS)
+            v_tile = _slots(v_base, tile, 0, hi, HD, DP, BS)
+            peak, total, acc = _attend_to(
+                query, k_tile, v_tile, tile, hi, first, row_t, log2_scale, peak, total, acc, DP, RP, BS
+            )
+        if active == 1:
+            tl.store(out + at_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask_rows)
+        else:
+            at_part = (pair * SPLITS + split) * (T * G) + r
+            tl.store(part + at_part[:, None] * HD + d[None, :], acc, mask=mask_rows)
+            tl.store(part_stats + at_part * 2, peak, mask=r < T * G)
+            tl.store(part_stats + at_part * 2 + 1, total, mask=r < T * G)
+            tl.debug_barrier()  # every thread's partial results are written before one thread says so
+            before = tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu")
+            if before == active - 1:
+                # All splits at once, E of the T * G * HD results at a time: one trip to memory, not one per split.
+                p = tl.arange(0, SPLITS_P)
+                for first_e in tl.static_range(0, T * G * HD, E):
+                    e = first_e + tl.arange(0, E)
+                    there = (p < active)[:, None] & (e < T * G * HD)[None, :]
+                    at_row = (pair * SPLITS + p)[:, None] * (T * G) + (e // HD)[None, :]
+                    peaks = tl.load(part_stats + at_row * 2, mask=there, other=HIDDEN, cache_modifier=".cg")
+                    totals = tl.load(part_stats + at_row * 2 + 1, mask=there, other=0, cache_modifier=".cg")
+                    accs = tl.load(part + at_row * HD + (e % HD)[None, :], mask=there, other=0, cache_modifier=".cg")
+                    weights = tl.where(there, tl.exp2(peaks - tl.max(peaks, 0)[None, :]), 0)
+                    value = tl.sum(accs * weights, 0) / tl.maximum(tl.sum(totals * weights, 0), 1e-30)
+                    at_e = ((b * T + e // HD // G) * HKV + pair % HKV) * (G * HD) + e // HD % G * HD + e % HD
+                    tl.store(out + at_e, value.to(out.dtype.element_ty), mask=e < T * G * HD)
+                tl.store(arrived + pair, 0)  # ready for the next launch

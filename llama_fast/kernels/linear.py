@@ -1,0 +1,271 @@
+"""Linear layers of 1 to 8 rows, with what stands before (RMS norm) and after (rotary + cache, residual, SiLU) in the same launch.
+
+One row goes through `_one_row`: activations stay in registers, weights stream past them as float32 multiply-adds.
+Two to eight rows go through `_few_rows`: the same epilogues behind tensor-core dots of 16 or more weight rows.
+Both read each weight once. Accumulation, norm and rotary angles are float32; activations keep their own dtype.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# (functions under triton.jit are compiled from their source; Triton ships no types)
+
+import triton
+import triton.language as tl
+
+from llama_fast.kernels.common import dot, start_next, to_float32, wait
+
+
+@triton.jit
+def _rows(block, N: tl.constexpr, R: tl.constexpr, EPILOGUE: tl.constexpr):
+    """Weight rows of a block. "gated": R/2 gate rows, then the R/2 up rows N/2 below them."""
+    r = tl.arange(0, R)
+    if EPILOGUE == "gated":
+        return (r // (R // 2)) * (N // 2) + block * (R // 2) + r % (R // 2)
+    return block * R + r
+
+
+@triton.jit
+def _live(rows, N: tl.constexpr, EPILOGUE: tl.constexpr, r_first):
+    """Which rows of a block exist; for "gated", up rows live when their gate row does."""
+    if EPILOGUE == "gated":
+        return tl.where(rows >= r_first + N // 2, rows < N, rows < N // 2)
+    return rows < N
+
+
+@triton.jit
+def _weight_tile(weight, rows, live, FIRST: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CHECK: tl.constexpr):
+    """weight[rows, FIRST : FIRST + BK], zeros outside."""
+    cols = FIRST + tl.arange(0, BK)
+    pointers = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
+    if FIRST + BK > K:
+        return tl.load(pointers, mask=live[:, None] & (cols < K)[None, :], other=0, eviction_policy="evict_first")
+    if CHECK:
+        return tl.load(pointers, mask=live[:, None], other=0, eviction_policy="evict_first")
+    return tl.load(pointers, eviction_policy="evict_first")
+
+
+@triton.jit
+def _vector_tile(vector, FIRST: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """vector[FIRST : FIRST + BK], zeros outside."""
+    cols = FIRST + tl.arange(0, BK)
+    if FIRST + BK > K:
+        return tl.load(vector + cols, mask=cols < K, other=0)
+    return tl.load(vector + cols)
+
+
+@triton.jit
+def _scales(scale, rows, live, SCALED: tl.constexpr):
+    """One factor per weight row."""
+    if SCALED:
+        return tl.load(scale + rows, mask=live, other=0).to(tl.float32)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _residuals(
+    residual, rows, live, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, EPILOGUE: tl.constexpr
+):  # fmt: skip
+    """What "add" adds, [R, MP]."""
+    if EPILOGUE == "add":
+        m = tl.arange(0, MP)
+        return tl.load(residual + m[None, :] * N + rows[:, None], mask=live[:, None] & (m < M)[None, :], other=0).to(
+            tl.float32
+        )
+    else:
+        return 0.0
+
+
+@triton.jit
+def _turns(
+    start, cos, sin, block, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, T: tl.constexpr, EPILOGUE: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
+):  # fmt: skip
+    """For "rope": (positions [MP], cos and sin [R / 2, MP]) of a block's row pairs; values do not turn (1, 0)."""
+    if EPILOGUE == "rope":
+        m = tl.arange(0, MP)
+        n = block * R + 2 * tl.arange(0, R // 2)
+        position = tl.load(start + m // T, mask=m < M, other=0).to(tl.int64) + m % T
+        turned = (n < (H + HKV) * HD)[:, None] & (m < M)[None, :]
+        angle = position[None, :] * (HD // 2) + ((n % HD) // 2)[:, None]
+        return position, tl.load(cos + angle, mask=turned, other=1), tl.load(sin + angle, mask=turned, other=0)
+    else:
+        return 0, 0.0, 0.0
+
+
+@triton.jit
+def _finish(
+    acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+    M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, EPILOGUE: tl.constexpr,
+    SCALED: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
+):  # fmt: skip
+    """Write a block of float32 products [R, MP]: scaled, then by EPILOGUE "plain", "add", "gated" or "rope"."""
+    m = tl.arange(0, MP)
+    kind = out.dtype.element_ty
+    if SCALED:
+        acc_RM *= scales[:, None]
+    if EPILOGUE == "gated":
+        gate, up = tl.split(tl.permute(tl.reshape(acc_RM, [2, R // 2, MP]), [1, 2, 0]))
+        n = block * (R // 2) + tl.arange(0, R // 2)
+        value = gate / (1 + tl.exp(-gate)) * up
+        mask = (n < N // 2)[:, None] & (m < M)[None, :]
+        tl.store(out + m[None, :] * (N // 2) + n[:, None], value.to(kind), mask=mask)
+    elif EPILOGUE == "rope":
+        # A pair (2i, 2i + 1) of a head is two neighbouring weight rows, so it never leaves its block: R and HD are even.
+        even, odd = tl.split(tl.permute(tl.reshape(acc_RM, [R // 2, 2, MP]), [0, 2, 1]))
+        position, c, s = turns
+        first, second = even * c - odd * s, even * s + odd * c
+        n = block * R + 2 * tl.arange(0, R // 2)
+        head = n // HD
+        mask = (n < N)[:, None] & (m < M)[None, :]
+        is_q, is_v = (head < H)[:, None], (head >= H + HKV)[:, None]
+        at_q = (m * (H * HD))[None, :] + n[:, None]
+        kv_head = tl.where(head < H + HKV, head - H, head - H - HKV)
+        slot = ((m // T).to(tl.int64)[None, :] * HKV + kv_head[:, None]) * slots + position[None, :]
+        at_cache = slot * HD + (n % HD)[:, None]
+        tl.store(out + at_q, first.to(kind), mask=mask & is_q)
+        tl.store(out + at_q + 1, second.to(kind), mask=mask & is_q)
+        tl.store(k_cache + at_cache, first.to(kind), mask=mask & (~is_q) & (~is_v))
+        tl.store(k_cache + at_cache + 1, second.to(kind), mask=mask & (~is_q) & (~is_v))
+        tl.store(v_cache + at_cache, first.to(kind), mask=mask & is_v)
+        tl.store(v_cache + at_cache + 1, second.to(kind), mask=mask & is_v)
+    else:
+        if EPILOGUE == "add":
+            acc_RM += residuals
+        tl.store(out + m[None, :] * N + rows[:, None], acc_RM.to(kind), mask=live[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def _block_tiles(weight, rows, live, K: tl.constexpr, BK: tl.constexpr, CHECK: tl.constexpr):
+    """weight[rows, :] as a tuple of [R, BK] tiles."""
+    tiles = ()
+    for i in tl.static_range((K + BK - 1) // BK):
+        tiles = tiles + (_weight_tile(weight, rows, live, i * BK, K, BK, CHECK),)
+    return tiles
+
+
+@triton.jit
+def _products(
+    tiles, xs, factor, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, CONVERT: tl.constexpr
+):
+    """[R, 1]: each weight row times the activations."""
+    acc = tl.zeros([R, BK // V], tl.float32)
+    x_sums = tl.zeros([BK // V], tl.float32)
+    for i in tl.static_range((K + BK - 1) // BK):
+        # Sums of V neighbours stay inside one thread: [R, BK] -> [R, BK / V].
+        acc += tl.sum(tl.reshape(to_float32(tiles[i], CONVERT) * xs[i][None, :], [R, BK // V, V]), 2)
+        if CONVERT == "offset":
+            x_sums += tl.sum(tl.reshape(xs[i], [BK // V, V]), 1)
+    if CONVERT == "offset":
+        # acc is the sum of (1 + (w + 128) / 2^15) x. The 1s go thread by thread, while sums are short: 1e-4 of the result is lost.
+        acc = (acc - x_sums[None, :]) * 32768.0 - x_sums[None, :] * 128.0
+    return (tl.sum(acc, 1) * factor)[:, None]
+
+
+@triton.jit
+def _one_row(
+    x, gain, weight, scale, residual, out, start, cos, sin, k_cache, v_cache, slots, eps,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr, CONVERT: tl.constexpr, BLOCKS: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One activation row. A program owns BLOCKS blocks of R weight rows, `programs` blocks apart.
+
+    V: elements of one 16-byte load, summed inside a thread before anything crosses threads. EARLY: `start` may be read before
+    the wait.
+    """
+    CHECK: tl.constexpr = N % (R * BLOCKS) != 0  # for "gated", R and N both count gate and up rows
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    start_next(PDL)
+    rows = _rows(program, N, R, EPILOGUE)
+    live = _live(rows, N, EPILOGUE, program * (R // 2))
+    # Before the wait: weights, scales, gains, tables, which no kernel writes.
+    tiles = _block_tiles(weight, rows, live, K, BK, CHECK)
+    scales = _scales(scale, rows, live, SCALED)
+    gains = ()
+    if NORM:
+        for i in tl.static_range((K + BK - 1) // BK):
+            gains = gains + (_vector_tile(gain, i * BK, K, BK),)
+    if EARLY:
+        turns = _turns(start, cos, sin, program, R, 1, 1, 1, EPILOGUE, H, HKV, HD)
+    wait(PDL)
+    residuals = _residuals(residual, rows, live, N, 1, 1, EPILOGUE)
+    if not EARLY:
+        turns = _turns(start, cos, sin, program, R, 1, 1, 1, EPILOGUE, H, HKV, HD)
+    xs = ()
+    squares = tl.zeros([BK], tl.float32)
+    for i in tl.static_range((K + BK - 1) // BK):
+        value = _vector_tile(x, i * BK, K, BK).to(tl.float32)
+        if NORM:
+            squares += value * value
+            value *= gains[i].to(tl.float32)
+        xs = xs + (value,)
+    factor = 1.0
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    for i in tl.static_range(BLOCKS):
+        block = program + i * programs
+        if i + 1 < BLOCKS:  # what the next block needs travels while this one is worked on
+            next_rows = _rows(block + programs, N, R, EPILOGUE)
+            next_live = _live(next_rows, N, EPILOGUE, (block + programs) * (R // 2))
+            next_tiles = _block_tiles(weight, next_rows, next_live, K, BK, CHECK)
+            next_scales = _scales(scale, next_rows, next_live, SCALED)
+            next_residuals = _residuals(residual, next_rows, next_live, N, 1, 1, EPILOGUE)
+            next_turns = _turns(start, cos, sin, block + programs, R, 1, 1, 1, EPILOGUE, H, HKV, HD)
+        acc_RM = _products(tiles, xs, factor, R, K, BK, V, CONVERT)
+        _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+                1, 1, N, R, 1, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
+        if i + 1 < BLOCKS:
+            tiles, rows, live = next_tiles, next_rows, next_live
+            scales, residuals, turns = next_scales, next_residuals, next_turns
+
+
+@triton.jit
+def _few_rows(
+    x, weight, scale, residual, out, start, cos, sin, k_cache, v_cache, slots,
+    M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, T: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """M activation rows (MP: M padded to a power of two): weights [R, BK] times activations [BK, MP] on tensor cores.
+
+    The norm is a launch of its own here: inside, every program would repeat it for M rows beside its few weight rows.
+    """
+    CHECK: tl.constexpr = (N % R != 0) or (K % BK != 0)
+    block = tl.program_id(0)
+    start_next(PDL)
+    rows = _rows(block, N, R, EPILOGUE)
+    live = _live(rows, N, EPILOGUE, block * (R // 2))
+    m = tl.arange(0, MP)
+    kind = x.dtype.element_ty
+    pointers = weight + rows.to(tl.int64)[:, None] * K
+    scales = _scales(scale, rows, live, SCALED)
+    wait(PDL)
+    residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
+    turns = _turns(start, cos, sin, block, R, M, MP, T, EPILOGUE, H, HKV, HD)
+    acc_RM = tl.zeros([R, MP], tl.float32)
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        cols = first + tl.arange(0, BK)
+        if CHECK:
+            w = tl.load(pointers + cols[None, :], mask=live[:, None] & (cols < K)[None, :], other=0)
+            x_tile = tl.load(x + m[None, :] * K + cols[:, None], mask=(m < M)[None, :] & (cols < K)[:, None], other=0)
+        else:
+            w = tl.load(pointers + cols[None, :])
+            x_tile = tl.load(x + m[None, :] * K + cols[:, None], mask=(m < M)[None, :], other=0)
+        acc_RM = dot(w.to(tl.float32).to(kind), x_tile, acc_RM)
+    _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+            M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
+
+
+@triton.jit
+def _norm(x, gain, out, eps, K: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """Grid (M,): RMS norm of rows, in float32."""
+    start_next(PDL)
+    cols = tl.arange(0, BK)
+    g = tl.load(gain + cols, mask=cols < K, other=0).to(tl.float32)
+    wait(PDL)
+    at = tl.program_id(0) * K + cols
+    value = tl.load(x + at, mask=cols < K, other=0).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / K + eps) * g
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=cols < K)

@@ -1,0 +1,265 @@
+"""The kernels as functions of tensors, and as operators `torch.ops.llama_fast.*` that torch.compile takes whole.
+
+Registered with `torch.library.custom_op`, not `triton_op`: a launch with PDL is not something inductor can rewrite, and there
+is nothing left to fuse. No function synchronises with the host; each allocates its result and nothing else.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from llama_fast.kernels.attention import _attend
+from llama_fast.kernels.linear import _few_rows, _norm, _one_row
+from llama_fast.kernels.tokens import _argmax, _embed
+from llama_fast.kernels.tuning import AttentionTile, Tile, attention_tile, linear_tile, next_power_of_2
+
+MOST_ROWS = 8  # of activations in one linear launch
+MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
+ARGMAX_STRETCH = 2048
+
+
+class Machine(NamedTuple):
+    """What a launch needs to know of the device. `pdl`: programmatic dependent launch (compute capability 9 on)."""
+
+    name: str
+    pdl: bool
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """The device's facts; a CPU is Triton's interpreter."""
+    if device.type != "cuda":
+        return Machine(device.type, False)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(properties.name, properties.major >= 9)
+
+
+def launch_options(pdl: bool) -> dict[str, Any]:
+    """Named only when used: Triton's interpreter does not know them."""
+    return {"launch_pdl": True} if pdl else {}
+
+
+class Rope(NamedTuple):
+    """What the "rope" epilogue writes to and reads from. cos, sin [at least S, HD / 2] float32; caches [B, HKV, S, HD]; start [B]."""
+
+    cos: Tensor
+    sin: Tensor
+    start: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    heads: int
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    epilogue: str,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    rope: Rope | None = None,
+    early: bool = False,
+    tile: Tile | None = None,
+    pdl: bool | None = None,
+) -> Tensor:
+    """Launch one linear kernel on x [M, K], weight [N, K]."""
+    (m, k), (n, k_weight) = x.shape, weight.shape
+    if k != k_weight:
+        raise ValueError(f"x has {k} columns, the weight {k_weight}")
+    if not 1 <= m <= MOST_ROWS:
+        raise ValueError(f"{m} rows: these kernels take 1 to {MOST_ROWS}")
+    facts = machine(x.device)
+    pdl = facts.pdl if pdl is None else pdl
+    tile = tile or linear_tile(facts.name, epilogue, n, k, m, weight.element_size())
+    # Absent tensors: any pointer will do, the kernel is compiled without their loads.
+    heads = kv_heads = head_dim = slots = tokens = 1
+    cos = sin = start = k_cache = v_cache = x
+    if rope is not None:
+        cos, sin, start, k_cache, v_cache, heads = rope
+        batch, kv_heads, slots, head_dim = k_cache.shape
+        tokens = m // batch
+    if m > 1 and gain is not None:
+        x, gain = rms_norm(x, gain, eps, pdl=pdl), None
+    ends = (weight, x if scale is None else scale, x if residual is None else residual, out)
+    ends += (start, cos, sin, k_cache, v_cache, slots)
+    rows = 2 * tile.rows if epilogue == "gated" else tile.rows
+    blocks = triton.cdiv(n, rows)
+    shared: dict[str, Any] = dict(
+        N=n, K=k, R=rows, BK=tile.columns, SCALED=scale is not None, EPILOGUE=epilogue, H=heads, HKV=kv_heads, HD=head_dim,
+        PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
+    )  # fmt: skip
+    if m == 1:
+        vector = min(16 // weight.element_size(), tile.columns)
+        # "offset" costs accuracy that only bf16 activations have already lost.
+        convert = tile.convert if weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and x.is_cuda else "plain"
+        _one_row[(triton.cdiv(blocks, tile.blocks),)](
+            x, x if gain is None else gain, *ends, eps, V=vector, NORM=gain is not None, CONVERT=convert,
+            BLOCKS=tile.blocks, EARLY=early, **shared,
+        )  # fmt: skip
+    else:
+        _few_rows[(blocks,)](x, *ends, M=m, MP=max(next_power_of_2(m), 8), STAGES=tile.stages, T=tokens, **shared)
+    return out
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, *, pdl: bool | None = None) -> Tensor:
+    """x [M, D] over its root mean square, times the gain [D]."""
+    pdl = machine(x.device).pdl if pdl is None else pdl
+    out, width = torch.empty_like(x), x.shape[1]
+    _norm[(x.shape[0],)](
+        x, gain, out, eps, K=width, BK=next_power_of_2(width), PDL=pdl, num_warps=8, **launch_options(pdl)
+    )
+    return out
+
+
+def qkv(
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    weight: Tensor,
+    scale: Tensor | None,
+    rope: Rope,
+    **options: Any,
+) -> Tensor:
+    """RMS norm, the stacked q, k, v weight [(H + 2 HKV) * HD, D], rotary; k and v go to the caches. -> q [M, H * HD].
+
+    Row m is token m % T of batch row m // T and sits at position start[m // T] + m % T.
+    """
+    out = x.new_empty(x.shape[0], rope.heads * rope.k_cache.shape[3])
+    return _linear(x, weight, scale, out, "rope", gain=gain, eps=eps, rope=rope, **options)
+
+
+def linear_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, **options: Any) -> Tensor:
+    """residual + x W^T: attention's and the feed-forward's last matrix. [M, N]."""
+    return _linear(x, weight, scale, torch.empty_like(residual), "add", residual=residual, **options)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Tensor:
+    """x W^T in `dtype` (x's own by default), behind an RMS norm if there is a `gain`: the output head. [M, N]."""
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype)
+    return _linear(x, weight, scale, out, "plain", gain=gain, eps=eps, **options)
+
+
+def gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor, scale: Tensor | None, **options: Any) -> Tensor:
+    """RMS norm, then silu(gate) * up; weight [2 F, D]: the gate's rows, then the up's. [M, F]."""
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    return _linear(x, weight, scale, out, "gated", gain=gain, eps=eps, **options)
+
+
+class AttentionScratch(NamedTuple):
+    """Partial results of split attention, and a counter per head that every launch leaves at zero."""
+
+    part: Tensor
+    part_stats: Tensor
+    arrived: Tensor
+
+    @staticmethod
+    def of(
+        rows: int, heads: int, kv_heads: int, head_dim: int, splits: int, device: torch.device
+    ) -> "AttentionScratch":
+        """For `rows` activation rows (B * T) at most; layers run one after the other and can share it."""
+        part = torch.empty(rows * heads * splits * head_dim, dtype=torch.float32, device=device)
+        stats = torch.empty(rows * heads * splits * 2, dtype=torch.float32, device=device)
+        return AttentionScratch(part, stats, torch.zeros(rows * kv_heads, dtype=torch.int32, device=device))
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    scratch: AttentionScratch,
+    *,
+    tile: AttentionTile | None = None,
+    pdl: bool | None = None,
+    early: bool = False,
+) -> Tensor:
+    """Causal attention of q [B * T, H * HD] over slots 0 .. start + t of the caches [B, HKV, S, HD]. -> [B * T, H * HD].
+
+    early: `start` is read before the kernel ahead has ended; right if nothing since `embed` writes it.
+    """
+    batch, kv_heads, slots, head_dim = k_cache.shape
+    heads = q.shape[1] // head_dim
+    tokens, group = q.shape[0] // batch, heads // kv_heads
+    if tokens * group > MOST_ATTENTION_ROWS:
+        raise ValueError(f"{tokens} tokens x {group} query heads per key head: at most {MOST_ATTENTION_ROWS}")
+    facts = machine(q.device)
+    pdl = facts.pdl if pdl is None else pdl
+    tile = tile or attention_tile(slots)
+    out = torch.empty_like(q)
+    rows = tokens * group
+    _attend[(batch * kv_heads, tile.splits)](
+        q, k_cache, v_cache, start, out, scratch.part, scratch.part_stats, scratch.arrived, slots,
+        head_dim**-0.5,
+        T=tokens, G=group, HKV=kv_heads, HD=head_dim, DP=max(next_power_of_2(head_dim), 16),
+        RP=1 if rows == 1 and tile.vector else max(next_power_of_2(rows), 16), BS=tile.slots, SPLITS=tile.splits,
+        SPLITS_P=next_power_of_2(tile.splits), E=min(next_power_of_2(rows * head_dim), 512), LEAST=tile.least,
+        STAGES=tile.stages, PDL=pdl, EARLY=early, num_warps=tile.warps, **launch_options(pdl),
+    )  # fmt: skip
+    return out
+
+
+def embed(tokens: Tensor, table: Tensor, *, pdl: bool | None = None) -> Tensor:
+    """Rows of the embedding table [V, D] for tokens [M]. [M, D]."""
+    facts = machine(table.device)
+    pdl = facts.pdl if pdl is None else pdl
+    out = table.new_empty(tokens.numel(), table.shape[1])
+    _embed[(tokens.numel(), triton.cdiv(table.shape[1], 1024))](
+        tokens, table, out, D=table.shape[1], BD=1024, PDL=pdl, **launch_options(pdl)
+    )
+    return out
+
+
+class ArgmaxScratch(NamedTuple):
+    """Winners of the vocabulary's stretches, and a counter per row that every launch leaves at zero."""
+
+    value: Tensor
+    id: Tensor
+    arrived: Tensor
+
+    @staticmethod
+    def of(rows: int, vocab: int, device: torch.device) -> "ArgmaxScratch":
+        """For `rows` rows of logits at most."""
+        n = rows * triton.cdiv(vocab, ARGMAX_STRETCH)
+        value = torch.empty(n, dtype=torch.float32, device=device)
+        ids = torch.empty(n, dtype=torch.int32, device=device)
+        return ArgmaxScratch(value, ids, torch.zeros(rows, dtype=torch.int32, device=device))
+
+
+def argmax(
+    logits: Tensor,
+    scratch: ArgmaxScratch,
+    *,
+    out: Tensor | None = None,
+    advance: Tensor | None = None,
+    pdl: bool | None = None,
+) -> Tensor:
+    """The id of the largest of each row of logits [M, V], the lowest on ties. int64 [M], or into `out`.
+
+    advance: positions [M] to move on by one in the same launch, so that a step needs no other kernel.
+    """
+    rows, vocab = logits.shape
+    facts = machine(logits.device)
+    pdl = facts.pdl if pdl is None else pdl
+    splits = triton.cdiv(vocab, ARGMAX_STRETCH)
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device) if out is None else out
+    _argmax[(rows, splits)](
+        logits, out, *scratch, out if advance is None else advance, VOCAB=vocab, BV=ARGMAX_STRETCH, SPLITS=splits, SP=next_power_of_2(splits),
+        ADVANCE=advance is not None, PDL=pdl,
+        num_warps=8, **launch_options(pdl),
+    )  # fmt: skip
+    return out

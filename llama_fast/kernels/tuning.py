@@ -1,0 +1,87 @@
+"""Which block sizes a kernel runs with: a table measured per GPU and matrix shape, and a rule for everything else."""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """How a linear kernel cuts its work.
+
+    rows: weight rows of a block. columns: weight columns of one load. warps: per program. blocks: per program,
+    the next one's weights loading while one is used (one row only). stages: software pipeline (few rows only).
+    convert: int8 to float32: "plain", "exact" or "offset", see common.to_float32 (one row of bf16 activations only).
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    blocks: int = 1
+    stages: int = 3
+    convert: str = "plain"
+
+
+class AttentionTile(NamedTuple):
+    """slots: per step of the loop. splits: programs per key/value head. least: fewest slots worth a program.
+
+    vector: a single query row goes without tensor cores.
+    """
+
+    slots: int = 64
+    splits: int = 8
+    least: int = 64
+    warps: int = 4
+    stages: int = 2
+    vector: bool = False
+
+
+def next_power_of_2(n: int) -> int:
+    """5 -> 8."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# On an NVIDIA H100 80GB HBM3: benchmarks/decode_kernels.py, the fastest in a whole token and not alone.
+# (GPU name contains, epilogue, N, K, bytes per weight) -> Tile for one row
+MEASURED: dict[tuple[str, str, int, int, int], Tile] = {
+    # llama-2-7b
+    ("H100", "rope", 12288, 4096, 2): Tile(2, 4096, 4, 2),
+    ("H100", "add", 4096, 4096, 2): Tile(2, 4096, 8, 2),
+    ("H100", "gated", 22016, 4096, 2): Tile(2, 4096, 8, 2),
+    ("H100", "add", 4096, 11008, 2): Tile(1, 4096, 8, 2),
+    ("H100", "plain", 32000, 4096, 2): Tile(2, 4096, 8, 2),
+    ("H100", "rope", 12288, 4096, 1): Tile(8, 2048, 4, convert="exact"),
+    ("H100", "add", 4096, 4096, 1): Tile(4, 4096, 8, 2, convert="exact"),
+    ("H100", "gated", 22016, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
+    ("H100", "add", 4096, 11008, 1): Tile(2, 4096, 4, convert="exact"),
+    ("H100", "plain", 32000, 4096, 1): Tile(4, 4096, 4, 2, convert="exact"),
+    # llama-3.2-1b
+    ("H100", "rope", 3072, 2048, 2): Tile(8, 2048, 4),
+    ("H100", "add", 2048, 2048, 2): Tile(2, 2048, 2),
+    ("H100", "gated", 16384, 2048, 2): Tile(2, 2048, 4, 2),
+    ("H100", "add", 2048, 8192, 2): Tile(1, 4096, 8, 2),
+    ("H100", "plain", 128256, 2048, 2): Tile(4, 2048, 8, 2),
+}
+SHORT_CACHE_SLOTS = 1024
+
+
+def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int) -> Tile:
+    """For a weight [n, k] of `itemsize` bytes per element and m activation rows."""
+    if m > 1:
+        columns = min(128, max(16, next_power_of_2(k)))
+        return Tile(rows=8 if epilogue == "gated" else 16, columns=columns, warps=1, stages=8 if itemsize < 4 else 4)
+    for (name, *rest), tile in MEASURED.items():
+        if name in gpu and tuple(rest) == (epilogue, n, k, itemsize):
+            return tile
+    columns = min(next_power_of_2(k), 4096)
+    bytes_per_row = columns * itemsize
+    rows = max(1, min(8, 16384 // bytes_per_row))
+    if epilogue == "gated":
+        rows = max(1, rows // 2)
+    elif epilogue == "rope":
+        rows = max(2, rows)
+    return Tile(rows, columns, warps=8 if bytes_per_row >= 8192 else 4, convert="exact")
+
+
+def attention_tile(slots: int) -> AttentionTile:
+    """For a cache of that many slots: latency counts in a short one, loads in flight in a long one."""
+    if slots <= SHORT_CACHE_SLOTS:
+        return AttentionTile(64, 8, 64, 4, 1)
+    return AttentionTile(64, 16, 64, 4, 2)

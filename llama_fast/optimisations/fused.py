@@ -1,0 +1,161 @@
+"""A token as five launches a block, replayed as one CUDA graph. Where `Compiled` lets a compiler write the kernels, these
+are written for one to eight rows: each reads its weights once, at the speed of the memory, and starts loading them before
+the kernel ahead of it has ended. Attention reads the valid part of the static cache and no more.
+
+Decode, the check of a few proposed tokens, and the prefill of a short prompt are such steps; a longer prompt is bound by
+arithmetic, and goes through PyTorch's matrix products. Nothing is compiled but the kernels themselves, in seconds.
+
+Shapes: B batch, T tokens, M = B x T rows, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.model import Block, Joined, Llama
+from llama_fast.plan import DenseEmbedding, KVCache, Phase
+from llama_fast.sampling import Chooser
+
+if TYPE_CHECKING:
+    from llama_fast.kernels import ops
+
+MOST_ROWS = 8
+SPLITS = 64  # room for partial results: no attention tile cuts a cache into more
+MOST_QUERY_ROWS = 64  # tokens x query heads per key/value head, in one attention launch
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Decode by the kernels of `llama_fast.kernels`. Needs a CUDA device, joined projections and a static cache."""
+
+    def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
+        """Raises ValueError where the kernels cannot run."""
+        assert isinstance(model, Llama)
+        if model.rope_table.device.type != "cuda":
+            raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
+        if not all(isinstance(block.qkv, Joined) for block in model.blocks):
+            raise ValueError("the fused kernels need joined projections: Plan(fuse_projections=True)")
+        step = FusedStep(model)
+
+        def fused_prefill(
+            unused: nn.Module, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser
+        ) -> tuple[Tensor, Tensor]:
+            B, T = tokens_BT.shape
+            width = MOST_ROWS // B  # every short prompt is padded to one width: one graph serves them all
+            if T > width or not step.takes(B, width) or cache.length < width:
+                return prefill(model, tokens_BT, lengths_B, cache, choose)
+            padded_BT = torch.nn.functional.pad(tokens_BT, (0, width - T))
+            logits_BTV = step(padded_BT, torch.zeros_like(lengths_B), cache)[1]
+            logits_BV = logits_BTV[torch.arange(B, device=lengths_B.device), lengths_B - 1]
+            return choose(logits_BV, lengths_B), logits_BV
+
+        def fused_decode(
+            unused: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser
+        ) -> tuple[Tensor, Tensor]:
+            B, T = tokens_BT.shape
+            if not step.takes(B, T):
+                return decode(model, tokens_BT, start_B, cache, choose)
+            token_B, logits_BTV = step(tokens_BT, start_B, cache)
+            if not (choose.greedy and T == 1):
+                token_B = choose(logits_BTV[:, -1], start_B + T)
+            return token_B, logits_BTV
+
+        return fused_prefill, fused_decode
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A CUDA graph of one step, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens_BT: Tensor
+    start_B: Tensor
+    token_B: Tensor
+    logits_BTV: Tensor
+
+
+class FusedStep:
+    """One step of a model: run once as it is, which compiles its kernels, then recorded, then replayed.
+
+    A graph belongs to a cache (it holds the cache's addresses) and to a shape (B, T), and is dropped with the cache.
+    What a step returns is overwritten by the next one.
+    """
+
+    def __init__(self, model: Llama):
+        from llama_fast.kernels import ops  # Triton is imported by who uses it
+
+        self.ops = ops
+        self.model = model
+        self.cos = model.rope_table[..., 0].contiguous()
+        self.sin = model.rope_table[..., 1].contiguous()
+        self.recorded: weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], Recorded]] = weakref.WeakKeyDictionary()
+        config, device = model.config, model.rope_table.device
+        self.attention_scratch = ops.AttentionScratch.of(
+            MOST_ROWS, config.n_heads, config.n_kv_heads, config.head_dim, SPLITS, device
+        )
+        self.argmax_scratch = ops.ArgmaxScratch.of(MOST_ROWS, config.vocab_size, device)
+
+    def takes(self, B: int, T: int) -> bool:
+        """Whether the kernels are made for so many rows."""
+        group = self.model.config.n_heads // self.model.config.n_kv_heads
+        return 1 <= B * T <= MOST_ROWS and T * group <= MOST_QUERY_ROWS
+
+    def __call__(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The likeliest next token [B] and the logits [B, T, V], float32."""
+        B, T = tokens_BT.shape
+        shapes = self.recorded.setdefault(cache, {})
+        if (B, T) not in shapes:
+            result = self.run(tokens_BT, start_B, cache)
+            shapes[B, T] = self.record(tokens_BT, start_B, cache)
+            return result
+        recorded = shapes[B, T]
+        recorded.tokens_BT.copy_(tokens_BT)
+        recorded.start_B.copy_(start_B)
+        recorded.graph.replay()
+        return recorded.token_B, recorded.logits_BTV
+
+    def record(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> Recorded:
+        tokens_BT, start_B = tokens_BT.clone(), start_B.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            token_B, logits_BTV = self.run(tokens_BT, start_B, cache)
+        return Recorded(graph, tokens_BT, start_B, token_B, logits_BTV)
+
+    def run(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        ops, model = self.ops, self.model
+        (B, T), config = tokens_BT.shape, model.config
+        dense = isinstance(model.embedding, DenseEmbedding)
+        if dense:
+            x_MD = ops.embed(tokens_BT.reshape(-1), model.embedding.weight)
+        else:
+            x_MD = model.embedding(tokens_BT.reshape(-1))
+        for block, layer in zip(model.blocks, cache.layers, strict=True):
+            assert isinstance(block, Block)
+            rope = ops.Rope(self.cos, self.sin, start_B, layer.k, layer.v, config.n_heads)
+            x_MD = self.block(block, x_MD, rope, early=dense)
+        logits_MV = ops.linear(
+            x_MD, *matrix(model.head), gain=model.norm.weight, eps=config.norm_eps, dtype=torch.float32
+        )
+        token_M = ops.argmax(logits_MV, self.argmax_scratch)
+        return token_M.view(B, T)[:, -1], logits_MV.view(B, T, -1)
+
+    def block(self, block: Block, x_MD: Tensor, rope: ops.Rope, early: bool) -> Tensor:
+        """Norm, q k v, rotary and cache write; attention; out and residual; norm and gate; down and residual."""
+        ops, eps = self.ops, self.model.config.norm_eps
+        q = ops.qkv(x_MD, block.attention_norm.weight, eps, *matrix(block.qkv), rope, early=early)
+        a = ops.attention(q, rope.k_cache, rope.v_cache, rope.start, self.attention_scratch, early=early)
+        x_MD = ops.linear_add(a, *matrix(block.wo), x_MD)
+        hidden = ops.gated(x_MD, block.ffn_norm.weight, eps, *matrix(block.gate_up))
+        x_MD = ops.linear_add(hidden, *matrix(block.w2), x_MD)
+        return x_MD
+
+
+def matrix(module: Any) -> tuple[Tensor, Tensor | None]:
+    """A linear module's stored weight and its scale, if it has one."""
+    linear: Any = module.linear if isinstance(module, Joined) else module
+    return linear.weight, getattr(linear, "scale", None)
