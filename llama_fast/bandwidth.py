@@ -10,22 +10,17 @@ from llama_fast.roofline import GB
 
 
 def read_bandwidth_gb_per_s(device: torch.device, repeats: int = 10) -> float:
-    """The best of several reads, in GB/s, of a tensor far larger than any cache.
-
-    A product with a vector on a CPU (its threads and vector loads are those of a decode step), a sum on a GPU.
-    """
+    """The best of several reads, in GB/s, of a tensor far larger than any cache: its norm on a CPU, its sum on a GPU."""
     gpu = device.type == "cuda"
-    rows = 2**20 if gpu else 2**15
-    matrix = torch.ones(rows, 4096, dtype=torch.bfloat16 if gpu else torch.float32, device=device)
-    vector = torch.ones(4096, dtype=matrix.dtype, device=device)
+    data = torch.ones(2**29 if gpu else 2**27, dtype=torch.int64 if gpu else torch.float32, device=device)
     best = float("inf")
     for _ in range(repeats + 2):
         synchronize(device)
         began = time.perf_counter()
-        matrix.view(torch.int64).sum() if gpu else matrix @ vector
+        data.sum() if gpu else torch.linalg.vector_norm(data)
         synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return matrix.numel() * matrix.element_size() / best / GB
+    return data.nbytes / best / GB
 
 
 def synchronize(device: torch.device) -> None:

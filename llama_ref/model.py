@@ -43,7 +43,7 @@ class Llama:
         Rows shorter than T are padded on the right: causality keeps padding from reaching the tokens before it.
         """
         _, T = tokens_BT.shape
-        if T > self.config.max_context:
+        if self.config.max_context < T:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.config.max_context}")
         x_BTD = self._weight("tok_embeddings.weight", tokens_BT.device)[tokens_BT]
         observe("embedding", x_BTD)

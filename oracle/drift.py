@@ -93,6 +93,8 @@ class Tally:
 def measure(tally: Tally) -> Drift:
     """The statistics and their standard errors by a block bootstrap with a fixed seed: same numbers in, same out."""
     T = len(tally.kld)
+    if not T:
+        return Drift(0, *[Estimate(math.nan, math.nan)] * 4)
     blocks = max(1, T // BLOCK_POSITIONS)
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(blocks, (RESAMPLES, blocks), generator=generator)

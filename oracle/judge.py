@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from oracle.cases import Case
-from oracle.compare import Check, Factors, Verdict, compare_logits, unit_roundoff
+from oracle.compare import Check, Factors, Verdict, compare_logits, empty, unit_roundoff
 from oracle.greedy import Continuation, compare_greedy
 from oracle.subject import Subject
 
@@ -18,11 +18,11 @@ class Bench:
     Both see whole rows without a cache, so one pass over the longest form of a row serves every split of it.
     """
 
-    def __init__(self, truth: Subject, yardstick: Subject, factors: Factors = Factors()):
+    def __init__(self, truth: Subject, yardstick: Subject, factors: Factors | None = None):
         self.truth = truth
         self.yardstick = yardstick
         self.unit = unit_roundoff(yardstick.dtype)
-        self.factors = factors
+        self.factors = Factors.of_unit(self.unit) if factors is None else factors
         self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, rows: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
@@ -36,6 +36,8 @@ class Bench:
 
     def prefill(self, subject: Subject, rows: Sequence[Sequence[int]]) -> Verdict:
         """All positions of each row at once."""
+        if not rows:
+            return empty("prefill", "no rows")
         known = self.of(rows)
         found = subject.prefill_logits(rows)
         return compare_logits(found, [t for t, _ in known], [y for _, y in known], self.unit, factors=self.factors)
@@ -44,6 +46,8 @@ class Bench:
         self, subject: Subject, rows: Sequence[Sequence[int]], splits: Sequence[int], ends: Sequence[int]
     ) -> Verdict:
         """Token by token after a prefill of `splits` tokens; rows are cut to `ends`."""
+        if not rows:
+            return empty("decode", "no rows")
         known = self.of(rows)
         found = subject.decode_logits([row[:end] for row, end in zip(rows, ends, strict=True)], splits)
         wanted = [
@@ -56,6 +60,8 @@ class Bench:
 
     def greedy(self, subject: Subject, prompts: Sequence[Sequence[int]], n: int) -> Verdict:
         """The subject's own continuations: the logits it chose from, and the choices."""
+        if not prompts:
+            return empty("greedy", "no prompts")
         done = subject.greedy(prompts, n)
         continued = [[*prompt, *tokens] for prompt, (tokens, _) in zip(prompts, done, strict=True)]
         if any(not 0 <= token < self.truth.vocab_size for row in continued for token in row):

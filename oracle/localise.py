@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from oracle.compare import Check, Factors, Outcome, Verdict, compare_values, empty
+from oracle.compare import STAGE_FACTORS, Check, Factors, Outcome, Verdict, compare_logits, compare_stage, empty
 
 Trace = dict[str, Tensor]
 """What one row's stages showed: name -> [T, features], names as in the reference ("layers.3.q_rope")."""
@@ -53,7 +53,7 @@ def judge_stages(
     yardstick: Stages,
     n_layers: int,
     unit: float,
-    factors: Factors = Factors(),
+    factors: Factors = STAGE_FACTORS,
 ) -> list[Stage]:
     """Every stage that the subject showed, in the order of the forward pass."""
     carried_truth = [dict(trace) for trace in traces]
@@ -89,7 +89,11 @@ def _stage(
     factors: Factors,
 ) -> Stage:
     seen, true, plain = ([row[name] for row in rows] for rows in (traces, truth, yardstick))
-    verdict = compare_values(seen, true, plain, unit, factors=factors, centred=name == "logits")
+    if not all(torch.isfinite(row).all() for row in true):
+        return Stage(name, empty(name, "the subject's own inputs hold NaN or infinity"))
+    verdict = (
+        compare_logits(seen, true, plain, unit) if name == "logits" else compare_stage(seen, true, plain, unit, factors)
+    )
     if verdict.outcome is Outcome.AGREE:
         return Stage(name, verdict)
     return Stage(name, verdict, _statistics(seen), _statistics(true))

@@ -5,7 +5,7 @@ Two to eight rows go through `_few_rows`: the same epilogues behind tensor-core 
 Both read each weight once. Accumulation, norm and rotary angles are float32; activations keep their own dtype.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
 # (functions under triton.jit are compiled from their source; Triton ships no types)
 
 import triton

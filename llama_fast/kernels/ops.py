@@ -14,7 +14,14 @@ from torch import Tensor
 from llama_fast.kernels.attention import _attend
 from llama_fast.kernels.linear import _few_rows, _norm, _one_row
 from llama_fast.kernels.tokens import _argmax, _embed
-from llama_fast.kernels.tuning import AttentionTile, Tile, attention_tile, linear_tile, next_power_of_2
+from llama_fast.kernels.tuning import (
+    MOST_SPLITS,
+    AttentionTile,
+    Tile,
+    attention_tile,
+    linear_tile,
+    next_power_of_2,
+)
 
 MOST_ROWS = 8  # of activations in one linear launch
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
@@ -86,7 +93,7 @@ def _linear(
         tokens = m // batch
     if m > 1 and gain is not None:
         x, gain = rms_norm(x, gain, eps, pdl=pdl), None
-    ends = (weight, x if scale is None else scale, x if residual is None else residual, out)
+    ends: tuple[Any, ...] = (weight, x if scale is None else scale, x if residual is None else residual, out)
     ends += (start, cos, sin, k_cache, v_cache, slots)
     rows = 2 * tile.rows if epilogue == "gated" else tile.rows
     blocks = triton.cdiv(n, rows)
@@ -169,7 +176,7 @@ class AttentionScratch(NamedTuple):
 
     @staticmethod
     def of(
-        rows: int, heads: int, kv_heads: int, head_dim: int, splits: int, device: torch.device
+        rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device, splits: int = MOST_SPLITS
     ) -> "AttentionScratch":
         """For `rows` activation rows (B * T) at most; layers run one after the other and can share it."""
         part = torch.empty(rows * heads * splits * head_dim, dtype=torch.float32, device=device)
@@ -199,7 +206,9 @@ def attention(
         raise ValueError(f"{tokens} tokens x {group} query heads per key head: at most {MOST_ATTENTION_ROWS}")
     facts = machine(q.device)
     pdl = facts.pdl if pdl is None else pdl
-    tile = tile or attention_tile(slots)
+    tile = tile or attention_tile(batch * kv_heads, group, slots)
+    if scratch.part.numel() < tile.splits * q.numel() or scratch.arrived.numel() < batch * kv_heads:
+        raise ValueError(f"scratch for {scratch.part.numel()} partial results, {tile.splits * q.numel()} needed")
     out = torch.empty_like(q)
     rows = tokens * group
     _attend[(batch * kv_heads, tile.splits)](
@@ -207,7 +216,7 @@ def attention(
         head_dim**-0.5,
         T=tokens, G=group, HKV=kv_heads, HD=head_dim, DP=max(next_power_of_2(head_dim), 16),
         RP=1 if rows == 1 and tile.vector else max(next_power_of_2(rows), 16), BS=tile.slots, SPLITS=tile.splits,
-        SPLITS_P=next_power_of_2(tile.splits), E=min(next_power_of_2(rows * head_dim), 512), LEAST=tile.least,
+        SPLITS_P=next_power_of_2(tile.splits), E=min(next_power_of_2(rows * head_dim), 4096 // next_power_of_2(tile.splits)), LEAST=tile.least,
         STAGES=tile.stages, PDL=pdl, EARLY=early, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
     return out

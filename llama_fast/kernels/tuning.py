@@ -47,11 +47,11 @@ MEASURED: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "gated", 22016, 4096, 2): Tile(2, 4096, 8, 2),
     ("H100", "add", 4096, 11008, 2): Tile(1, 4096, 8, 2),
     ("H100", "plain", 32000, 4096, 2): Tile(2, 4096, 8, 2),
-    ("H100", "rope", 12288, 4096, 1): Tile(8, 2048, 4, convert="exact"),
+    ("H100", "rope", 12288, 4096, 1): Tile(8, 2048, 4, convert="offset"),
     ("H100", "add", 4096, 4096, 1): Tile(4, 4096, 8, 2, convert="exact"),
     ("H100", "gated", 22016, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
-    ("H100", "add", 4096, 11008, 1): Tile(2, 4096, 4, convert="exact"),
-    ("H100", "plain", 32000, 4096, 1): Tile(4, 4096, 4, 2, convert="exact"),
+    ("H100", "add", 4096, 11008, 1): Tile(4, 4096, 8, convert="offset"),
+    ("H100", "plain", 32000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
     # llama-3.2-1b
     ("H100", "rope", 3072, 2048, 2): Tile(8, 2048, 4),
     ("H100", "add", 2048, 2048, 2): Tile(2, 2048, 2),
@@ -60,13 +60,14 @@ MEASURED: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "plain", 128256, 2048, 2): Tile(4, 2048, 8, 2),
 }
 SHORT_CACHE_SLOTS = 1024
+MOST_SPLITS = 16
 
 
 def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int) -> Tile:
     """For a weight [n, k] of `itemsize` bytes per element and m activation rows."""
     if m > 1:
-        columns = min(128, max(16, next_power_of_2(k)))
-        return Tile(rows=8 if epilogue == "gated" else 16, columns=columns, warps=1, stages=8 if itemsize < 4 else 4)
+        columns = min(256, max(16, next_power_of_2(k)))
+        return Tile(rows=8 if epilogue == "gated" else 16, columns=columns, warps=1, stages=5 if itemsize < 4 else 3)
     for (name, *rest), tile in MEASURED.items():
         if name in gpu and tuple(rest) == (epilogue, n, k, itemsize):
             return tile
@@ -80,8 +81,11 @@ def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int) 
     return Tile(rows, columns, warps=8 if bytes_per_row >= 8192 else 4, convert="exact")
 
 
-def attention_tile(slots: int) -> AttentionTile:
-    """For a cache of that many slots: latency counts in a short one, loads in flight in a long one."""
+def attention_tile(pairs: int, group: int, slots: int) -> AttentionTile:
+    """For `pairs` = batch x key/value heads, `group` query heads each, and a cache of `slots`.
+
+    In a short cache latency counts, in a long one loads in flight: some 256 programs, each loading ahead.
+    """
     if slots <= SHORT_CACHE_SLOTS:
-        return AttentionTile(64, 8, 64, 4, 1)
-    return AttentionTile(64, 16, 64, 4, 2)
+        return AttentionTile(32, 8, 32, 2, 1, vector=True) if group == 1 else AttentionTile(64, 4, 64, 4, 1)
+    return AttentionTile(64, max(4, min(MOST_SPLITS, next_power_of_2(256 // pairs))), 64, 4, 2)

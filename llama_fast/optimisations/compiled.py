@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from llama_fast.model import Llama
 from llama_fast.plan import Phase
 
-# The first is mode="reduce-overhead". Only with the second does inductor write a matrix-vector kernel of its own, tuned to
-# the shape: without it int8 weights are first copied to bf16, and a token reads five times the bytes.
-DECODE_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "triton.cudagraphs": True,
+Options = dict[str, str | int | bool | Callable[..., Any]]
+
+GPU_OPTIONS: Options = {
+    "triton.cudagraphs": True,  # what mode="reduce-overhead" means
+    # Only so does inductor write a matrix-vector kernel of its own: without it int8 weights are first copied to bf16.
     "coordinate_descent_tuning": True,
 }
+# A product's input is stored before it is read N times: the norm would else be computed again for every output.
+CPU_OPTIONS: Options = {"realize_acc_reads_threshold": 2}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Compiled:
         assert isinstance(model, Llama)
         on_gpu = next(model.buffers()).device.type == "cuda"
         shell = with_regions(model) if self.regions else model
-        run_decode = torch.compile(decode, dynamic=False, fullgraph=True, options=DECODE_OPTIONS if on_gpu else None)
+        run_decode = torch.compile(
+            decode, dynamic=False, fullgraph=True, options=GPU_OPTIONS if on_gpu else CPU_OPTIONS
+        )
         run_prefill = prefill
         if self.prefill if self.prefill is not None else on_gpu:
             run_prefill = torch.compile(prefill, dynamic=True, fullgraph=True)

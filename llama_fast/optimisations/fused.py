@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from llama_fast.kernels import ops
 
 MOST_ROWS = 8
-SPLITS = 64  # room for partial results: no attention tile cuts a cache into more
 MOST_QUERY_ROWS = 64  # tokens x query heads per key/value head, in one attention launch
 
 
@@ -96,7 +95,7 @@ class FusedStep:
         self.recorded: weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], Recorded]] = weakref.WeakKeyDictionary()
         config, device = model.config, model.rope_table.device
         self.attention_scratch = ops.AttentionScratch.of(
-            MOST_ROWS, config.n_heads, config.n_kv_heads, config.head_dim, SPLITS, device
+            MOST_ROWS, config.n_heads, config.n_kv_heads, config.head_dim, device
         )
         self.argmax_scratch = ops.ArgmaxScratch.of(MOST_ROWS, config.vocab_size, device)
 

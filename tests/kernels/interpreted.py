@@ -1,0 +1,221 @@
+"""The kernels against plain float64 torch, on tiny odd shapes.
+
+Run by test_interpreted.py with TRITON_INTERPRET=1, which must be set before import.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fast.kernels import ops
+from llama_fast.kernels.tuning import AttentionTile, Tile
+
+NAN = float("nan")
+
+
+def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def weight(n: int, k: int, encoding: str, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(stored weight, scale or None, what they mean in float64)."""
+    dense = rand(n, k, seed=seed, dtype=torch.float64) / math.sqrt(k)
+    if encoding == "int8":
+        scale = (dense.abs().amax(1, keepdim=True) / 127).to(torch.bfloat16)
+        stored = (dense / scale.double()).round().clamp(-127, 127).to(torch.int8)
+        return stored, scale, stored.double() * scale.double()
+    stored = dense.to(torch.bfloat16 if encoding == "bf16" else torch.float32)
+    return stored, None, stored.double()
+
+
+def activations(encoding: str) -> torch.dtype:
+    return torch.float32 if encoding == "float32" else torch.bfloat16
+
+
+def close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """Relative error by norms: far under one rounding of the activations' type."""
+    assert got.shape == want.shape, f"{name}: {tuple(got.shape)} != {tuple(want.shape)}"
+    error = ((got.double() - want).norm() / want.norm()).item()
+    limit = 1e-5 if dtype == torch.float32 else 1.2e-2  # the interpreter truncates to bf16: twice the error
+    assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}"
+
+
+def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = x.double()
+    return wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps) * gain.double()
+
+
+ENCODINGS = ("float32", "bf16", "int8")
+TILES = (Tile(4, 32, 4), Tile(8, 64, 4, blocks=2), Tile(16, 16, 4), Tile(32, 64, 4))
+
+
+def check_linear() -> int:
+    n_checked = 0
+    for encoding, m, tile, (n, k) in itertools.product(ENCODINGS, (1, 2, 5, 8), TILES, ((37, 72), (5, 20))):
+        if (m > 1) != (tile.rows >= 16):
+            continue
+        stored, scale, dense = weight(n, k, encoding, seed=n)
+        dtype = activations(encoding)
+        x, residual, gain = (
+            rand(m, k, seed=1, dtype=dtype),
+            rand(m, n, seed=2, dtype=dtype),
+            rand(k, seed=3, dtype=dtype),
+        )
+        what = f"{encoding} m={m} {tile} {n}x{k}"
+        close(
+            f"add {what}",
+            ops.linear_add(x, stored, scale, residual, tile=tile),
+            residual.double() + x.double() @ dense.T,
+            dtype,
+        )
+        logits = ops.linear(x, stored, scale, gain=gain, eps=1e-5, dtype=torch.float32, tile=tile)
+        assert logits.dtype == torch.float32
+        close(f"head {what}", logits, normed(x, gain, 1e-5) @ dense.T, dtype)
+        pair, pair_scale, pair_dense = weight(2 * n, k, encoding, seed=n + 1)
+        gate, up = (normed(x, gain, 1e-5) @ pair_dense.T).chunk(2, dim=1)
+        got = ops.gated(x, gain, 1e-5, pair, pair_scale, tile=tile)
+        close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, dtype)
+        n_checked += 3
+    return n_checked
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Complex multiplication of pairs (2i, 2i + 1); x [..., HD], cos and sin [..., HD / 2]."""
+    pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+
+
+def check_qkv() -> int:
+    n_checked = 0
+    shapes = ((2, 1, 8, 1, 1), (4, 2, 10, 1, 1), (6, 2, 16, 2, 3), (3, 3, 4, 2, 1), (2, 1, 8, 2, 4))  # H, HKV, HD, B, T
+    for encoding, (h, hkv, hd, b, t), tile in itertools.product(ENCODINGS, shapes, TILES):
+        if (b * t > 1) != (tile.rows >= 16):
+            continue
+        slots, dim, m = 7, 40, b * t
+        dtype = activations(encoding)
+        angles = rand(slots, hd // 2, seed=9, dtype=torch.float64)
+        cos, sin = angles.cos(), angles.sin()
+        stored, scale, dense = weight((h + 2 * hkv) * hd, dim, encoding, seed=4)
+        x, gain = rand(m, dim, seed=5, dtype=dtype), rand(dim, seed=6, dtype=dtype)
+        for first in (0, 1, slots - t):
+            start = torch.tensor([first, (first * 2 + 1) % (slots - t + 1)][:b])
+            caches = [torch.full((b, hkv, slots, hd), NAN, dtype=dtype) for _ in range(2)]
+            rope = ops.Rope(cos.float(), sin.float(), start, caches[0], caches[1], h)
+            q = ops.qkv(x, gain, 1e-5, stored, scale, rope, tile=tile)
+            flat = (normed(x, gain, 1e-5) @ dense.T).view(b, t, h + 2 * hkv, hd)
+            at = start[:, None] + torch.arange(t)
+            turned = rotated(flat[:, :, : h + hkv], cos[at][:, :, None], sin[at][:, :, None])
+            what = f"{encoding} {(h, hkv, hd, b, t)} {tile} start={start.tolist()}"
+            close(f"q {what}", q.view(b, t, h, hd), turned[:, :, :h], dtype)
+            for name, cache, want in (("k", caches[0], turned[:, :, h:]), ("v", caches[1], flat[:, :, h + hkv :])):
+                for row in range(b):
+                    close(f"{name} {what}", cache[row][:, at[row]], want[row].transpose(0, 1), dtype)
+                assert cache.isnan().sum() == b * hkv * (slots - t) * hd, f"{name} {what}: wrote other slots"
+            n_checked += 3
+    return n_checked
+
+
+def check_attention() -> int:
+    n_checked = 0
+    shapes = (
+        (2, 2, 16, 1, 1),
+        (4, 2, 8, 2, 1),
+        (6, 2, 20, 2, 3),
+        (3, 1, 12, 1, 8),
+        (2, 2, 16, 2, 4),
+    )  # H, HKV, HD, B, T
+    tiles = (AttentionTile(16, 3, 16), AttentionTile(16, 1, 16, vector=True), AttentionTile(16, 5, 16))
+    for dtype, (h, hkv, hd, b, t), tile in itertools.product((torch.float32, torch.bfloat16), shapes, tiles):
+        slots = 70
+        everywhere = dtype == torch.float32 and (h, hkv, b, t) == (4, 2, 2, 1)
+        firsts = range(slots - t + 1) if everywhere else (0, 1, 15, 16, 33, slots - t)
+        scratch = ops.AttentionScratch.of(b * t, h, hkv, hd, torch.device("cpu"), tile.splits)
+        for tensor in scratch[:2]:
+            tensor.fill_(NAN)
+        q = rand(b * t, h * hd, seed=1, dtype=dtype)
+        whole_k, whole_v = rand(b, hkv, slots, hd, seed=2, dtype=dtype), rand(b, hkv, slots, hd, seed=3, dtype=dtype)
+        for first in firsts:
+            start = torch.tensor([first, (first * 7 + 3) % (slots - t + 1)][:b], dtype=torch.int32)
+            k, v = whole_k.clone(), whole_v.clone()
+            want = torch.empty(b, t, h, hd, dtype=torch.float64)
+            for row in range(b):
+                end = int(start[row]) + t
+                k[row, :, end:], v[row, :, end:] = NAN, NAN
+                keys, values = (c[row, :, :end].double().repeat_interleave(h // hkv, 0) for c in (k, v))
+                for j in range(t):
+                    n = int(start[row]) + j + 1
+                    scores = torch.einsum("hd,hnd->hn", q.view(b, t, h, hd)[row, j].double(), keys[:, :n]) / math.sqrt(
+                        hd
+                    )
+                    want[row, j] = torch.einsum("hn,hnd->hd", scores.softmax(1), values[:, :n])
+            got = ops.attention(q, k, v, start, scratch, tile=tile)
+            close(
+                f"attention {dtype} {(h, hkv, hd, b, t)} {tile} start={start.tolist()}",
+                got.view(b, t, h, hd),
+                want,
+                dtype,
+            )
+            assert not scratch.arrived.any(), "counters must be left at zero"
+            n_checked += 1
+    return n_checked
+
+
+def check_ends() -> int:
+    table = rand(11, 1030, seed=1, dtype=torch.bfloat16)
+    tokens = torch.tensor([3, 0, 10])
+    assert torch.equal(ops.embed(tokens, table), table[tokens])
+    for rows, vocab in ((1, 7), (3, 5000), (2, 4096)):
+        logits = rand(rows, vocab, seed=2)
+        logits[0, 5], logits[0, vocab - 1], logits[rows - 1, 2] = 9.0, 9.0, 11.0
+        scratch = ops.ArgmaxScratch.of(rows, vocab, torch.device("cpu"))
+        for _ in range(2):
+            assert torch.equal(ops.argmax(logits, scratch), logits.argmax(1)), (rows, vocab)
+        assert ops.argmax(torch.zeros(rows, vocab), scratch).tolist() == [0] * rows
+    return 10
+
+
+def check_operators() -> int:
+    """Every operator under torch.library.opcheck: its schema, fake version and mutations are what they say."""
+    from llama_fast.kernels import operators
+
+    h, hkv, hd, dim, slots = 4, 2, 8, 24, 9
+    x, gain = rand(1, dim, seed=1), rand(dim, seed=2)
+    stored, scale, _ = weight((h + 2 * hkv) * hd, dim, "int8", seed=3)
+    cos, sin = rand(slots, hd // 2, seed=4).cos(), rand(slots, hd // 2, seed=4).sin()
+    start = torch.tensor([3])
+    k, v = rand(1, hkv, slots, hd, seed=5), rand(1, hkv, slots, hd, seed=6)
+    scratch = ops.AttentionScratch.of(1, h, hkv, hd, torch.device("cpu"))
+    logits, argmax_scratch = rand(2, 100, seed=7), ops.ArgmaxScratch.of(2, 100, torch.device("cpu"))
+    out, out_scale, _ = weight(dim, h * hd, "int8", seed=8)
+    tokens, table = torch.tensor([1, 3]), rand(5, dim, seed=9)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (operators.qkv, (x, gain, 1e-5, stored, scale, cos, sin, start, k, v, h)),
+        (operators.attention, (rand(1, h * hd, seed=10), k, v, start, *scratch)),
+        (operators.linear_add, (rand(1, h * hd, seed=11), out, out_scale, x)),
+        (operators.gated, (x, gain, 1e-5, stored, scale)),
+        (operators.head, (x, gain, 1e-5, stored, scale, torch.float32)),
+        (operators.argmax, (logits, *argmax_scratch)),
+        (operators.embed, (tokens, table)),
+    ]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    return len(calls)
+
+
+CHECKS: dict[str, Callable[[], int]] = {
+    "linear": check_linear,
+    "qkv": check_qkv,
+    "attention": check_attention,
+    "ends": check_ends,
+    "operators": check_operators,
+}
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for name in sys.argv[1:] or CHECKS:
+        print(f"{name}: {CHECKS[name]()} results agree")

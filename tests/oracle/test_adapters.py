@@ -1,0 +1,147 @@
+"""The adapters say the same about one model: by prefill, through the cache, and in the generation loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_fast.build import build
+from llama_fast.plan import Plan
+from llama_fast.presets import optimised
+from llama_ref.checkpoint import Checkpoint
+from llama_ref.generate import greedy
+from llama_ref.model import Llama
+from oracle.adapters import CallableSubject, FastSubject, RefSubject, Weights
+from oracle.cases import Case, random_row, standard_case, text_rows
+from oracle.compare import Outcome
+from oracle.judge import Bench, judge
+from oracle.localise import first_beyond, judge_stages
+from oracle.subject import Subject
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bench(tiny: Checkpoint) -> Bench:
+    truth = RefSubject(tiny.config, tiny.weights, torch.float64)
+    return Bench(truth, RefSubject(tiny.config, tiny.weights, torch.float32))
+
+
+@pytest.fixture(scope="module")
+def case(tiny: Checkpoint) -> Case:
+    return standard_case(tiny.config.vocab_size, tiny.config.max_context)
+
+
+def subjects(tiny: Checkpoint) -> list[Subject]:
+    reference = Llama(tiny.config, tiny.weights, torch.float32)
+    return [
+        RefSubject(tiny.config, tiny.weights, torch.float32),
+        CallableSubject(reference, tiny.config.vocab_size, torch.float32),
+        FastSubject(build(tiny, Plan(), CPU, torch.float32)),
+        FastSubject(build(tiny, optimised(), CPU, torch.float32), batch=1, cache_length=256),
+        FastSubject(build(tiny, optimised(), CPU, torch.float32), batch=3),
+    ]
+
+
+@pytest.mark.parametrize("index", range(5), ids=["reference", "callable", "growing", "one row", "three rows"])
+def test_every_subject_agrees_with_the_reference(index: int, tiny: Checkpoint, bench: Bench, case: Case) -> None:
+    verdict = judge(subjects(tiny)[index], bench, case)
+    assert verdict.outcome is Outcome.AGREE, verdict.failures
+
+
+def test_the_standard_case_is_ragged_and_long_enough(case: Case) -> None:
+    assert len(case.rows) >= 2
+    assert len({len(row) for row in case.rows}) == len(case.rows)
+    assert sum(map(len, case.rows)) >= 192
+    assert all(1 <= start < end for split in case.splits for start, end in zip(split.starts, split.ends))
+    assert case.rows == standard_case(257, 256).rows != standard_case(257, 256, seed=5).rows
+
+
+@pytest.mark.parametrize("context", [16, 40, 64])
+def test_a_short_context_gets_a_case_that_fits(context: int) -> None:
+    case = standard_case(50, context)
+    assert case.longest <= context
+    assert all(len(row) >= 2 for row in case.rows)
+
+
+def test_decoding_continues_where_prefill_ends(tiny: Checkpoint) -> None:
+    rows = [random_row(257, 20, 1), random_row(257, 13, 2)]
+    for subject in subjects(tiny):
+        whole = subject.prefill_logits(rows)
+        parts = subject.decode_logits(rows, [4, 11])
+        assert [tuple(part.shape) for part in parts] == [(17, 257), (3, 257)]
+        torch.testing.assert_close(parts[0], whole[0][3:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(parts[1], whole[1][10:], atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_is_the_references_own_greedy(tiny: Checkpoint) -> None:
+    prompts = [random_row(257, 9, 1), random_row(257, 4, 2)]
+    wanted = [greedy(Llama(tiny.config, tiny.weights, torch.float32), list(prompt), 8) for prompt in prompts]
+    for subject in subjects(tiny):
+        done = subject.greedy(prompts, 8)
+        assert [tokens for tokens, _ in done] == wanted
+        assert all(tuple(logits.shape) == (8, 257) for _, logits in done)
+        assert all(logits.argmax(-1).tolist() == tokens for tokens, logits in done)
+
+
+class Lazy:
+    """A subject that answers less than it is asked."""
+
+    name, vocab_size, dtype = "lazy", 257, torch.float32
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+
+    def prefill_logits(self, rows: object) -> list[torch.Tensor]:
+        return self.subject.prefill_logits(rows)[:1]  # type: ignore[arg-type]
+
+    def decode_logits(self, rows: object, splits: object) -> list[torch.Tensor]:
+        return [row[:-1] for row in self.subject.decode_logits(rows, splits)]  # type: ignore[arg-type]
+
+    def greedy(self, prompts: object, n: int) -> list[tuple[list[int], torch.Tensor]]:
+        return [([], torch.zeros(0, 257)) for _ in prompts]  # type: ignore[attr-defined]
+
+
+def test_answering_less_is_no_way_to_pass(tiny: Checkpoint, bench: Bench, case: Case) -> None:
+    lazy = Lazy(subjects(tiny)[0])
+    rows = case.rows
+    assert bench.prefill(lazy, rows).outcome is Outcome.DIFFER
+    assert bench.decode(lazy, rows, case.splits[0].starts, case.splits[0].ends).outcome is Outcome.DIFFER
+    assert bench.greedy(lazy, case.prompts, 5).outcome is Outcome.EMPTY
+    assert bench.prefill(lazy, []).outcome is Outcome.EMPTY
+
+
+def test_a_subject_that_shows_whole_blocks_is_judged_block_by_block(tiny: Checkpoint) -> None:
+    fast = FastSubject(build(tiny, optimised(), CPU, torch.float32))
+    rows = [random_row(257, 40, 1), random_row(257, 31, 2)]
+    truth, plain = (RefSubject(tiny.config, tiny.weights, dtype) for dtype in (torch.float64, torch.float32))
+    traces = [
+        {stage: value for stage, value in trace.items() if stage in ("embedding", "layers.0", "layers.1", "logits")}
+        for trace in fast.trace(rows, [30, 31])
+    ]
+    stages = judge_stages(rows, traces, truth, plain, 2, 2**-24)
+    assert [stage.name for stage in stages] == ["embedding", "layers.0", "layers.1", "logits"]
+    assert first_beyond(stages) is None
+    for trace in traces:
+        trace["layers.1"] = trace["layers.1"] * (1 + 1e-5)
+    fault = first_beyond(judge_stages(rows, traces, truth, plain, 2, 2**-24))
+    assert fault is not None and fault.name == "layers.1"
+
+
+def test_weights_are_rounded_to_the_subjects_type_whether_kept_or_not(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Weights(tiny.weights, torch.bfloat16, CPU)
+    monkeypatch.setattr("oracle.adapters.HELD_BYTES", 0)
+    made_anew = Weights(tiny.weights, torch.bfloat16, CPU)
+    assert list(kept) == list(made_anew) == list(tiny.weights)
+    for name in kept:
+        assert kept[name].dtype is torch.bfloat16
+        assert torch.equal(kept[name], made_anew[name])
+        assert kept[name] is kept[name] and made_anew[name] is not made_anew[name]
+
+
+def test_the_text_gives_rows_of_the_lengths_asked_for() -> None:
+    rows = text_rows(lambda text: list(text.encode()), (256,) * 4)
+    assert [len(row) for row in rows] == [256] * 4
+    assert len(set(rows)) == 4

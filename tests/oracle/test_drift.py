@@ -1,0 +1,83 @@
+"""Drift: the divergence is one, the error bars mean what they say, and a budget needs evidence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oracle.compare import Outcome
+from oracle.drift import BUDGETS, Drift, DriftBudget, Estimate, Tally, judge_drift, measure
+
+V = 40
+
+
+def tally(noise: float, seed: int, length: int = 256) -> Tally:
+    generator = torch.Generator().manual_seed(seed)
+    truth = 3 * torch.randn(length, V, generator=generator)
+    tokens = torch.randint(V, (length,), generator=generator).tolist()
+    return Tally.of([truth + noise * torch.randn(length, V, generator=generator)], [truth], [tokens])
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 2))
+def test_divergence_is_positive_and_grows_with_the_noise(seed: int, noise: float) -> None:
+    small, large = measure(tally(noise, seed)), measure(tally(3 * noise, seed))
+    assert 0 < small.kld_mean.value < large.kld_mean.value
+    assert small.kld_mean.value < small.kld_p99.value
+    assert large.top1_agreement.value <= small.top1_agreement.value <= 1
+
+
+def test_no_noise_is_no_drift() -> None:
+    drift = measure(tally(0.0, 0))
+    assert drift.kld_mean == drift.kld_p99 == Estimate(0.0, 0.0)
+    assert drift.top1_agreement.value == drift.perplexity_ratio.value == 1.0
+
+
+def test_a_constant_per_position_is_no_drift() -> None:
+    row = torch.randn(64, V, generator=torch.Generator().manual_seed(0)).double()
+    shifted = row + torch.arange(64)[:, None]
+    assert measure(Tally.of([shifted], [row], [[1] * 64])).kld_mean.value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_divergence_is_the_textbooks() -> None:
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]).double(), torch.tensor([[0.25, 0.5, 0.25]]).double()
+    found = Tally.of([q.log()], [p.log()], [[0]])
+    assert float(found.kld) == pytest.approx(0.25 * torch.tensor(2.0).log().item())
+    assert found.same.tolist() == [0.0]
+
+
+def test_perplexity_is_that_of_the_actual_next_tokens() -> None:
+    p = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double()
+    q = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).double()
+    assert measure(Tally.of([q.log()], [p.log()], [[0, 0]])).perplexity_ratio.value == pytest.approx(2.0)
+
+
+def test_standard_errors_cover_the_scatter_of_other_texts() -> None:
+    drifts = [measure(tally(0.3, seed)) for seed in range(40)]
+    scatter = torch.tensor([drift.kld_mean.value for drift in drifts]).std()
+    stated = torch.tensor([drift.kld_mean.error for drift in drifts]).mean()
+    assert 0.5 < float(stated / scatter) < 1.5
+
+
+def test_the_same_numbers_give_the_same_errors() -> None:
+    assert measure(tally(0.3, 5)) == measure(tally(0.3, 5))
+
+
+def drift_of(kld: float, top1: float, error: float) -> Drift:
+    return Drift(512, Estimate(kld, error), Estimate(kld * 5, error), Estimate(top1, error), Estimate(1.0, error))
+
+
+def test_budgets_convict_on_evidence_only() -> None:
+    budget, plain = DriftBudget(1e-2, 0.94, 0.03, 1.03, 0.004), drift_of(1e-3, 0.975, 1e-4)
+    assert judge_drift(drift_of(5e-3, 0.96, 1e-4), plain, budget).outcome is Outcome.AGREE
+    assert judge_drift(drift_of(5e-2, 0.96, 1e-4), plain, budget).outcome is Outcome.DIFFER
+    assert judge_drift(drift_of(5e-3, 0.93, 1e-4), plain, budget).outcome is Outcome.DIFFER
+    assert judge_drift(drift_of(1.1e-2, 0.96, 1e-2), plain, budget).outcome is Outcome.AGREE
+    assert judge_drift(measure(Tally.of([], [], [])), plain, budget).outcome is Outcome.EMPTY
+
+
+def test_the_written_budgets_are_those_promised() -> None:
+    assert BUDGETS["int8"].kld_mean == 1e-2
+    assert BUDGETS["int8"].top1_agreement == 0.94
+    assert BUDGETS["int8"].top1_behind_plain == 0.03

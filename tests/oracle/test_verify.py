@@ -1,0 +1,170 @@
+"""The command: its exit codes, its certificate, and that its words go to the right places."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_fast.build import build
+from llama_fast.optimisations.int8 import Int8
+from llama_fast.presets import optimised
+from llama_ref.checkpoint import Checkpoint
+from llama_ref.config import NAMED, LlamaConfig
+from oracle import cli
+from oracle.adapters import RefSubject
+from oracle.certificate import SCHEMA
+from oracle.compare import Outcome
+from oracle.verify import judge_runner, verify
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch, tiny: Checkpoint) -> str:
+    """The tiny shape under a name that the command line knows."""
+    monkeypatch.setitem(NAMED, "tiny", tiny.config)
+    return "random:tiny"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["llama-oracle", "verify", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("encoding", ["dense", "int8"])
+def test_agree_is_exit_0_and_a_certificate(
+    encoding: str,
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "certificate.json"
+    words = ("--model", named, "--encoding", encoding, "--device", "cpu", "--dtype", "bfloat16", "--json", str(path))
+    assert run(monkeypatch, *words) == 0
+    out, err = capsys.readouterr()
+    assert out.rstrip().endswith("AGREE")
+    assert "float32: building" in err
+    document = json.loads(path.read_text())
+    assert document["schema"] == SCHEMA
+    assert document["outcome"] == "AGREE"
+    assert document["subject"]["encoding"] == encoding
+    names = {part["name"] for part in document["parts"]}
+    assert {"float32 stages", "float32 logits", "bfloat16 stages", "bfloat16 logits", "weights"} <= names
+    assert all(check["ok"] for part in document["parts"] for check in part["checks"])
+
+
+def test_differ_is_exit_1(named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def off(config: LlamaConfig) -> torch.Tensor:
+        return rope_table(replace(config, rope_theta=config.rope_theta * 1.0001))
+
+    from llama_fast import model
+
+    rope_table = model.rope_table
+    monkeypatch.setattr(model, "rope_table", off)
+    assert run(monkeypatch, "--model", named, "--device", "cpu") == 1
+    out = capsys.readouterr().out
+    assert "FAIL rope table" in out
+    assert "first fault: layers.0.q_rope" in out
+    assert out.rstrip().endswith("DIFFER")
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("--model", "no/such/model.gguf"), "no/such/model.gguf"),
+        (("--model", "random:unheard-of"), "unknown shape"),
+        (("--model", "random:tiny", "--encoding", "int3"), "unknown encoding 'int3' (known: dense, int8"),
+        (("--model", "random:tiny", "--dtype", "float8"), "unknown dtype 'float8'"),
+        (("--model", "random:tiny", "--json", "no/such/dir/c.json"), "no such directory"),
+    ],
+)
+def test_what_cannot_run_is_exit_2_and_one_line(
+    words: tuple[str, ...], told: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *words, "--device", "cpu") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_the_same_input_gives_the_same_bytes_apart_from_the_date(tiny: Checkpoint) -> None:
+    first, second = (verify(tiny, optimised(Int8()), CPU, torch.bfloat16).to_json("2000-01-01") for _ in range(2))
+    assert first == second
+    assert '"date": "2000-01-01"' in first
+
+
+def test_a_subject_that_errs_beyond_comparison_still_gets_a_readable_certificate(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_fast import model
+
+    monkeypatch.setattr(model, "rotate", lambda x, turns: x * torch.nan)
+    certificate = verify(tiny, optimised(), CPU, torch.float32)
+    assert certificate.outcome is Outcome.DIFFER
+    assert "first fault: layers.0.q_rope" in certificate.to_text()
+    fault = json.loads(certificate.to_json())["first_fault"]
+    assert fault["stage"] == "layers.0.q_rope"
+    assert fault["subject"].startswith("mean nan")
+
+
+def test_an_encoding_without_a_budget_is_empty(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oracle.verify.BUDGETS", {})
+    assert verify(tiny, optimised(Int8()), CPU, torch.float32).outcome is Outcome.EMPTY
+
+
+def test_drift_is_asked_where_there_is_a_text(tiny: Checkpoint) -> None:
+    def encode(text: str) -> list[int]:
+        return [byte % 257 for byte in text.encode()]
+
+    certificate = verify(tiny, optimised(Int8()), CPU, torch.float32, encode)
+    assert certificate.drift is not None and certificate.plain_drift is not None
+    assert certificate.drift.positions == 1024
+    assert certificate.parts["drift"].checks
+
+
+def test_the_quick_verdict_keeps_to_the_shapes_it_is_given(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a compiled rung nothing else may run: one row, one cache length, one token a step."""
+    runner = build(tiny, optimised(), CPU, torch.float32)
+    shapes: set[tuple[int, int, int]] = set()
+
+    def step(self: object, tokens_BT: torch.Tensor, start_B: torch.Tensor, cache: object, choose: object) -> object:
+        shapes.add((*tokens_BT.shape, cache.length))  # type: ignore[attr-defined]
+        return original(self, tokens_BT, start_B, cache, choose)
+
+    original = type(runner).step
+    monkeypatch.setattr(type(runner), "step", step)
+    monkeypatch.setattr(type(runner), "score", None)
+    verdict = judge_runner(runner, tiny, cache_length=256)
+    assert verdict.outcome is Outcome.AGREE
+    assert shapes == {(1, 1, 256)}
+    assert judge_runner(runner, tiny, prompt=[1] * 20, cache_length=20).outcome is Outcome.EMPTY
+
+
+def test_the_reference_in_float64_is_never_read_at_once(tiny: Checkpoint) -> None:
+    """One weight at a time is widened: what a 7B model needs to be judged on one GPU."""
+    alive: list[int] = []
+
+    class Source:
+        shape = (0,)
+        dtype = torch.float32
+
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, key: object) -> torch.Tensor:
+            alive.append(1)
+            return tiny.weights[self.name][:]
+
+    subject = RefSubject(tiny.config, {name: Source(name) for name in tiny.weights}, torch.float64)
+    assert alive == []
+    subject.prefill_logits([[1, 2, 3]])
+    assert len(alive) == len(tiny.weights)
