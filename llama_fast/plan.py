@@ -156,9 +156,9 @@ class GrowingLayer:
 
 def write_at(slots_BKSd: Tensor, new_BTKd: Tensor, position_BT: Tensor) -> Tensor:
     """Put row b's token t into slot position_BT[b, t], in place; return the slots."""
-    row_B1 = torch.arange(position_BT.shape[0], device=position_BT.device)[:, None]
-    slots_BKSd.transpose(1, 2).index_put_((row_B1, position_BT), new_BTKd)
-    return slots_BKSd
+    new_BKTd = new_BTKd.transpose(1, 2)
+    # a scatter, not an assignment through a transposed view: for that a compiler copies all slots
+    return slots_BKSd.scatter_(2, position_BT[:, None, :, None].expand_as(new_BKTd), new_BKTd)
 
 
 class GrowingCache:

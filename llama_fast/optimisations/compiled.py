@@ -31,9 +31,8 @@ CPU_OPTIONS: Options = {"realize_acc_reads_threshold": 2}
 
 @dataclass(frozen=True)
 class Compiled:
-    """The source's two phases; `prefill` None compiles that one on a GPU only. `regions`: one compilation for all blocks."""
+    """The source's two phases. `regions`: one compilation for all blocks, else the whole as it is."""
 
-    prefill: bool | None = None
     regions: bool = True
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
@@ -43,10 +42,8 @@ class Compiled:
         run_decode = torch.compile(
             decode, dynamic=False, fullgraph=True, options=GPU_OPTIONS if on_gpu else CPU_OPTIONS
         )
-        run_prefill = prefill
-        if self.prefill if self.prefill is not None else on_gpu:
-            run_prefill = torch.compile(prefill, dynamic=True, fullgraph=True)
-        return run_prefill, lambda _, *arguments: run_decode(shell, *arguments)
+        run_prefill = torch.compile(prefill, dynamic=True, fullgraph=True) if on_gpu else prefill
+        return run_prefill, lambda unused, *arguments: run_decode(shell, *arguments)
 
 
 class Region(nn.Module):

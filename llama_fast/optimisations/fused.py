@@ -128,11 +128,9 @@ class FusedStep:
     def run(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         ops, model = self.ops, self.model
         (B, T), config = tokens_BT.shape, model.config
+        tokens_M = tokens_BT.reshape(-1).contiguous()  # a column of a larger tensor flattens to a view with gaps
         dense = isinstance(model.embedding, DenseEmbedding)
-        if dense:
-            x_MD = ops.embed(tokens_BT.reshape(-1), model.embedding.weight)
-        else:
-            x_MD = model.embedding(tokens_BT.reshape(-1))
+        x_MD = ops.embed(tokens_M, model.embedding.weight) if dense else model.embedding(tokens_M)
         for block, layer in zip(model.blocks, cache.layers, strict=True):
             assert isinstance(block, Block)
             rope = ops.Rope(self.cos, self.sin, start_B, layer.k, layer.v, config.n_heads)

@@ -17,15 +17,15 @@ from llama_ref.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize(
-    ("encoding", "dtype", "prefill"),
-    [(Dense(), torch.float32, True), (Int8(), torch.bfloat16, False)],
-    ids=["dense-float32-both-phases", "int8-bfloat16-decode"],
+    ("encoding", "dtype", "regions"),
+    [(Dense(), torch.float32, False), (Int8(), torch.bfloat16, True)],
+    ids=["dense-float32-whole", "int8-bfloat16-regions"],
 )
 def test_compiled_is_eager_and_nothing_recompiles(
-    untied: Checkpoint, encoding: Encoding, dtype: torch.dtype, prefill: bool
+    untied: Checkpoint, encoding: Encoding, dtype: torch.dtype, regions: bool
 ) -> None:
     torch._dynamo.reset()
-    plan = Plan(encoding, cache=Static(length=96), compiler=Compiled(prefill), fuse_projections=True)
+    plan = Plan(encoding, cache=Static(length=96), compiler=Compiled(regions), fuse_projections=True)
     runner = build(untied, plan, "cpu", dtype)
     cache = runner.allocate(1, 96)
     sampling = Sampling(temperature=0.7, seed=5)

@@ -6,25 +6,23 @@ It agrees with `llama_ref` within float32's own error, in logits and in greedy t
 from __future__ import annotations
 
 import copy
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from llama_fast.build import build
 from llama_fast.presets import optimised
 from llama_ref.checkpoint import Checkpoint, open_checkpoint
 from llama_ref.generate import greedy
 from llama_ref.model import Llama
-from oracle.adapters import FastSubject, HFSubject, RefSubject
+from oracle.adapters import FastSubject, HFSubject, RefSubject, angles
 from oracle.cases import Case, standard_case
 from oracle.compare import Outcome, unit_roundoff
 from oracle.judge import Bench, judge
-from oracle.localise import first_beyond, judge_stages
+from oracle.localise import first_beyond, judge_rope_table, judge_stages
 
 transformers = pytest.importorskip("transformers")
 
@@ -119,27 +117,32 @@ def test_a_wrong_theta_makes_the_witness_differ(pair: tuple[Any, Checkpoint]) ->
     assert bench_of(other).prefill(HFSubject(model), rows).outcome is Outcome.DIFFER
 
 
-def test_the_witness_agrees_in_bfloat16_once_its_rotation_keeps_to_float32(
-    pair: tuple[Any, Checkpoint], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It rounds RoPE's cosines to bfloat16, which the specification forbids and which shows.
-
-    (Up to 2.1 times the yardstick's error in a window.) With float32 cosines it agrees at the usual factors.
-    """
-    modeling = importlib.import_module("transformers.models.llama.modeling_llama")
-    turn, table = modeling.apply_rotary_pos_emb, modeling.LlamaRotaryEmbedding.forward
-
-    def turn_in_float32(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return tuple(x.to(q.dtype) for x in turn(q.float(), k.float(), cos, sin, *rest))
-
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", turn_in_float32)
-    monkeypatch.setattr(
-        modeling.LlamaRotaryEmbedding, "forward", lambda self, x, position_ids: table(self, x.float(), position_ids)
-    )
-    model, checkpoint = pair
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_witness_agrees_in_bfloat16(attention: str, pair: tuple[Any, Checkpoint]) -> None:
+    _, checkpoint = pair
     weights = {name: source[:].bfloat16() for name, source in checkpoint.weights.items()}
     bench = bench_of(replace(checkpoint, weights=weights), torch.bfloat16)
-    narrow = copy.deepcopy(model).to(torch.bfloat16)
-    narrow.set_attn_implementation("sdpa")  # its eager attention also rounds the scores twice
-    verdict = judge(HFSubject(narrow), bench, case_of(checkpoint))
+    narrow = transformers.LlamaForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.bfloat16, attn_implementation=attention
+    )
+    verdict = judge(HFSubject(narrow.eval()), bench, case_of(checkpoint))
     assert verdict.outcome is Outcome.AGREE, verdict.failures
+
+
+def test_a_whole_model_cast_to_bfloat16_differs_by_its_angles(pair: tuple[Any, Checkpoint]) -> None:
+    """A mistake often made: `.to(bfloat16)` rounds RoPE's frequencies too, which loading in bfloat16 does not.
+
+    In bfloat16 logits it may drown; the named check of the angles sees it always.
+    """
+    model, checkpoint = pair
+
+    def table(of: Any) -> torch.Tensor:
+        cos, sin = of.model.rotary_emb(torch.zeros(1), torch.arange(256)[None])
+        half = checkpoint.config.head_dim // 2
+        return torch.stack([cos[0, :, :half], sin[0, :, :half]], -1)
+
+    loaded = transformers.LlamaForCausalLM.from_pretrained(checkpoint.path, dtype=torch.bfloat16)
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    angle_Td = angles(checkpoint.config, 256)
+    assert judge_rope_table(table(loaded), angle_Td).outcome is Outcome.AGREE
+    assert judge_rope_table(table(cast), angle_Td).outcome is Outcome.DIFFER
