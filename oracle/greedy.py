@@ -48,8 +48,9 @@ class Continuation:
     yardstick: Tensor
 
 
-def compare_greedy(runs: Sequence[Continuation], unit: float, factors: Factors = Factors()) -> Verdict:
+def compare_greedy(runs: Sequence[Continuation], unit: float, factors: Factors | None = None) -> Verdict:
     """The three checks: own argmax, margin of every disagreement, number of ties."""
+    factors = Factors.of_unit(unit) if factors is None else factors
     total = sum(len(run.tokens) for run in runs)
     if not total:
         return empty("tokens", "nothing was compared")

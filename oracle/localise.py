@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from oracle.compare import STAGE_FACTORS, Check, Factors, Outcome, Verdict, compare_logits, compare_stage, empty
+from oracle.compare import Check, Factors, Outcome, Verdict, compare_logits, compare_stage, empty
 
 Trace = dict[str, Tensor]
 """What one row's stages showed: name -> [T, features], names as in the reference ("layers.3.q_rope")."""
@@ -53,7 +53,7 @@ def judge_stages(
     yardstick: Stages,
     n_layers: int,
     unit: float,
-    factors: Factors = STAGE_FACTORS,
+    factors: Factors | None = None,
 ) -> list[Stage]:
     """Every stage that the subject showed, in the order of the forward pass."""
     carried_truth = [dict(trace) for trace in traces]
@@ -86,7 +86,7 @@ def _stage(
     truth: Sequence[Trace],
     yardstick: Sequence[Trace],
     unit: float,
-    factors: Factors,
+    factors: Factors | None,
 ) -> Stage:
     seen, true, plain = ([row[name] for row in rows] for rows in (traces, truth, yardstick))
     if not all(torch.isfinite(row).all() for row in true):

@@ -148,8 +148,7 @@ class FusedStep:
         a = ops.attention(q, rope.k_cache, rope.v_cache, rope.start, self.attention_scratch, early=early)
         x_MD = ops.linear_add(a, *matrix(block.wo), x_MD)
         hidden = ops.gated(x_MD, block.ffn_norm.weight, eps, *matrix(block.gate_up))
-        x_MD = ops.linear_add(hidden, *matrix(block.w2), x_MD)
-        return x_MD
+        return ops.linear_add(hidden, *matrix(block.w2), x_MD)  # type: ignore[no-any-return]
 
 
 def matrix(module: Any) -> tuple[Tensor, Tensor | None]:

@@ -23,10 +23,12 @@ def unable() -> str:
 
 
 @pytest.mark.skipif(bool(unable()), reason=unable())
-@pytest.mark.parametrize("group", ["linear", "qkv", "attention", "ends", "operators"])
+@pytest.mark.parametrize("group", ["linear", "qkv", "attention", "ends", "operators", "step"])
 def test_kernels_agree_with_float64(group: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("interpreted.py")
+    if group == "step":
+        script = script.with_name("interpreted_step.py")
     done = subprocess.run(
         [sys.executable, str(script), group], env=environment, capture_output=True, text=True, timeout=900
     )

