@@ -33,8 +33,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # float32: a bf16 sum of squares over 4096 terms has two digits
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        # float32: a bf16 sum of squares over 4096 terms has two digits
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
 class Separate(nn.Module):
@@ -158,7 +158,7 @@ class Llama(nn.Module):
         last_B: Tensor | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Logits [B, T, V], or [B, 1, V] at index `last_B` of each row alone.
+        """Logits [B, T, V] in float32, or [B, 1, V] at index `last_B` of each row alone.
 
         Row b's token t stands at position start_B[b] + t and sees every position up to its own in the cache. A start
         of None means position 0 with nothing before: attention then stays among these tokens, and causal.
@@ -183,7 +183,9 @@ class Llama(nn.Module):
         if last_B is not None:
             x_BTD = x_BTD[torch.arange(B, device=last_B.device), last_B][:, None]
         n_BTD = self.norm(x_BTD)
-        logits_BTV = self.head(n_BTD)
+        # float32, so that whoever compares, samples or takes the argmax sees the same numbers: a compiler that fuses the
+        # argmax into the head would else choose by digits that bf16 logits no longer show
+        logits_BTV = self.head(n_BTD).float()
         if observe is not None:
             observe("norm", n_BTD)
             observe("logits", logits_BTV)

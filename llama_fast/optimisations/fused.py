@@ -46,7 +46,7 @@ class Fused:
         ) -> tuple[Tensor, Tensor]:
             B, T = tokens_BT.shape
             width = MOST_ROWS // B  # every short prompt is padded to one width: one graph serves them all
-            if T > width or not step.takes(B, width) or cache.length < width:
+            if width < T or not step.takes(B, width) or cache.length < width:
                 return prefill(model, tokens_BT, lengths_B, cache, choose)
             padded_BT = torch.nn.functional.pad(tokens_BT, (0, width - T))
             logits_BTV = step(padded_BT, torch.zeros_like(lengths_B), cache)[1]
