@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import platform
+import re
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -232,7 +234,9 @@ def device_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's architecture and number of threads."""
+    """The GPU's name, or the CPU's and the number of threads used: "AMD EPYC, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from llama_fast import presets
 from llama_fast.build import Runner, build, default_dtype, encoded, where
 from llama_fast.llama import Llama
 from llama_fast.plan import Plan
-from llama_fast.presets import encoding_named, optimised
+from llama_fast.presets import encoding_named
 from llama_fast.report import Summary
 from llama_fast.roofline import GB
 from llama_ref.models import DEFAULT_MODEL, resolve
@@ -47,6 +48,7 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
     encoding: EncodingFlag = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first token.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Decode by our own kernels; needs a GPU.")] = False,
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write texts, tokens and rates here.")] = None,
@@ -55,10 +57,13 @@ def generate(
     found = resolve(model)
     to, kind = where(device), dtype_named(dtype, where(device))
     checkpoint = found.open(to, kind)
-    plan = optimised(encoding_named(encoding or checkpoint.encoding), compile)
+    if fused and compile:
+        raise ValueError("--fused and --compile are two ways to decode: choose one")
+    kept = encoding_named(encoding or checkpoint.encoding)
+    plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop or []}
-    if compile:
+    if compile or fused:
         llama.generate(prompt, min(max_new_tokens, 8), **options)  # the first call compiles; it is not timed
     if to.type == "cuda":
         torch.cuda.reset_peak_memory_stats(to)

@@ -82,6 +82,8 @@ def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tm
         (("generate", "--dtype", "float8"), "unknown dtype 'float8' (known: float32, bfloat16)"),
         (("generate", "--temperature", -1), "temperature=-1.0"),
         (("generate", "--stop", ""), "a stop string is empty"),
+        (("generate", "--fused", "--compile"), "choose one"),
+        (("generate", "--fused", "--device", "cpu"), "the fused kernels need a CUDA device"),
         (("quantize", "--encoding", "dense"), "encoding dense changes nothing"),
         (("bench", "--rungs", "warp"), "unknown rung 'warp' (known: baseline"),
     ],
