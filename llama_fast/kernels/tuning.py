@@ -38,7 +38,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# On an NVIDIA H100 80GB HBM3: benchmarks/decode_kernels.py, the fastest in a whole token and not alone.
+# On an NVIDIA H100 80GB HBM3: tests/gpu/kernel_sweep.py, the fastest in a whole token and not alone.
 # (GPU name contains, epilogue, N, K, bytes per weight) -> Tile for one row
 MEASURED: dict[tuple[str, str, int, int, int], Tile] = {
     # llama-2-7b

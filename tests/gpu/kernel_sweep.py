@@ -1,6 +1,6 @@
 """How fast a whole decode token goes with the kernels alone: random weights of a Llama shape, one CUDA graph per step.
 
-    python benchmarks/decode_kernels.py --out DIR [--stages tiles,descend,tokens,long,rows,host] [--budget SECONDS]
+    python tests/gpu/kernel_sweep.py --out DIR [--stages tiles,descend,tokens,long,rows,host] [--budget SECONDS]
 
 Stages: `tiles` sweeps block sizes matrix by matrix; `descend` changes one tile at a time in the whole token; `tokens` times whole
 tokens; `long` does so at 4096 tokens of context; `rows` with 2, 4 and 8 rows; `host` times the launches and tries torch.compile.
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
