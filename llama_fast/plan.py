@@ -156,9 +156,13 @@ class GrowingLayer:
 
 def write_at(slots_BKSd: Tensor, new_BTKd: Tensor, position_BT: Tensor) -> Tensor:
     """Put row b's token t into slot position_BT[b, t], in place; return the slots."""
-    new_BKTd = new_BTKd.transpose(1, 2)
-    # a scatter, not an assignment through a transposed view: for that a compiler copies all slots
-    return slots_BKSd.scatter_(2, position_BT[:, None, :, None].expand_as(new_BKTd), new_BKTd)
+    B, K = slots_BKSd.shape[:2]
+    row_B11 = torch.arange(B, device=slots_BKSd.device)[:, None, None]
+    head_K1 = torch.arange(K, device=slots_BKSd.device)[:, None]
+    # All indices, on the tensor itself: a scatter, or an assignment through a transposed view, a compiler turns into a
+    # copy of all slots.
+    slots_BKSd[row_B11, head_K1, position_BT[:, None, :]] = new_BTKd.transpose(1, 2)
+    return slots_BKSd
 
 
 class GrowingCache:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama_fast.kernels.attention import _attend
 from llama_fast.kernels.linear import _few_rows, _norm, _one_row
+from llama_fast.kernels.prompt import _gate, _turn_and_store
 from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
     MOST_SPLITS,
@@ -165,6 +166,25 @@ def gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor, scale: Tensor | N
     """RMS norm, then silu(gate) * up; weight [2 F, D]: the gate's rows, then the up's. [M, F]."""
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
     return _linear(x, weight, scale, out, "gated", gain=gain, eps=eps, **options)
+
+
+def turn_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int) -> Tensor:
+    """Of a prompt's products [B * T, (H + 2 HKV) * HD]: rotary, k and v to the caches' first T slots. -> q [B * T, H * HD]."""
+    rows, columns = qkv.shape
+    batch, kv_heads, slots, head_dim = k_cache.shape
+    out = qkv.new_empty(rows, heads * head_dim)
+    _turn_and_store[(rows, triton.cdiv(columns, 1024))](
+        qkv, cos, sin, out, k_cache, v_cache, slots, rows // batch, H=heads, HKV=kv_heads, HD=head_dim, BN=1024
+    )
+    return out
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of a prompt's products [M, 2 F], the gate's columns first. [M, F]."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    _gate[(rows, triton.cdiv(width, 1024))](gate_up, out, F=width, BF=1024)
+    return out
 
 
 class AttentionScratch(NamedTuple):

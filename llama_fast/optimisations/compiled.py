@@ -24,9 +24,11 @@ GPU_OPTIONS: Options = {
     "triton.cudagraphs": True,  # what mode="reduce-overhead" means
     # Only so does inductor write a matrix-vector kernel of its own: without it int8 weights are first copied to bf16.
     "coordinate_descent_tuning": True,
+    # A product's input is stored before it is read N times: norm and SiLU would else be computed again for every output.
+    "realize_acc_reads_threshold": 2,
+    "realize_opcount_threshold": 8,
 }
-# A product's input is stored before it is read N times: the norm would else be computed again for every output.
-CPU_OPTIONS: Options = {"realize_acc_reads_threshold": 2}
+CPU_OPTIONS: Options = {"realize_acc_reads_threshold": 2}  # for the same reason
 
 
 @dataclass(frozen=True)

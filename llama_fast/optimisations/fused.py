@@ -3,7 +3,8 @@ are written for one to eight rows: each reads its weights once, at the speed of 
 the kernel ahead of it has ended. Attention reads the valid part of the static cache and no more.
 
 Decode, the check of a few proposed tokens, and the prefill of a short prompt are such steps; a longer prompt is bound by
-arithmetic, and goes through PyTorch's matrix products. Nothing is compiled but the kernels themselves, in seconds.
+arithmetic, and goes through PyTorch's matrix products with one kernel between each two. Nothing is compiled but the
+kernels themselves, in seconds.
 
 Shapes: B batch, T tokens, M = B x T rows, D model width, V vocabulary.
 """
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_fast.matvec import product
 from llama_fast.model import Block, Joined, Llama
 from llama_fast.plan import DenseEmbedding, KVCache, Phase
 from llama_fast.sampling import Chooser
@@ -47,8 +50,9 @@ class Fused:
             B, T = tokens_BT.shape
             width = MOST_ROWS // B  # every short prompt is padded to one width: one graph serves them all
             if width < T or not step.takes(B, width) or cache.length < width:
-                return prefill(model, tokens_BT, lengths_B, cache, choose)
-            padded_BT = torch.nn.functional.pad(tokens_BT, (0, width - T))
+                logits_BV = step.prompt(tokens_BT, lengths_B, cache)
+                return choose(logits_BV, lengths_B), logits_BV
+            padded_BT = F.pad(tokens_BT, (0, width - T))
             logits_BTV = step(padded_BT, torch.zeros_like(lengths_B), cache)[1]
             logits_BV = logits_BTV[torch.arange(B, device=lengths_B.device), lengths_B - 1]
             return choose(logits_BV, lengths_B), logits_BV
@@ -141,6 +145,26 @@ class FusedStep:
         token_M = ops.argmax(logits_MV, self.argmax_scratch)
         return token_M.view(B, T)[:, -1], logits_MV.view(B, T, -1)
 
+    def prompt(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
+        """Prefill of a long prompt: logits [B, V] at each row's last token. PyTorch's products and attention, one kernel
+        between each two of them."""
+        ops, model, (B, T) = self.ops, self.model, tokens_BT.shape
+        config, eps = model.config, model.config.norm_eps
+        x_MD = model.embedding(tokens_BT).flatten(0, 1)
+        for block, layer in zip(model.blocks, cache.layers, strict=True):
+            assert isinstance(block, Block)
+            qkv = product(ops.rms_norm(x_MD, block.attention_norm.weight, eps), *matrix(block.qkv))
+            q = ops.turn_and_store(qkv, self.cos, self.sin, layer.k, layer.v, config.n_heads)
+            a_BHTd = F.scaled_dot_product_attention(
+                q.view(B, T, config.n_heads, config.head_dim).transpose(1, 2), layer.k[:, :, :T], layer.v[:, :, :T],
+                is_causal=True, enable_gqa=config.n_heads != config.n_kv_heads,
+            )  # fmt: skip
+            add_product(x_MD, a_BHTd.transpose(1, 2).reshape(B * T, -1), *matrix(block.wo))
+            gate_up = product(ops.rms_norm(x_MD, block.ffn_norm.weight, eps), *matrix(block.gate_up))
+            add_product(x_MD, ops.gate(gate_up), *matrix(block.w2))
+        x_BD = x_MD.view(B, T, -1)[torch.arange(B, device=lengths_B.device), lengths_B - 1]
+        return model.head(model.norm(x_BD)).float()  # type: ignore[no-any-return]
+
     def block(self, block: Block, x_MD: Tensor, rope: ops.Rope, early: bool) -> Tensor:
         """Norm, q k v, rotary and cache write; attention; out and residual; norm and gate; down and residual."""
         ops, eps = self.ops, self.model.config.norm_eps
@@ -149,6 +173,14 @@ class FusedStep:
         x_MD = ops.linear_add(a, *matrix(block.wo), x_MD)
         hidden = ops.gated(x_MD, block.ffn_norm.weight, eps, *matrix(block.gate_up))
         return ops.linear_add(hidden, *matrix(block.w2), x_MD)  # type: ignore[no-any-return]
+
+
+def add_product(x_MD: Tensor, a_MK: Tensor, weight_DK: Tensor, scale: Tensor | None) -> None:
+    """x += a @ weight.T, in one pass where the weight needs no decoding."""
+    if scale is None:
+        x_MD.addmm_(a_MK, weight_DK.t())
+    else:
+        x_MD.add_(product(a_MK, weight_DK, scale))
 
 
 def matrix(module: Any) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from llama_fast.build import build
+from llama_fast.build import Runner, build
 from llama_fast.optimisations.fused import FusedStep
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.plan import Dense
@@ -14,6 +14,19 @@ from llama_ref.model import Llama as Reference
 CONFIG = LlamaConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=20, ffn_dim=56, vocab_size=35, max_context=256
 )
+
+
+def long_prompts(step: FusedStep, runner: Runner, exact: Reference) -> int:
+    """Ragged prompts through the products' way, then a token each through the kernels, on the cache they left."""
+    tokens_BL = torch.randint(CONFIG.vocab_size, (3, 19), generator=torch.Generator().manual_seed(7))
+    wanted_BLV, rows = exact(tokens_BL), torch.arange(3)
+    lengths_B = torch.tensor([18, 9, 13])
+    cache = runner.allocate(3, 19)
+    logits_BV = step.prompt(tokens_BL[:, :18], lengths_B, cache)
+    torch.testing.assert_close(logits_BV.double(), wanted_BLV[rows, lengths_B - 1], atol=2e-5, rtol=2e-5)
+    _, logits_B1V = step.run(tokens_BL[rows, lengths_B][:, None], lengths_B, cache)
+    torch.testing.assert_close(logits_B1V[:, 0].double(), wanted_BLV[rows, lengths_B], atol=2e-5, rtol=2e-5)
+    return 2
 
 
 def main() -> None:
@@ -41,6 +54,7 @@ def main() -> None:
                 torch.testing.assert_close(logits_BTV.double(), wanted_BLV[rows_B1, at_BT], atol=2e-5, rtol=2e-5)
                 assert torch.equal(token_B, logits_BTV[:, -1].argmax(-1))
                 checked += 1
+        checked += long_prompts(step, runner, exact)
     print(f"step: {checked} results agree")
 
 
