@@ -9,18 +9,20 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from llama_fast.model import Block, Joined, Llama, Separate
-from llama_fast.plan import KVCache, Phase, Plan
+from llama_fast.plan import KVCache, Phase, Plan, Whole
 from llama_fast.sampling import Chooser, Sampling
 from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
 
 JOINED = {"qkv": ("attention.wq", "attention.wk", "attention.wv"), "gate_up": ("feed_forward.w1", "feed_forward.w3")}
+STRIPE_BYTES = 64 << 20
+"""Rows that are read at once where whole rows are needed to keep some of their columns."""
 ALONE = {"wo": "attention.wo", "w2": "feed_forward.w2"}
 
 
@@ -35,7 +37,7 @@ def build(
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
     config = plan.shard.local_config(checkpoint.config)
-    stored = {name: plan.shard.cut(name, parts) for name, parts in encoded(checkpoint, plan, dtype, device)}
+    stored = dict(encoded(checkpoint, plan, dtype, device))
     model = construct(config, stored, plan, dtype).eval().requires_grad_(False)
     run_prefill, run_decode = plan.compiler.compile(prefill, decode, model)
     return Runner(checkpoint, config, plan, device, dtype, model, run_prefill, run_decode)
@@ -58,27 +60,69 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def encoded(
     checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, device: torch.device
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every weight as (name without ".weight", parts), one at a time, encoded on `device`.
+    """Every weight as (name without ".weight", parts), one at a time: this process's part of it, encoded on `device`.
 
     What the encoding leaves alone becomes `dtype`; None keeps it as stored.
     """
-    for name, source in checkpoint.weights.items():
+    for name in checkpoint.weights:
         stem, _, part = name.rpartition(".")
-        if part == "scale":  # read together with its weight
-            continue
-        yield stem, encode_one(checkpoint, stem, source, plan, dtype, device)
+        if part != "scale":  # read together with its weight
+            yield stem, encode_one(checkpoint, stem, plan, dtype, device)
 
 
 def encode_one(
-    checkpoint: Checkpoint, stem: str, source: TensorSource, plan: Plan, dtype: torch.dtype | None, device: torch.device
+    checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | None, device: torch.device
 ) -> dict[str, Tensor]:
-    tensor = source[:].to(device)
-    scale = checkpoint.weights.get(f"{stem}.scale")
+    """The parts of one weight. Nothing is read that this process does not need, and never more than a stripe too much."""
+    weights, config, encoding = checkpoint.weights, checkpoint.config, plan.encoding
+    source = weights[f"{stem}.weight"]
+    scale = weights.get(f"{stem}.scale")
+    part = plan.shard.part(stem, source.shape, config)
     if scale is not None:
-        return {"weight": tensor, "scale": scale[:].to(device)}
-    if is_encoded(stem, checkpoint.config):
-        return plan.encoding.encode(tensor, dtype or tensor.dtype)
-    return {"weight": tensor.to(dtype or tensor.dtype)}
+        return {name: read.to(device) for name, read in cut({"weight": source, "scale": scale}, part).items()}
+    kept = dtype or source.dtype
+    if not is_encoded(stem, config):
+        return {"weight": read(source, part).to(device).to(kept)}
+    if encoding.name == "dense" or is_whole(part[1], source.shape[1]):
+        return encoding.encode(read(source, part).to(device), kept)
+    # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
+    rows = max(1, STRIPE_BYTES // (source.shape[1] * source.dtype.itemsize))
+    stripes = []
+    for first in range(0, source.shape[0], rows):
+        stripe = encoding.encode(source[first : first + rows].to(device), kept)
+        stripes.append({name: tensor.contiguous() for name, tensor in cut(stripe, (slice(None), part[1])).items()})
+    return {name: torch.cat([stripe[name] for stripe in stripes]) for name in stripes[0]}
+
+
+def read(source: TensorSource, part: tuple[slice, ...]) -> Tensor:
+    """A part of a stored tensor; contiguous, and not a window that keeps the whole alive."""
+    return source[part].contiguous()
+
+
+def cut(parts: Mapping[str, TensorSource], part: tuple[slice, ...]) -> dict[str, Tensor]:
+    """A part of an encoded matrix: every tensor along the weight's axes, unless it has length 1 there.
+
+    A scale [out, groups] is cut where the weight is; ValueError where that would part a group.
+    """
+    shape = parts["weight"].shape
+    return {
+        name: read(held, tuple(rescaled(*axis) for axis in zip(part, shape, held.shape)))
+        for name, held in parts.items()
+    }
+
+
+def rescaled(part: slice, size: int, length: int) -> slice:
+    """A slice of an axis of `size` as one of `length` entries: (64:128 of 256, 4) -> 1:2; (64:128 of 256, 1) -> all."""
+    if length == 1:
+        return slice(None)
+    start, stop, _ = part.indices(size)
+    if start * length % size or stop * length % size:
+        raise ValueError(f"columns {start} to {stop} of {size} part one of {length} groups")
+    return slice(start * length // size, stop * length // size)
+
+
+def is_whole(part: slice, size: int) -> bool:
+    return part.indices(size) == (0, size, 1)
 
 
 def is_encoded(stem: str, config: LlamaConfig) -> bool:
@@ -105,11 +149,13 @@ def construct(config: LlamaConfig, stored: dict[str, dict[str, Tensor]], plan: P
         norms = {norm: stored.pop(f"{layer}.{norm}")["weight"] for norm in ("attention_norm", "ffn_norm")}
         return Block(config, norms, projections(layer), plan.shard.all_reduce)
 
-    table = stored.pop("tok_embeddings")
+    table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
     if config.tie_embeddings:
-        embedding, head = plan.encoding.embedding(table, dtype), plan.encoding.linear(table)
+        embedding = plan.encoding.embedding(table, dtype)
+        output = cut(table, plan.shard.part("output", table["weight"].shape, config))
     else:
-        embedding, head = Plan().encoding.embedding(table, dtype), plan.encoding.linear(stored.pop("output"))
+        embedding, output = Plan().encoding.embedding(table, dtype), stored.pop("output")
+    head = plan.shard.head(plan.encoding.linear(output), config.vocab_size)
     blocks = [block(f"layers.{i}") for i in range(config.n_layers)]
     return Llama(config, embedding, blocks, stored.pop("norm")["weight"], head)
 
@@ -145,7 +191,7 @@ class DecodedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         r, stem = self._runner, name.removesuffix(".weight")
-        parts = encode_one(r.checkpoint, stem, r.checkpoint.weights[name], r.plan, r.dtype, r.device)
+        parts = encode_one(r.checkpoint, stem, replace(r.plan, shard=Whole()), r.dtype, r.device)
         return r.plan.encoding.decode(parts) if is_encoded(stem, r.checkpoint.config) else parts["weight"]
 
     def __iter__(self) -> Iterator[str]:

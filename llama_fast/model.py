@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.plan import KVCache, LayerCache
+from llama_fast.plan import AllReduce, KVCache, LayerCache
 from llama_ref.config import LlamaConfig, RopeScaling
 
 Observer = Callable[[str, Tensor], None]
-AllReduce = Callable[[Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -58,6 +57,18 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.linear(x).split(self.sizes, -1))
+
+
+class SplitHead(nn.Module):
+    """A head that holds some rows of the vocabulary; `gather` makes all logits [..., V] of these [..., rows held]."""
+
+    def __init__(self, linear: nn.Module, gather: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.linear = linear
+        self.gather = gather
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gather(self.linear(x))
 
 
 class Block(nn.Module):

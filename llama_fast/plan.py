@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,17 +85,31 @@ class Compiler(Protocol):
         """The two functions, compiled or not; a compiler may instead compile the model's blocks in place of the whole."""
 
 
+class AllReduce(Protocol):
+    """How the partial results of all processes become one."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum of x over all processes."""
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the sum of x, in the residual's type: for kernels that would else write x only to read it."""
+
+
 class Shard(Protocol):
     """Which part of every matrix this process holds."""
+
+    @property
+    def all_reduce(self) -> AllReduce:
+        """Applied to what `wo` and `w2` give."""
 
     def local_config(self, config: LlamaConfig) -> LlamaConfig:
         """The shapes of this process's part; ValueError with the numbers where they do not divide."""
 
-    def cut(self, name: str, parts: Parts) -> dict[str, Tensor]:
-        """This process's part of the matrix called `name`."""
+    def part(self, name: str, shape: Sequence[int], config: LlamaConfig) -> tuple[slice, ...]:
+        """What this process holds of the tensor called `name`, as "layers.0.attention.wq": one slice for each axis."""
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over all processes."""
+    def head(self, linear: nn.Module, vocab_size: int) -> nn.Module:
+        """The module that gives every process all logits, where `linear` gives those of its part of "output"."""
 
 
 class DenseLinear(nn.Module):
@@ -201,18 +215,33 @@ class Eager:
         return prefill, decode
 
 
+class Alone:
+    """The sum over one process."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return (residual + x).type_as(residual)
+
+
 @dataclass(frozen=True)
 class Whole:
     """One process holds everything."""
 
+    all_reduce: AllReduce = field(default_factory=Alone, init=False, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return "whole"
+
     def local_config(self, config: LlamaConfig) -> LlamaConfig:
         return config
 
-    def cut(self, name: str, parts: Parts) -> dict[str, Tensor]:
-        return dict(parts)
+    def part(self, name: str, shape: Sequence[int], config: LlamaConfig) -> tuple[slice, ...]:
+        return (slice(None),) * len(shape)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x
+    def head(self, linear: nn.Module, vocab_size: int) -> nn.Module:
+        return linear
 
 
 @dataclass(frozen=True)
@@ -228,5 +257,9 @@ class Plan:
 
     def __str__(self) -> str:
         """As "dense · growing · eager · whole"."""
-        words = [self.encoding.name, *(type(slot).__name__.lower() for slot in (self.cache, self.compiler, self.shard))]
+        words = [
+            self.encoding.name,
+            *(type(slot).__name__.lower() for slot in (self.cache, self.compiler)),
+            str(self.shard),
+        ]
         return " · ".join([*words, "fused projections"] if self.fuse_projections else words)

@@ -7,7 +7,7 @@ GB = 1e9 bytes. MBU (model bandwidth utilisation) = bytes per step x steps per s
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from llama_fast.model import Llama
 from llama_ref.config import LlamaConfig
@@ -27,25 +27,34 @@ DATASHEET_GB_PER_S = {
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, a tied table counted once; the rotary table is not a weight."""
-    return sum(tensor.untyped_storage().nbytes() for name, tensor in distinct(model).items() if name != "rope_table")
+    """Bytes of all weights, those that share storage once; the rotary table is not a weight."""
+    largest: dict[int, int] = {}
+    for name, tensor in model.named_buffers():
+        if name != "rope_table":
+            at = tensor.untyped_storage().data_ptr()
+            largest[at] = max(largest.get(at, 0), tensor.nbytes)
+    return sum(largest.values())
 
 
 def weight_bytes_per_step(model: Llama, batch: int = 1) -> int:
-    """Bytes of weights that one decode step of `batch` rows reads."""
-    table = distinct(model.embedding)
-    tied = {tensor.data_ptr() for tensor in distinct(model.head).values()}
-    unread = 0
-    for tensor in table.values():
-        if tensor.data_ptr() not in tied:
-            unread += max(0, tensor.shape[0] - batch) * tensor[0].numel() * tensor.element_size()
-    return stored_bytes(model) - unread
+    """Bytes of weights that one decode step of `batch` rows reads.
 
-
-def distinct(module: nn.Module) -> dict[str, Tensor]:
-    """A module's tensors by name, those that share storage once."""
-    found = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed([*module.named_buffers()])}
-    return dict(found.values())
+    Of the embedding table that is a row for each token, or nothing beside the head, if the head is (part of) that table.
+    """
+    table = dict(model.embedding.named_buffers())
+    tied = {tensor.untyped_storage().data_ptr() for tensor in model.head.buffers()}
+    looked_up = sum(
+        min(batch, tensor.shape[0]) * tensor[0].nbytes
+        for tensor in table.values()
+        if tensor.untyped_storage().data_ptr() not in tied
+    )
+    rest = {
+        name: tensor
+        for name, tensor in model.named_buffers(remove_duplicate=False)
+        if not name.startswith("embedding.")
+    }
+    del rest["rope_table"]
+    return looked_up + sum(tensor.nbytes for tensor in rest.values())
 
 
 def cache_bytes_per_step(config: LlamaConfig, batch: int, positions: float, element_bytes: int) -> float:

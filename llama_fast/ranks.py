@@ -1,0 +1,257 @@
+"""Processes that work as one: join what `torchrun` started, leave without hanging, and end together when one fails.
+
+    torchrun --nproc-per-node 2 -m llama_fast.cli generate --model random:llama-2-7b
+
+Nothing is launched here. A failure is said once, by the rank that meets it first; the launcher ends the others. Against
+what no launcher sees (a stopped process, a lost host, a dead launcher) every rank watches its neighbour's heartbeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llama_fast.optimisations.tensor_parallel import TensorParallel
+from llama_fast.plan import Shard, Whole
+
+T = TypeVar("T")
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 15.0  # compilers and loaders may keep Python's lock for seconds
+STORE_SECONDS = 5.0
+COLLECTIVE_SECONDS = 600.0  # ranks may compile or load for minutes before they meet
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, as the launcher says: `rank` of `size`, the `local_rank`-th of its host."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> Place | None:
+        """None if no launcher started this process."""
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+            return None
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """The device that is this rank's own: "cuda" -> "cuda:1" on local rank 1. ValueError if there are too few GPUs."""
+    place = Place.of_environment()
+    if place is None or device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise ValueError(f"rank {place.rank} needs GPU {place.local_rank}, but {count} are visible on this host")
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+@contextlib.contextmanager
+def sharding(device: torch.device, collective_seconds: float = COLLECTIVE_SECONDS) -> Iterator[Shard]:
+    """Whole() where no launcher is; else this rank's part of a group that lasts as long as the context.
+
+    Only rank 0 writes to standard output. Raises ValueError where the group cannot be formed.
+    """
+    place = Place.of_environment()
+    if place is None:
+        yield Whole()
+        return
+    with contextlib.ExitStack() as stack:
+        if place.rank:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield stack.enter_context(tensor_parallel(device, collective_seconds))
+
+
+@contextlib.contextmanager
+def tensor_parallel(
+    device: torch.device | str, collective_seconds: float = COLLECTIVE_SECONDS
+) -> Iterator[TensorParallel]:
+    """Join the launcher's process group: NCCL on GPUs, gloo on CPUs. Raises ValueError outside a launcher."""
+    place = Place.of_environment()
+    if place is None:
+        raise ValueError("no launcher started this process: use torchrun (RANK and WORLD_SIZE are not set)")
+    device = device_of_rank(torch.device(device))
+    watch = Watch(place)
+    watch.start()
+    try:
+        form_group(place, device, collective_seconds)
+        yield TensorParallel(place.rank, place.size)
+        leave(device)
+    finally:
+        watch.stop()
+
+
+def form_group(place: Place, device: torch.device, collective_seconds: float) -> None:
+    on_gpu = device.type == "cuda"
+    # multicast can put the GPUs of a shared host out of service
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=collective_seconds),
+            device_id=device if on_gpu else None,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"the {place.size} ranks could not meet at {where}: {first_line(error)}") from error
+
+
+def leave(device: torch.device) -> None:
+    """All ranks together, so that none takes away what another still reads; and out within seconds, come what may."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+    # a communicator waits for CUDA graphs that recorded it and may still be alive: give it a moment, then go
+    limit = threading.Timer(10, hard_exit, args=(0,))
+    limit.daemon = True
+    limit.start()
+    dist.destroy_process_group()
+    limit.cancel()
+
+
+class Watch:
+    """A thread that beats, listens to the next rank's beat, and ends this process on a signal or on silence."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.ended = threading.Event()
+        self.wake, self.waker = socket.socketpair()
+        self.waker.setblocking(False)
+        self.thread = threading.Thread(target=self.run, daemon=True, name="watch over ranks")
+        self.before: dict[int, object] = {}
+
+    def start(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # A blocked main thread runs no handler of Python's; a byte on a socket reaches the thread all the same.
+            signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, ignore)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.ended.set()
+        if self.before:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+        self.waker.send(b"\0")
+        self.thread.join()
+        self.wake.close()
+        self.waker.close()
+
+    def run(self) -> None:
+        store: Any | None = None
+        heard, since = -1, time.monotonic()
+        next_rank = (self.place.rank + 1) % self.place.size
+        while not self.ended.is_set():
+            readable, _, _ = select.select([self.wake], [], [], BEAT_SECONDS)
+            if readable:
+                self.obey(self.wake.recv(1)[0])
+                continue
+            try:
+                store = store or connect()
+                store.add(f"beat/{self.place.rank}", 1)
+                beats = store.add(f"beat/{next_rank}", 0)
+            except Exception as error:  # the store's client raises RuntimeError and its own kinds, by version
+                if time.monotonic() - since > SILENCE_SECONDS and not self.ended.is_set():
+                    fail(f"the launcher cannot be reached any more: {first_line(error)}", 1)
+                continue
+            if beats != heard:
+                heard, since = beats, time.monotonic()
+            elif heard and time.monotonic() - since > SILENCE_SECONDS and not self.ended.is_set():
+                fail(f"rank {next_rank} has not been heard for {SILENCE_SECONDS:.0f} s", 1)
+
+    def obey(self, number: int) -> None:
+        if number == signal.SIGINT:
+            fail("interrupted", 128 + number)
+        if number == signal.SIGTERM:  # the launcher ends us: it or another rank has said why
+            hard_exit(128 + number)
+
+
+def ignore(number: int, frame: FrameType | None) -> None:
+    """A signal's handler where the thread acts."""
+
+
+def connect() -> Any:
+    """A connection of its own to the launcher's store: one in use by a blocked call cannot be shared."""
+    tcp: Any = dist
+    store = tcp.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=STORE_SECONDS),
+        wait_for_workers=False,
+    )
+    return tcp.PrefixStore(f"llama_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End this process at once, whatever its threads do. Of all ranks the first to get here says why."""
+    place = Place.of_environment()
+    first = True
+    if place is not None and place.size > 1:
+        try:
+            first = connect().add("failed", 1) == 1
+        except Exception:
+            first = True  # nobody to ask: better twice than not at all
+    if first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    hard_exit(code)
+
+
+def hard_exit(code: int) -> NoReturn:
+    """Without teardown, which can wait for ranks that are gone."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def explained(error: BaseException) -> str:
+    """One line for an error that another rank's end caused, or for any other."""
+    line = first_line(error)
+    lost = isinstance(error, dist.DistError) or any(word in line.lower() for word in ("gloo", "nccl", "connection"))
+    return f"another rank has ended or does not answer ({line})" if lost else line
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without a C++ trace."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[0].split())[:300] if lines else type(error).__name__
+
+
+def one_after_another(do: Callable[[], T]) -> T:
+    """What `do` returns, the first rank of each host before the others: it may fill a cache that they then read."""
+    place = Place.of_environment()
+    if place is None or not dist.is_initialized():
+        return do()
+    result = do() if place.local_rank == 0 else None
+    dist.barrier()
+    return do() if place.local_rank else result  # type: ignore[return-value]
+
+
+def is_first() -> bool:
+    """Whether this process is to write files: rank 0, or the only one."""
+    place = Place.of_environment()
+    return place is None or place.rank == 0
