@@ -23,6 +23,7 @@ from llama_fast.bandwidth import read_bandwidth_gb_per_s, synchronize
 from llama_fast.build import Runner, build
 from llama_fast.generate import Generation, generate
 from llama_fast.plan import KVCache
+from llama_fast.profiling import StepTimes, profile_decoding
 from llama_fast.roofline import (
     DATASHEET_GB_PER_S,
     GB,
@@ -80,6 +81,8 @@ class RungResult:
     compile_seconds: float
     floor_tokens_per_second: float
     verdict: str
+    step_times_us: dict[str, float] | None = None
+    """Where a decode step's time went, by `llama_fast.profiling`, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,12 @@ def bench(
     progress: Progress,
     samples: int = 5,
     new_tokens: int = 200,
+    trace: Path | None = None,
 ) -> Ladder:
-    """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model."""
+    """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model.
+
+    With `trace`, some tokens of every rung are decoded once more under a profiler that writes there.
+    """
     progress.say("measuring the read bandwidth")
     bandwidth = read_bandwidth_gb_per_s(device)
     climbers = [prepare(checkpoint, rung, prompt, new_tokens, device, judge, progress) for rung in rungs]
@@ -136,6 +143,11 @@ def bench(
             progress.say(f"sample {round_number + 1} of {samples}: {climber.rung.name}")
             climber.samples.append(sample(climber, prompt, new_tokens))
             progress.sample(climber.rung.name, climber.samples[-1].tokens_per_second)
+    times: dict[str, StepTimes] = {}
+    if trace is not None:
+        progress.say("profiling")
+        runs = [(climber.rung.name, climber.runner, kept_cache(climber, prompt, new_tokens)) for climber in climbers]
+        times = profile_decoding(runs, prompt, trace, steps=min(16, new_tokens // 2))
     return Ladder(
         model=model,
         device=device_name(device),
@@ -147,7 +159,7 @@ def bench(
         read_bandwidth_gb_per_s=bandwidth,
         datasheet_bandwidth_gb_per_s=DATASHEET_GB_PER_S.get(device_name(device)),
         resident_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
-        rungs=[result(climber, prompt, new_tokens, bandwidth) for climber in climbers],
+        rungs=[result(climber, prompt, new_tokens, bandwidth, times.get(climber.rung.name)) for climber in climbers],
     )
 
 
@@ -193,13 +205,18 @@ def timed(climber: Climber, prompt: Sequence[int], device: torch.device) -> floa
 
 
 def sample(climber: Climber, prompt: Sequence[int], new_tokens: int) -> Generation:
-    """One continuation. A cache that grows is made anew; a static one stays, with the addresses that were compiled."""
-    runner = climber.runner
-    fixed = climber.cache.length >= len(prompt) + new_tokens
-    return generate(runner, [prompt], new_tokens, cache=climber.cache if fixed else None)
+    """One continuation."""
+    return generate(climber.runner, [prompt], new_tokens, cache=kept_cache(climber, prompt, new_tokens))
 
 
-def result(climber: Climber, prompt: Sequence[int], new_tokens: int, bandwidth: float) -> RungResult:
+def kept_cache(climber: Climber, prompt: Sequence[int], new_tokens: int) -> KVCache | None:
+    """A static cache stays, with the addresses that were compiled; one that grows is made anew."""
+    return climber.cache if climber.cache.length >= len(prompt) + new_tokens else None
+
+
+def result(
+    climber: Climber, prompt: Sequence[int], new_tokens: int, bandwidth: float, times: StepTimes | None
+) -> RungResult:
     runner = climber.runner
     rates = [generation.tokens_per_second for generation in climber.samples]
     rate = statistics.median(rates)
@@ -226,6 +243,7 @@ def result(climber: Climber, prompt: Sequence[int], new_tokens: int, bandwidth: 
         compile_seconds=climber.compile_seconds,
         floor_tokens_per_second=floor_steps_per_second(step_bytes, bandwidth),
         verdict=climber.verdict,
+        step_times_us=asdict(times) if times else None,
     )
 
 

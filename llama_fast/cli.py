@@ -118,12 +118,13 @@ def bench(
     samples: Annotated[int, typer.Option(help="Samples of every rung, taken in turns.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens a sample, whatever the EOS ids say.", min=2)] = 200,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEFAULT_PROMPT,
+    profile: Annotated[Path | None, typer.Option(help="Write a profiler's trace here, and explain each rung.")] = None,
     device: DeviceFlag = None,
 ) -> None:
     """Climb the ladder: measure every rung, prove it, plot it."""
     from llama_fast.bench import bench as climb
     from llama_fast.plots import draw
-    from llama_fast.report import Live, show_table
+    from llama_fast.report import Live, show_step_times, show_table
     from llama_fast.rungs import rungs_named, rungs_of
     from oracle.verify import judge_runner
 
@@ -139,10 +140,11 @@ def bench(
         def judge(runner: Runner, cache_length: int | None) -> str:
             return judge_runner(runner, checkpoint, ids, cache_length=cache_length).outcome.value
 
-        ladder = climb(checkpoint, model, ids, chosen, to, judge, live, samples, new_tokens)
+        ladder = climb(checkpoint, model, ids, chosen, to, judge, live, samples, new_tokens, profile)
     (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
     draw(ladder, out / "ladder.png")
     show_table(ladder)
+    show_step_times(ladder)
     print(f"{out / 'ladder.json'}  {out / 'ladder.png'}")
     if any(rung.verdict != "AGREE" for rung in ladder.rungs):
         raise typer.Exit(1)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from llama_fast.bench import Ladder, RungResult
 from llama_fast.llama import Llama, Output
+from llama_fast.profiling import StepTimes
 from llama_fast.roofline import GB, cache_bytes_per_step, stored_bytes, weight_bytes_per_step
 
 
@@ -82,6 +83,18 @@ def show_table(ladder: Ladder) -> None:
         highlight=False,
     )
     console.print(f"resident memory of the process with all rungs: {ladder.resident_memory_gb:.2f} GB", highlight=False)
+
+
+def show_step_times(ladder: Ladder) -> None:
+    """Every profiled rung in a line: what a step must read, the time that takes, and where the rest went."""
+    for rung in ladder.rungs:
+        if rung.step_times_us is None:
+            continue
+        floor_us, times = 1e6 / rung.floor_tokens_per_second, StepTimes(**rung.step_times_us)
+        read = floor_us * ladder.read_bandwidth_gb_per_s / 1e6
+        print(
+            f"{rung.name}: {times}; floor {floor_us:.0f} us ({read:.3f} GB), {floor_us / times.total:.0%} of that speed"
+        )
 
 
 def row(rung: RungResult, first: RungResult) -> list[str]:

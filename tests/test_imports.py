@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TRUNK = {"matvec", "plan", "sampling", "model", "build", "generate", "text", "roofline"}
-FACE = {"presets", "llama", "bandwidth", "rungs", "bench", "plots", "ranks", "report", "__init__"}
+FACE = {"presets", "llama", "bandwidth", "profiling", "rungs", "bench", "plots", "ranks", "report", "__init__"}
 
 
 def modules_imported(path: Path) -> set[str]:

@@ -14,6 +14,7 @@ import torch
 from llama_fast.bench import Ladder, RungResult, bench
 from llama_fast.build import Runner
 from llama_fast.plots import draw
+from llama_fast.report import show_step_times
 from llama_fast.rungs import RUNGS, rungs_of
 from llama_ref.models import resolve
 from oracle.verify import judge_runner
@@ -50,8 +51,11 @@ def ladder() -> Ladder:
     def judge(runner: Runner, cache_length: int | None) -> str:
         return judge_runner(runner, checkpoint, prompt, cache_length=cache_length).outcome.value
 
-    climbed = bench(checkpoint, MODEL, prompt, rungs_of(device), device, judge, Printed())
-    if out := os.environ.get("LLAMA_FAST_LADDER_OUT"):
+    out = os.environ.get("LLAMA_FAST_LADDER_OUT")
+    trace = Path(out, "trace.json") if out else None
+    climbed = bench(checkpoint, MODEL, prompt, rungs_of(device), device, judge, Printed(), trace=trace)
+    if out:
+        show_step_times(climbed)
         Path(out, "ladder.json").write_text(json.dumps(climbed.as_json(), indent=2) + "\n")
         draw(climbed, Path(out, "ladder.png"))
     return climbed

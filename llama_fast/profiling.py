@@ -1,0 +1,134 @@
+"""Where a decode step's time goes, from a profiler's trace: matrix products, attention, the rest, and nothing at all.
+
+On a GPU time is counted on the device: kernels that overlap (programmatic dependent launch) are counted once, and time
+in which no kernel runs is a gap between two of them if it is short, else the host that did not keep up. On a CPU it is
+the time of PyTorch's own operators, code that inductor generated being one of them. Times in microseconds (us).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from llama_fast.bandwidth import synchronize
+from llama_fast.build import Runner
+from llama_fast.generate import stream
+from llama_fast.plan import KVCache
+
+WAITS_FOR_HOST_US = 10.0
+"""A longer time without a kernel is not the gap between two launches: the host was late."""
+
+ATTENTION = re.compile(r"sdpa|flash|fmha|_attend|attention|softmax", re.IGNORECASE)
+PRODUCTS = re.compile(
+    r"gemm|gemv|gemvx|cutlass|nvjet|xmma|splitk|_one_row|_few_rows|fused.*_mm|aten::(linear|addmm|mm|mv|bmm|matmul)",
+    re.IGNORECASE,
+)
+GENERATED = re.compile(r"CompiledFxGraph|Torch-Compiled|cpp_fused")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that ran: its name, when it began and ended, us."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One decode step, us. `gaps` and `host` are time without a kernel; both 0 on a CPU, where `generated` is what a
+    compiler wrote, products and all."""
+
+    total: float
+    products: float
+    attention: float
+    generated: float
+    other: float
+    gaps: float
+    host: float
+
+    def __str__(self) -> str:
+        """As "4390 us a token: products 4105, attention 180, gaps 60"; what is 0 is left out."""
+        parts = [(name, value) for name, value in vars(self).items() if name != "total" and value >= 0.5]
+        return f"{self.total:.0f} us a token: " + ", ".join(f"{name} {value:.0f}" for name, value in parts)
+
+
+def kind(name: str) -> str:
+    """What a kernel or operator does: "_attend" -> "attention", "nvjet_tst_64x8" -> "products"."""
+    if GENERATED.search(name):
+        return "generated"
+    if ATTENTION.search(name):
+        return "attention"
+    return "products" if PRODUCTS.search(name) else "other"
+
+
+def account(window: Span, spans: Iterable[Span], steps: int) -> StepTimes:
+    """What happened in `window`, divided by `steps`. A span counts from where the ones before it ended."""
+    sums = {"products": 0.0, "attention": 0.0, "generated": 0.0, "other": 0.0, "gaps": 0.0, "host": 0.0}
+    reached = window.start
+
+    def idle(until: float) -> None:
+        if until > reached:
+            sums["host" if until - reached >= WAITS_FOR_HOST_US else "gaps"] += until - reached
+
+    for span in sorted(spans, key=lambda span: span.start):
+        if span.end <= reached or span.start >= window.end:
+            continue
+        idle(span.start)
+        sums[kind(span.name)] += span.end - max(span.start, reached)
+        reached = span.end
+    idle(window.end)
+    total = max(window.end, reached) - window.start
+    return StepTimes(total / steps, **{name: value / steps for name, value in sums.items()})
+
+
+def profile_decoding(
+    runs: Sequence[tuple[str, Runner, KVCache | None]], prompt: Sequence[int], trace: Path, steps: int = 16
+) -> dict[str, StepTimes]:
+    """Decode `steps` tokens with every runner under the profiler, write one Chrome trace of it all, and account for each.
+
+    A rung's steps stand in the trace under its name. Raises OSError where `trace` cannot be written.
+    """
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(trace.parent, os.W_OK) or trace.is_dir():
+        raise OSError(f"cannot write the trace {trace}")
+    on_gpu = runs[0][1].device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        for name, runner, cache in runs:
+            tokens = stream(runner, [prompt], 2 * steps, cache=cache)
+            next(tokens)  # the prefill; on a GPU a few tokens more are on their way
+            synchronize(runner.device)
+            with record_function(f"decode: {name}"):
+                for _ in range(steps):
+                    next(tokens)
+                synchronize(runner.device)
+            tokens.close()
+    profiler.export_chrome_trace(str(trace))
+    events = list(profiler.events() or [])
+    return {name: step_times(events, f"decode: {name}", steps, on_gpu) for name, _, _ in runs}
+
+
+def step_times(events: Sequence[Any], label: str, steps: int, on_gpu: bool) -> StepTimes:
+    """The account of the steps that the profiler recorded under `label`."""
+    own = [e for e in events if e.name == label and e.device_type == DeviceType.CPU]
+    assert len(own) == 1, f"{len(own)} records of {label!r}"
+    window = Span(label, own[0].time_range.start, own[0].time_range.end)
+    if on_gpu:
+        device = DeviceType.CUDA
+        spans = [Span(e.name, e.time_range.start, e.time_range.end) for e in events if e.device_type == device]
+        return account(window, (s for s in spans if not s.name.startswith("decode: ")), steps)
+    sums = {"products": 0.0, "attention": 0.0, "generated": 0.0, "other": 0.0}
+    inside = [e for e in events if window.start <= e.time_range.start and e.time_range.end <= window.end]
+    for event in inside:
+        sums[kind(event.name)] += event.self_cpu_time_total
+    return StepTimes((window.end - window.start) / steps, **{k: v / steps for k, v in sums.items()}, gaps=0.0, host=0.0)
