@@ -147,7 +147,7 @@ def bench(
     if trace is not None:
         progress.say("profiling")
         runs = [(climber.rung.name, climber.runner, kept_cache(climber, prompt, new_tokens)) for climber in climbers]
-        times = profile_decoding(runs, prompt, trace, steps=min(16, new_tokens // 2))
+        times = profile_decoding(runs, prompt, trace, steps=min(8, new_tokens // 2))
     return Ladder(
         model=model,
         device=device_name(device),

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -112,7 +111,6 @@ def profile_decoding(
                 for _ in range(steps):
                     next(tokens)
                 synchronize(runner.device)
-            tokens.close()
     profiler.export_chrome_trace(str(trace))
     events = list(profiler.events() or [])
     return {name: step_times(events, f"decode: {name}", steps, on_gpu) for name, _, _ in runs}
