@@ -59,6 +59,7 @@ MEASURED: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "add", 2048, 8192, 2): Tile(1, 4096, 8, 2),
     ("H100", "plain", 128256, 2048, 2): Tile(4, 2048, 8, 2),
 }
+SAME_CHIP = {"H200": "H100"}  # with another memory: not swept, but a better guess than the rule
 SHORT_CACHE_SLOTS = 1024
 MOST_SPLITS = 16
 
@@ -68,6 +69,7 @@ def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int) 
     if m > 1:
         columns = min(256, max(16, next_power_of_2(k)))
         return Tile(rows=8 if epilogue == "gated" else 16, columns=columns, warps=1, stages=5 if itemsize < 4 else 3)
+    gpu = next((chip for name, chip in SAME_CHIP.items() if name in gpu), gpu)
     for (name, *rest), tile in MEASURED.items():
         if name in gpu and tuple(rest) == (epilogue, n, k, itemsize):
             return tile

@@ -8,6 +8,7 @@ prefill, which is bound by arithmetic, stays eager.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.model import Llama
-from llama_fast.plan import Phase
+from llama_fast.plan import KVCache, Phase
+from llama_fast.sampling import Chooser
 
 Options = dict[str, str | int | bool | Callable[..., Any]]
 
@@ -46,7 +48,27 @@ class Compiled:
             decode, dynamic=False, fullgraph=True, options=GPU_OPTIONS if on_gpu else CPU_OPTIONS
         )
         run_prefill = torch.compile(prefill, dynamic=True, fullgraph=True) if on_gpu else prefill
-        return run_prefill, lambda unused, *arguments: run_decode(shell, *arguments)
+        marked: weakref.WeakSet[KVCache] = weakref.WeakSet()
+
+        def step(
+            unused: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser
+        ) -> tuple[Tensor, Tensor]:
+            if cache not in marked:
+                mark_addresses(cache)
+                marked.add(cache)
+            return run_decode(shell, tokens_BT, start_B, cache, choose)
+
+        return run_prefill, step
+
+
+def mark_addresses(cache: KVCache) -> None:
+    """Say that a cache stays where it is: a mutated input that is not marked loses its CUDA graph without a word.
+
+    Unguarded: a second cache of the same shape runs the same code.
+    """
+    for layer in cache.layers:
+        torch._dynamo.mark_static_address(layer.k, guard=False)
+        torch._dynamo.mark_static_address(layer.v, guard=False)
 
 
 class Region(nn.Module):

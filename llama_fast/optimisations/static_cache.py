@@ -21,10 +21,6 @@ class StaticLayer:
     def __init__(self, shape_BKSd: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         self.k = torch.zeros(shape_BKSd, dtype=dtype, device=device)  # zeros: whatever a masked slot holds is
         self.v = torch.zeros(shape_BKSd, dtype=dtype, device=device)  # multiplied by 0, and 0 x NaN is NaN
-        for tensor in (self.k, self.v):
-            # A mutated input that is not marked loses its CUDA graph without a word. Unguarded: a second cache of the
-            # same shape runs the same code.
-            torch._dynamo.mark_static_address(tensor, guard=False)
 
     def write(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
         return write_at(self.k, k_BTKd, position_BT), write_at(self.v, v_BTKd, position_BT)
