@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from llama_fast.model import Block, Joined, Llama, Separate
-from llama_fast.plan import KVCache, Phase, Plan, Whole
+from llama_fast.model import Biased, Block, Joined, Llama, Separate
+from llama_fast.plan import KVCache, Parts, Phase, Plan, Whole
 from llama_fast.sampling import Chooser, Sampling
 from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
@@ -66,8 +66,11 @@ def encoded(
     """
     for name in checkpoint.weights:
         stem, _, part = name.rpartition(".")
-        if part != "scale":  # read together with its weight
-            yield stem, encode_one(checkpoint, stem, plan, dtype, device)
+        if part != "weight":  # read together with its weight
+            continue
+        parts = encode_one(checkpoint, stem, plan, dtype, device)
+        bias = bias_of(checkpoint, stem, plan)
+        yield stem, parts if bias is None else parts | {"bias": bias.to(device, dtype or bias.dtype)}
 
 
 def encode_one(
@@ -92,6 +95,18 @@ def encode_one(
         stripe = encoding.encode(source[first : first + rows].to(device), kept)
         stripes.append({name: tensor.contiguous() for name, tensor in cut(stripe, (slice(None), part[1])).items()})
     return {name: torch.cat([stripe[name] for stripe in stripes]) for name in stripes[0]}
+
+
+def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:
+    """This process's part of a bias [out]: cut with its weight's rows. Where columns are cut, products are summed over the
+    processes, and the bias must come in once: from the one that holds the first column."""
+    source = checkpoint.weights.get(f"{stem}.bias")
+    if source is None:
+        return None
+    shape = checkpoint.weights[f"{stem}.weight"].shape
+    rows, columns = plan.shard.part(stem, shape, checkpoint.config)
+    bias = read(source, (rows,))
+    return bias if columns.indices(shape[1])[0] == 0 else torch.zeros_like(bias)
 
 
 def read(source: TensorSource, part: tuple[slice, ...]) -> Tensor:
@@ -141,9 +156,9 @@ def construct(config: LlamaConfig, stored: dict[str, dict[str, Tensor]], plan: P
         for role, names in JOINED.items():
             several = [stored.pop(f"{layer}.{name}") for name in names]
             modules[role] = (
-                join(several, plan) if plan.fuse_projections else Separate([*map(plan.encoding.linear, several)])
+                join(several, plan) if plan.fuse_projections else Separate([linear(parts, plan) for parts in several])
             )
-        return modules | {role: plan.encoding.linear(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
+        return modules | {role: linear(stored.pop(f"{layer}.{name}"), plan) for role, name in ALONE.items()}
 
     def block(layer: str) -> Block:
         norms = {norm: stored.pop(f"{layer}.{norm}")["weight"] for norm in ("attention_norm", "ffn_norm")}
@@ -160,10 +175,16 @@ def construct(config: LlamaConfig, stored: dict[str, dict[str, Tensor]], plan: P
     return Llama(config, embedding, blocks, stored.pop("norm")["weight"], head)
 
 
+def linear(parts: Parts, plan: Plan) -> nn.Module:
+    """The module over a stored matrix. An encoding knows nothing of biases: they are added here."""
+    matrix = plan.encoding.linear({part: tensor for part, tensor in parts.items() if part != "bias"})
+    return Biased(matrix, parts["bias"]) if "bias" in parts else matrix
+
+
 def join(several: list[dict[str, Tensor]], plan: Plan) -> Joined:
     """Matrices of one input as one: every part is concatenated along its first axis, `out`."""
     whole = {part: torch.cat([parts[part] for parts in several]) for part in several[0]}
-    return Joined(plan.encoding.linear(whole), [parts["weight"].shape[0] for parts in several])
+    return Joined(linear(whole, plan), [parts["weight"].shape[0] for parts in several])
 
 
 def prefill(
@@ -191,6 +212,8 @@ class DecodedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         r, stem = self._runner, name.removesuffix(".weight")
+        if name.endswith(".bias"):
+            return r.checkpoint.weights[name][:].to(r.device, r.dtype)
         parts = encode_one(r.checkpoint, stem, replace(r.plan, shard=Whole()), r.dtype, r.device)
         return r.plan.encoding.decode(parts) if is_encoded(stem, r.checkpoint.config) else parts["weight"]
 

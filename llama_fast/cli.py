@@ -111,6 +111,21 @@ def quantize(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A directory or file in any layout, or a hub id.")],
+    target: Annotated[Path, typer.Argument(help="The directory to write; it must be new or empty.")],
+    to: Annotated[str | None, typer.Option(help="hf or meta; by default the other one than the source has.")] = None,
+) -> None:
+    """Rewrite a checkpoint in Hugging Face's or Meta's layout, number for number."""
+    from llama_ref.convert import convert as rewrite
+
+    found = resolve(source)
+    if found.path is None:
+        raise ValueError(f"{source} has no files to convert")
+    print(f"{target}: {rewrite(found.path, target, to)}")
+
+
+@app.command()
 def bench(
     model: ModelFlag = DEFAULT_MODEL,
     rungs: Annotated[str | None, typer.Option(help="Which rungs, with commas between; all by default.")] = None,

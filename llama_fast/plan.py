@@ -23,7 +23,10 @@ from llama_fast.matvec import product
 from llama_ref.config import LlamaConfig
 
 Parts = Mapping[str, Tensor]
-"""One matrix [out, in] as stored: {"weight": ...}, or {"weight": int8 [out, in], "scale": [out, 1]}; `out` comes first."""
+"""One matrix [out, in] as stored: {"weight": ...}, or {"weight": int8 [out, in], "scale": [out, 1]}; `out` comes first.
+
+Where the model has biases there is a "bias" [out] besides, which encodings never see: the build adds it to their product.
+"""
 
 Phase = Callable[..., tuple[Tensor, Tensor]]
 """Prefill or decode: (model, tokens [B, T], lengths or start [B], cache, choose) -> (next token [B], logits)."""

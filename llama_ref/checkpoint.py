@@ -1,6 +1,6 @@
 """Open a checkpoint: a path becomes a config and lazy tensors under canonical names, or one clear error.
 
-The three layouts differ only in how they name and arrange the same tensors; each has its own file.
+The layouts differ only in how they name and arrange the same tensors; each has its own file.
 """
 
 from __future__ import annotations
@@ -23,28 +23,35 @@ __all__ = [
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a Hugging Face directory, a GGUF file (or a directory that holds just one), or a directory of ours.
+    """Open a model directory (Hugging Face, Meta, gpt-fast, or of ours) or a GGUF file.
 
-    Only headers are read here; a tensor's bytes are read when it is sliced. Raises CheckpointError.
+    A directory's config.json is its config where there is one, else params.json, else its one GGUF file; which layout the
+    weights have is told by their files' names. Of a directory with several, safetensors come first. A single file may
+    be named instead of its directory. Only headers are read here; a tensor's bytes are read when it is sliced. Raises
+    CheckpointError.
     """
-    from llama_ref import gguf_file, huggingface
+    from llama_ref import gguf_file, huggingface, meta_layout
 
     path = Path(path).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path}: a single file must be a .gguf; for safetensors name its directory")
-        return gguf_file.open_gguf(path)
+        if path.suffix == ".gguf":
+            return gguf_file.open_gguf(path)
+        if path.name in (meta_layout.GPT_FAST_FILE, meta_layout.FIRST_SHARD):
+            return meta_layout.open_meta(path.parent, path.name)
+        raise CheckpointError(f"{path}: a single file must be a .gguf or a model.pth; for others name their directory")
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory")
     if is_saved(path):
         return open_saved(path)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and not meta_layout.is_meta(path):
         return huggingface.open_huggingface(path)
+    if meta_layout.is_meta(path):
+        return meta_layout.open_meta(path)
     found = sorted(path.glob("*.gguf"))
     if len(found) == 1:
         return gguf_file.open_gguf(found[0])
     if found:
         raise CheckpointError(f"{path}: holds {len(found)} .gguf files; name one of them")
-    if (path / "params.json").is_file():
-        raise CheckpointError(f"{path}: Meta's consolidated.*.pth layout is not read; use the Hugging Face layout")
-    raise CheckpointError(f"{path}: no config.json and no .gguf file in this directory")
+    if (path / meta_layout.PARAMS).is_file():
+        raise CheckpointError(f"{path}: {meta_layout.PARAMS}, but neither {meta_layout.FIRST_SHARD} nor model.pth")
+    raise CheckpointError(f"{path}: no config.json, params.json or .gguf file in this directory")

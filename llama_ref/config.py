@@ -1,9 +1,9 @@
 """LlamaConfig: the numbers that make one Llama, read from the three kinds of file that state them.
 
 Hugging Face writes `config.json`, Meta writes `params.json`, GGUF keeps metadata in the weights' own file. All three
-become one frozen value, checked when it is built. A file that asks for something a plain Llama has not (a bias, a
-sliding window, another activation, an unknown RoPE scaling) is refused by the name of its field: a model that loads
-and is quietly another model is the worst outcome.
+become one frozen value, checked when it is built. A file that asks for something a Llama has not (another activation,
+an unknown RoPE scaling, half a head rotated) is refused by the name of its field: a model that loads and is quietly
+another model is the worst outcome.
 """
 
 from __future__ import annotations
@@ -13,36 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama_ref.rope_scaling import RopeScaling, hf_rope_scaling, hf_rope_spelling
+
+__all__ = ["NAMED", "LlamaConfig", "RopeScaling", "as_ids", "llama3_rope_factors", "meta_ffn_dim", "meta_params"]
+
 MAX_LAYERS = 10_000  # far above any Llama; a damaged file must not have us list the tensors of a billion layers
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than those of pre-training.
-
-    "linear" divides every frequency by `factor`. "llama3" divides those whose wavelength exceeds
-    `original_context / low_freq_factor` positions, keeps those below `original_context / high_freq_factor`, and
-    blends between the two; "linear" leaves these three numbers at their defaults.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope_type={self.kind!r} is not supported (known: default, linear, llama3)")
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise ValueError(f"rope scaling factor={self.factor} must be a number of at least 1")
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"rope scaling low_freq_factor={self.low_freq_factor} must lie between 0 and "
-                f"high_freq_factor={self.high_freq_factor}"
-            )
-        if self.original_context <= 0:
-            raise ValueError(f"rope scaling original_context={self.original_context} must be positive")
 
 
 @dataclass(frozen=True)
@@ -67,10 +42,16 @@ class LlamaConfig:
     tie_embeddings: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    attention_bias: bool = False
+    """Whether q, k, v and the output projection each add a vector."""
+    mlp_bias: bool = False
+    """Whether the three matrices of the feed-forward layer each add a vector."""
+    window: int | None = None
+    """Positions that a token attends to, its own included; None: all before it."""
 
     def __post_init__(self) -> None:
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_context")
-        for name in sizes:
+        for name in (*sizes, *(() if self.window is None else ("window",))):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
@@ -84,6 +65,9 @@ class LlamaConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value!r} must be a positive number")
+        yarn = self.rope_scaling is not None and self.rope_scaling.kind == "yarn"
+        if yarn and (self.head_dim < 4 or self.rope_theta <= 1):  # its borders are found by a ratio of frequencies
+            raise ValueError(f"rope_type='yarn' with head_dim={self.head_dim}, rope_theta={self.rope_theta}")
         for name, ids in (("bos_id", () if self.bos_id is None else (self.bos_id,)), ("eos_ids", self.eos_ids)):
             for token in ids:
                 if not 0 <= token < self.vocab_size:
@@ -103,6 +87,10 @@ class LlamaConfig:
             head_dim = _even_share(dim, n_heads, "hidden_size", "num_attention_heads")
         rope: Mapping[str, Any] = data.get("rope_parameters") or data.get("rope_scaling") or {}
         theta = rope.get("rope_theta", data.get("rope_theta"))
+        max_context, window = (
+            _or(data.get("max_position_embeddings"), _HF_CONTEXT[data["model_type"]]),
+            _hf_window(data),
+        )
         return cls(
             dim=dim,
             n_layers=_required(data, "num_hidden_layers"),
@@ -111,26 +99,39 @@ class LlamaConfig:
             head_dim=head_dim,
             ffn_dim=_required(data, "intermediate_size"),
             vocab_size=_required(data, "vocab_size"),
-            max_context=_or(data.get("max_position_embeddings"), 2048),
+            max_context=max_context,
             norm_eps=float(_or(data.get("rms_norm_eps"), 1e-6)),
             rope_theta=float(_or(theta, 10000.0)),
-            rope_scaling=_hf_rope_scaling(rope),
+            rope_scaling=hf_rope_scaling(rope, max_context),
             tie_embeddings=bool(data.get("tie_word_embeddings", False)),
             bos_id=data.get("bos_token_id", 1),
             eos_ids=as_ids(data.get("eos_token_id", 2)),
+            attention_bias=bool(data.get("attention_bias")),
+            mlp_bias=bool(data.get("mlp_bias")),
+            window=None if window is None or window >= max_context else window,
         )
 
     @classmethod
     def from_meta(
-        cls, params: Mapping[str, Any], *, vocab_size: int | None = None, max_context: int = 2048
+        cls,
+        params: Mapping[str, Any],
+        *,
+        vocab_size: int | None = None,
+        max_context: int | None = None,
+        tie_embeddings: bool = False,
     ) -> LlamaConfig:
         """From Meta's `params.json`. It does not state the context, nor (as -1, in Llama 2) the vocabulary's size.
 
         The width of the feed-forward layer follows Meta's own rule: two thirds of 4 x dim, times
-        `ffn_dim_multiplier`, rounded up to `multiple_of`: (4096, multiple_of=256) -> 11008.
+        `ffn_dim_multiplier`, rounded up to `multiple_of`: (4096, multiple_of=256) -> 11008. Mistral's files of the same
+        name state it as `hidden_dim`, and may state `head_dim` and `sliding_window`. `max_context` None is what the
+        family was published with, told by norm_eps, rope_theta and the vocabulary as the published conversion does.
         """
+        unknown = [name for name, value in params.items() if name not in _META_FIELDS and value]
+        if unknown:
+            raise ValueError(f"{unknown[0]}={params[unknown[0]]!r} is not supported")
         dim, n_heads = _required(params, "dim"), _required(params, "n_heads")
-        vocab = params.get("vocab_size", -1)
+        vocab = _or(params.get("vocab_size"), -1)
         if vocab <= 0:
             if vocab_size is None:
                 raise ValueError(f"vocab_size={vocab} in params.json leaves the size to the tokenizer: pass it")
@@ -139,34 +140,48 @@ class LlamaConfig:
         if params.get("use_scaled_rope"):  # factor 8 is what Meta's code has where the file does not say
             scaling = RopeScaling(
                 "llama3",
-                float(params.get("rope_scaling_factor", 8.0)),
-                high_freq_factor=float(params.get("rope_high_freq_factor", 4.0)),
+                float(_or(params.get("rope_scaling_factor"), 8.0)),
+                high_freq_factor=float(_or(params.get("rope_high_freq_factor"), 4.0)),
             )
-        llama3 = vocab >= 128256  # params.json names no ids; the Llama-3 family is told by its vocabulary
+        llama3 = vocab >= LLAMA_3_VOCABULARY  # params.json names no ids; the Llama-3 family is told by its vocabulary
+        context = _or(max_context, _or(params.get("max_seq_len"), _meta_context(params, vocab)))
+        window = params.get("sliding_window")
+        head_dim, ffn_dim = params.get("head_dim"), params.get("hidden_dim")
+        if ffn_dim is None:
+            ffn_dim = meta_ffn_dim(dim, _or(params.get("multiple_of"), 256), params.get("ffn_dim_multiplier"))
         return cls(
             dim=dim,
             n_layers=_required(params, "n_layers"),
             n_heads=n_heads,
             n_kv_heads=_or(params.get("n_kv_heads"), n_heads),
-            head_dim=_even_share(dim, n_heads, "dim", "n_heads"),
-            ffn_dim=meta_ffn_dim(dim, _or(params.get("multiple_of"), 256), params.get("ffn_dim_multiplier")),
+            head_dim=_even_share(dim, n_heads, "dim", "n_heads") if head_dim is None else head_dim,
+            ffn_dim=ffn_dim,
             vocab_size=vocab,
-            max_context=max_context,
+            max_context=context,
             norm_eps=float(_or(params.get("norm_eps"), 1e-5)),
             rope_theta=float(_or(params.get("rope_theta"), 10000.0)),
             rope_scaling=scaling,
+            tie_embeddings=tie_embeddings,
             bos_id=128000 if llama3 else 1,
             eos_ids=(128001, 128008, 128009) if llama3 else (2,),
+            window=None if window is None or window >= context else window,
         )
 
     @classmethod
     def from_gguf(
-        cls, metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_factors: Sequence[float] | None = None
+        cls,
+        metadata: Mapping[str, Any],
+        *,
+        tie_embeddings: bool,
+        rope_factors: Sequence[float] | None = None,
+        attention_bias: bool = False,
+        mlp_bias: bool = False,
     ) -> LlamaConfig:
-        """From GGUF metadata, plus the two facts that GGUF states by its tensors.
+        """From GGUF metadata, plus the facts that GGUF states by its tensors.
 
-        `tie_embeddings`: the file has no `output.weight`. `rope_factors`: its tensor `rope_freqs.weight`, by which
-        llama.cpp divides the frequencies; it must be the llama-3 rule with its published constants.
+        `tie_embeddings`: the file has no `output.weight`; the biases: it has such tensors. `rope_factors`: its tensor
+        `rope_freqs.weight`, by which llama.cpp divides the frequencies; it must be the llama-3 rule with its published
+        constants.
         """
         _refuse_unsupported_gguf(metadata)
         dim = _required(metadata, "llama.embedding_length")
@@ -198,22 +213,18 @@ class LlamaConfig:
             tie_embeddings=tie_embeddings,
             bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
             eos_ids=as_ids([token for token in ends if token is not None]),
+            attention_bias=attention_bias,
+            mlp_bias=mlp_bias,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The content of an equivalent Hugging Face `config.json`: `LlamaConfig.from_hf(c.to_hf()) == c`."""
-        scaling: dict[str, Any] | None = None
-        if self.rope_scaling is not None:
-            scaling = {"rope_type": self.rope_scaling.kind, "factor": self.rope_scaling.factor}
-            if self.rope_scaling.kind == "llama3":
-                scaling |= {
-                    "low_freq_factor": self.rope_scaling.low_freq_factor,
-                    "high_freq_factor": self.rope_scaling.high_freq_factor,
-                    "original_max_position_embeddings": self.rope_scaling.original_context,
-                }
+        # a window is a field of Mistral's, whose biases and mask are otherwise Llama's
+        family: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        if self.window is not None:
+            family = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": self.window}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **family,
             "hidden_size": self.dim,
             "num_hidden_layers": self.n_layers,
             "num_attention_heads": self.n_heads,
@@ -224,13 +235,13 @@ class LlamaConfig:
             "max_position_embeddings": self.max_context,
             "rms_norm_eps": self.norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
+            "rope_scaling": None if self.rope_scaling is None else hf_rope_spelling(self.rope_scaling),
             "tie_word_embeddings": self.tie_embeddings,
             "bos_token_id": self.bos_id,
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
         }
 
 
@@ -294,43 +305,84 @@ def _even_share(total: int, parts: int, total_name: str, parts_name: str) -> int
 
 def _refuse_unsupported_hf(data: Mapping[str, Any]) -> None:
     model_type = data.get("model_type")
-    if model_type not in ("llama", "mistral"):
-        raise ValueError(f"model_type={model_type!r} is not a Llama (supported: llama, and mistral without a window)")
-    # Mistral's own default is a window of 4096: only an explicit null switches it off.
-    window = data.get("sliding_window", 4096 if model_type == "mistral" else None)
+    if model_type not in _HF_CONTEXT:
+        raise ValueError(f"model_type={model_type!r} is not a Llama (supported: {', '.join(_HF_CONTEXT)})")
+    mistral = model_type == "mistral"
     wanted: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("hidden_act", data.get("hidden_act", "silu"), ("silu", "swish")),
-        ("attention_bias", data.get("attention_bias"), (None, False)),
-        ("mlp_bias", data.get("mlp_bias"), (None, False)),
-        ("sliding_window", None if data.get("use_sliding_window") is False else window, (None,)),
+        ("attention_bias", data.get("attention_bias"), (None, False) if mistral else (None, False, True)),
+        ("mlp_bias", data.get("mlp_bias"), (None, False) if mistral else (None, False, True)),
+        ("sliding_window", None if mistral else data.get("sliding_window"), (None,)),
         ("partial_rotary_factor", data.get("partial_rotary_factor"), (None, 1, 1.0)),
         ("quantization_config", data.get("quantization_config"), (None,)),
     ]
     for name, value, allowed in wanted:
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not supported")
+    only = "full_attention" if _hf_window(data) is None else "sliding_attention"
     for kind in data.get("layer_types") or ():
-        if kind != "full_attention":
-            raise ValueError(f"layer_types holds {kind!r}: only full_attention is supported")
+        if kind != only:
+            raise ValueError(f"layer_types holds {kind!r}: only {only} in every layer is supported")
 
 
-def _hf_rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+def _hf_window(data: Mapping[str, Any]) -> int | None:
+    """Mistral's own default is a window of 4096: only an explicit null switches it off."""
+    if data["model_type"] != "mistral" or data.get("use_sliding_window") is False:
         return None
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported")
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(_required(rope, "factor")),
-            float(_required(rope, "low_freq_factor")),
-            float(_required(rope, "high_freq_factor")),
-            int(_required(rope, "original_max_position_embeddings")),
-        )
-    if kind == "linear":
-        return RopeScaling("linear", float(_required(rope, "factor")))
-    raise ValueError(f"rope_type={kind!r} is not supported (known: default, linear, llama3)")
+    window: int | None = data.get("sliding_window", 4096)
+    return window
+
+
+def _meta_context(params: Mapping[str, Any], vocab_size: int) -> int:
+    """The context of the family that a params.json belongs to."""
+    if params.get("use_scaled_rope"):
+        return 131072
+    if vocab_size >= LLAMA_3_VOCABULARY:
+        return 8192
+    if "hidden_dim" in params:
+        return 32768  # Mistral
+    if params.get("rope_theta") == 1e6:
+        return 16384  # Code Llama
+    return 2048 if params.get("norm_eps") == 1e-6 else 4096  # Llama 1, Llama 2
+
+
+def meta_params(config: LlamaConfig) -> dict[str, Any]:
+    """The params.json that states this config; ValueError that names the field which Meta's layout cannot say."""
+    unsaid = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name)]
+    scaling = config.rope_scaling
+    if scaling is not None and scaling != RopeScaling(
+        "llama3", scaling.factor, high_freq_factor=scaling.high_freq_factor
+    ):
+        unsaid.append(f"rope_scaling={scaling}")
+    if unsaid:
+        raise ValueError(f"Meta's params.json has no field for {', '.join(unsaid)}")
+    params: dict[str, Any] = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        **_meta_width(config.dim, config.ffn_dim),
+    }
+    if scaling is not None:
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor}
+        params |= {"rope_high_freq_factor": scaling.high_freq_factor}
+    if config.head_dim * config.n_heads != config.dim:
+        params["head_dim"] = config.head_dim
+    if config.window is not None:
+        params["sliding_window"] = config.window
+    return params
+
+
+def _meta_width(dim: int, ffn_dim: int) -> dict[str, Any]:
+    """`multiple_of` and, where it needs one, `ffn_dim_multiplier` that give a width: (4096, 11008) -> 256."""
+    for multiple_of in (256, 1024, 4096, 32, 1):
+        if meta_ffn_dim(dim, multiple_of, None) == ffn_dim:
+            return {"multiple_of": multiple_of}
+    multiple_of = min(256, ffn_dim & -ffn_dim)
+    return {"multiple_of": multiple_of, "ffn_dim_multiplier": (ffn_dim - 0.5 * (multiple_of > 1)) / int(8 * dim / 3)}
 
 
 def _refuse_unsupported_gguf(metadata: Mapping[str, Any]) -> None:
@@ -374,6 +426,14 @@ def _gguf_rope_scaling(
         raise ValueError("rope_freqs.weight does not follow the llama-3 rule: not supported")
     return scaling
 
+
+LLAMA_3_VOCABULARY = 128256
+_HF_CONTEXT = {"llama": 2048, "mistral": 131072}  # model_type -> max_position_embeddings where a file does not say
+_META_FIELDS = {
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"),
+    *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len", "max_batch_size"),
+    *("head_dim", "hidden_dim", "sliding_window"),  # Mistral's
+}
 
 # As published in each model's own config.json; in order: dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim,
 # vocab_size, max_context.

@@ -72,8 +72,9 @@ def gguf_name(name: str) -> str:
     """Canonical name -> GGUF's: "layers.3.feed_forward.w1.weight" -> "blk.3.ffn_gate.weight"."""
     if name in OF_MODEL:
         return OF_MODEL[name]
-    _, layer, part = name.removesuffix(".weight").split(".", 2)
-    return f"blk.{layer}.{OF_LAYER[part]}.weight"
+    stem, _, kind = name.rpartition(".")
+    _, layer, part = stem.split(".", 2)
+    return f"blk.{layer}.{OF_LAYER[part]}.{kind}"
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -88,6 +89,8 @@ def open_gguf(path: Path) -> Checkpoint:
             header.metadata,
             tie_embeddings="output.weight" not in stored,
             rope_factors=None if factors is None else factors[:].tolist(),
+            attention_bias="blk.0.attn_output.bias" in stored,  # a bias on q, k and v alone fails the strict check
+            mlp_bias="blk.0.ffn_down.bias" in stored,
         )
     except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -1,4 +1,5 @@
-"""Hugging Face directories: config.json, safetensors under `model.layers.N.self_attn.q_proj.weight` and the like.
+"""Hugging Face directories: config.json, and tensors named `model.layers.N.self_attn.q_proj.weight` and the like, in
+safetensors or pickled files.
 
 Besides the names, one arrangement differs from Meta's: the rows of q and k stand with all first halves of the rotary
 pairs before all second halves. They are put back head by head as slices are read.
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from llama_ref import pickled_files
 from llama_ref.config import LlamaConfig, as_ids
-from llama_ref.safetensors_files import StoredTensor, open_directory, read_json
+from llama_ref.safetensors_files import INDEX, SINGLE, open_directory, read_json
 from llama_ref.weights import Checkpoint, CheckpointError, Key, TensorSource, check_shapes, expected_shapes, spans
 
 OF_MODEL = {
@@ -53,9 +55,10 @@ class InterleavedRows:
         return self.stored.dtype
 
     def __getitem__(self, key: Key, /) -> torch.Tensor:
-        (start, stop), (left, right) = spans(key, self.shape)
+        (start, stop), *columns = spans(key, self.shape)
         first, last = start // self.head_dim, -(-stop // self.head_dim)  # heads, the last one excluded
-        heads = self.stored[first * self.head_dim : last * self.head_dim, left:right]
+        whole_heads = (slice(first * self.head_dim, last * self.head_dim), *(slice(*part) for part in columns))
+        heads = self.stored[whole_heads]
         offset = first * self.head_dim
         return interleave(heads, self.head_dim)[start - offset : stop - offset]
 
@@ -63,23 +66,35 @@ class InterleavedRows:
 def interleave(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Whole heads from halves to pairs: rows [a0 a1 a2 b0 b1 b2] of one head -> [a0 b0 a1 b1 a2 b2]."""
     n_heads = rows.shape[0] // head_dim
-    return rows.reshape(n_heads, 2, head_dim // 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(n_heads, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def halve(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Whole heads from pairs to halves, the inverse of `interleave`: rows [a0 b0 a1 b1] of one head -> [a0 a1 b0 b1]."""
+    n_heads = rows.shape[0] // head_dim
+    return rows.reshape(n_heads, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def is_rotary(name: str) -> bool:
+    """Whether a canonical tensor's rows stand in rotary pairs: those of q and k, weights and biases."""
+    return ".attention.wq." in name or ".attention.wk." in name
 
 
 def huggingface_name(name: str) -> str:
     """Canonical name -> Hugging Face's: "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
     if name in OF_MODEL:
         return OF_MODEL[name]
-    _, layer, part = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{layer}.{OF_LAYER[part]}.weight"
+    stem, _, kind = name.rpartition(".")
+    _, layer, part = stem.split(".", 2)
+    return f"model.layers.{layer}.{OF_LAYER[part]}.{kind}"
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
     """Open a directory that `save_pretrained` or the hub wrote; raises CheckpointError."""
-    config = _read_config(directory)
-    stored = {name: tensor for name, tensor in open_directory(directory).items() if not HARMLESS.search(name)}
+    config = read_config(directory)
+    stored = {name: tensor for name, tensor in _stored(directory).items() if not HARMLESS.search(name)}
     if config.tie_embeddings and "lm_head.weight" in stored:
-        _check_duplicate(stored, directory)
+        check_tied(stored, "model.embed_tokens.weight", "lm_head.weight", directory)
         del stored["lm_head.weight"]
     expected = expected_shapes(config)
     wanted = {huggingface_name(name): shape for name, shape in expected.items()}
@@ -90,12 +105,22 @@ def open_huggingface(directory: Path) -> Checkpoint:
     weights: dict[str, TensorSource] = {}
     for name in expected:
         tensor = stored[huggingface_name(name)]
-        rotary = name.endswith(("attention.wq.weight", "attention.wk.weight"))
-        weights[name] = InterleavedRows(tensor, config.head_dim) if rotary else tensor
+        weights[name] = InterleavedRows(tensor, config.head_dim) if is_rotary(name) else tensor
     return Checkpoint(config, weights, directory)
 
 
-def _read_config(directory: Path) -> LlamaConfig:
+def _stored(directory: Path) -> Mapping[str, TensorSource]:
+    """The tensors of model.safetensors or of pytorch_model.bin, in one file or in shards; the former comes first."""
+    if not any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        if (directory / pickled_files.INDEX).is_file():
+            return pickled_files.open_sharded(directory)
+        if (directory / pickled_files.SINGLE).is_file():
+            return pickled_files.open_file(directory / pickled_files.SINGLE)
+    return open_directory(directory)
+
+
+def read_config(directory: Path) -> LlamaConfig:
+    """config.json, with the EOS ids of generation_config.json; raises CheckpointError."""
     data = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     try:
@@ -105,18 +130,20 @@ def _read_config(directory: Path) -> LlamaConfig:
         return LlamaConfig.from_hf(data)
     except CheckpointError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
 
 
-def _check_duplicate(stored: Mapping[str, StoredTensor], directory: Path) -> None:
+def check_tied(stored: Mapping[str, TensorSource], table_name: str, head_name: str, where: object) -> None:
     """A tied model may store its table twice; if the two differ, the config or the file is wrong: who knows which?"""
-    table, head = stored.get("model.embed_tokens.weight"), stored["lm_head.weight"]
-    if table is None:
-        return  # the strict check will name it
-    same = table.shape == head.shape and all(
-        torch.equal(table[row : row + ROWS_COMPARED], head[row : row + ROWS_COMPARED])
-        for row in range(0, table.shape[0], ROWS_COMPARED)
+    table = stored.get(table_name)  # if it is missing, the strict check will name it
+    if table is not None and not same_tensor(table, stored[head_name]):
+        raise CheckpointError(f"{where}: tie_word_embeddings=True, but {head_name} is not the embedding table")
+
+
+def same_tensor(one: TensorSource, other: TensorSource) -> bool:
+    """Whether two stored matrices hold equal numbers, read a part at a time."""
+    return tuple(one.shape) == tuple(other.shape) and all(
+        torch.equal(one[row : row + ROWS_COMPARED], other[row : row + ROWS_COMPARED])
+        for row in range(0, one.shape[0], ROWS_COMPARED)
     )
-    if not same:
-        raise CheckpointError(f"{directory}: tie_word_embeddings=True, but lm_head.weight is not the embedding table")

@@ -21,8 +21,9 @@ __all__ = ["DEFAULT_MODEL", "Model", "ModelError", "open_model", "resolve"]
 
 DEFAULT_MODEL = "smollm2-135m"
 PACKAGED = {SMOLLM2_135M.name: SMOLLM2_135M}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+HUB_FACTS = ["*.json", "tokenizer.model", "*.jinja"]
+HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth", "model.pth")  # the first that is there
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def _random(name: str) -> Model:
 
 
 def _from_hub(name: str) -> Path:
+    """The hub's client keeps the files: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT are its own, and rule."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -99,7 +101,13 @@ def _from_hub(name: str) -> Path:
             f"{name!r} is no local path, and asking the Hugging Face hub needs `pip install huggingface-hub`"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        repository, _, revision = name.partition("@")
+        for weights in HUB_WEIGHTS:  # never two copies of a model: many repositories hold several
+            at = {"revision": revision} if revision else {}
+            path = Path(snapshot_download(repository, allow_patterns=[*HUB_FACTS, weights], **at))
+            if any(path.glob(weights)):
+                return path
     except Exception as error:  # the hub's client raises its own, its HTTP library's and OSError, by version
         told = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{name!r} is no local path, and the Hugging Face hub did not give it: {told}") from error
+    raise ModelError(f"{name!r} on the Hugging Face hub holds none of {', '.join(HUB_WEIGHTS)}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from llama_ref.weights import CheckpointError, Key, spans
+
+T = TypeVar("T")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,7 +56,6 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
     if (directory / SINGLE).is_file():
         return open_file(directory / SINGLE)
     others = sorted(path.name for path in directory.glob("*.safetensors"))
-    others += sorted(path.name for path in directory.glob("pytorch_model*.bin"))
     hint = f" (found {', '.join(others[:3])}, which are not read)" if others else ""
     raise CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX}{hint}")
 
@@ -85,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({_one_line(error)})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
@@ -93,10 +95,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_sharded(directory: Path) -> dict[str, StoredTensor]:
-    places = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(places, dict):
-        raise CheckpointError(f"{directory / INDEX}: has no weight_map")
+    return read_sharded(directory, INDEX, open_file)
+
+
+def read_sharded(directory: Path, index: str, open_file: Callable[[Path], dict[str, T]]) -> dict[str, T]:
+    """The tensors of all shards that an index names, each shard opened by `open_file`; CheckpointError."""
+    places = read_json(directory / index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise CheckpointError(f"{directory / index}: has no weight_map of file names")
     shards = sorted(set(places.values()))
+    outside = [shard for shard in shards if not shard or Path(shard).name != shard or "\0" in shard]
+    if outside:
+        raise CheckpointError(f"{directory / index}: names {outside[0]!r}, which is no file of this directory")
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise CheckpointError(f"{directory}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:20])}")

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -89,19 +90,25 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     directory = Path(directory).expanduser()
-    check_can_write(directory)
     check_encoded(tensors, config, encoding, directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # beside its final place, so that the last step is a rename within one file system
-    draft = directory.parent / f".{directory.name}-{uuid.uuid4().hex[:8]}"
-    draft.mkdir()
-    try:
+    with appears_whole(directory) as draft:
         whole = {name: tensor[:].detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(_unshared(whole), draft / "model.safetensors", metadata={"format": "pt"})
+        save_file(unshared(whole), draft / "model.safetensors", metadata={"format": "pt"})
         data = config.to_hf() | {"llama_fast": {"encoding": encoding, "format": FORMAT}}
         (draft / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(draft)
+
+
+@contextlib.contextmanager
+def appears_whole(directory: Path) -> Iterator[Path]:
+    """A draft beside `directory` to write into, renamed to it at the end, removed on failure; CheckpointError if it exists."""
+    check_can_write(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = directory.parent / f".{directory.name}-{uuid.uuid4().hex[:8]}"  # a rename within one file system
+    draft.mkdir()
+    try:
+        yield draft
         check_can_write(directory)  # again: someone may have filled it meanwhile
         os.replace(draft, directory)
     finally:
@@ -116,7 +123,7 @@ def check_can_write(directory: Path) -> None:
         raise CheckpointError(f"{directory}: the output directory is a file; name another")
 
 
-def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """safetensors refuses tensors that share memory: copy all but the first of each."""
     seen: set[int] = set()
     result = {}

@@ -1,7 +1,8 @@
 """What a checkpoint is, whatever file it came from: a config, and tensors under Meta's canonical names.
 
-Every linear weight is [out, in]. Rows of `wq` and `wk` stand in Meta's order: the two halves of rotary pair i are rows
-2i and 2i + 1 of their head. A tied model has no `output.weight`.
+Every linear weight is [out, in], and its bias, in the few models that have some, `X.bias` [out]. Rows of `wq` and `wk`
+stand in Meta's order: the two halves of rotary pair i are rows 2i and 2i + 1 of their head. A tied model has no
+`output.weight`.
 """
 
 from __future__ import annotations
@@ -71,11 +72,20 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             "feed_forward.w3": (config.ffn_dim, config.dim),
             "feed_forward.w2": (config.dim, config.ffn_dim),
         }
-        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+        for name, shape in of_layer.items():
+            shapes[f"layers.{layer}.{name}.weight"] = shape
+            if has_bias(name, config):
+                shapes[f"layers.{layer}.{name}.bias"] = shape[:1]
     shapes["norm.weight"] = (config.dim,)
     if not config.tie_embeddings:
         shapes["output.weight"] = (config.vocab_size, config.dim)
     return shapes
+
+
+def has_bias(part: str, config: LlamaConfig) -> bool:
+    """Whether a part of a block, as "attention.wq", adds a vector [out] to its product."""
+    attention, mlp = part.startswith("attention."), part.startswith("feed_forward.")
+    return (attention and config.attention_bias) or (mlp and config.mlp_bias)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:

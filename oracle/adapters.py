@@ -16,8 +16,8 @@ from llama_fast.build import Runner
 from llama_fast.generate import generate
 from llama_ref.checkpoint import TensorSource
 from llama_ref.config import LlamaConfig
+from llama_ref.model import PARTS, amplitude, attend, inverse_frequencies, island, project, rms_norm, rotate, rotations
 from llama_ref.model import Llama as Reference
-from llama_ref.model import attend, inverse_frequencies, island, rms_norm, rotate, rotations
 from oracle.localise import Trace
 from oracle.subject import Subject
 
@@ -104,12 +104,11 @@ class RefSubject:
         whole blocks is judged block by block.
         """
         name = f"layers.{layer}"
-        attention = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo")
-        parts = (*attention, "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-        weights = {part: self.weight(f"{name}.{part}.weight") for part in parts}  # typed once for all rows
-        return [self._stages_of_row(layer, row, weights) for row in seen]
+        weights = {part: self.weight(f"{name}.{part}.weight") for part in PARTS}  # typed once for all rows
+        biases = {part: self.weight(f"{name}.{part}.bias") for part in PARTS if f"{name}.{part}.bias" in self._weights}
+        return [self._stages_of_row(layer, row, weights, biases) for row in seen]
 
-    def _stages_of_row(self, layer: int, seen: Trace, w: Mapping[str, Tensor]) -> Trace:
+    def _stages_of_row(self, layer: int, seen: Trace, w: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Trace:
         c, name = self.config, f"layers.{layer}"
         out: Trace = {}
 
@@ -121,17 +120,17 @@ class RefSubject:
         x_1TD = self._typed(seen[f"layers.{layer - 1}" if layer else "embedding"])[None]
         T = x_1TD.shape[1]
         n_1TD = give("attention_norm", rms_norm(x_1TD, w["attention_norm"], c.norm_eps))
-        q = give("q", (n_1TD @ w["attention.wq"].T).view(1, T, c.n_heads, c.head_dim))
-        k = give("k", (n_1TD @ w["attention.wk"].T).view(1, T, c.n_kv_heads, c.head_dim))
-        v = give("v", (n_1TD @ w["attention.wv"].T).view(1, T, c.n_kv_heads, c.head_dim))
+        q = give("q", project(n_1TD, w, b, "attention.wq").view(1, T, c.n_heads, c.head_dim))
+        k = give("k", project(n_1TD, w, b, "attention.wk").view(1, T, c.n_kv_heads, c.head_dim))
+        v = give("v", project(n_1TD, w, b, "attention.wv").view(1, T, c.n_kv_heads, c.head_dim))
         turns_Td = rotations(c, T, island(self.dtype), x_1TD.device)
         q, k = give("q_rope", rotate(q, turns_Td)), give("k_rope", rotate(k, turns_Td))
-        a = give("attention", attend(q, k, v))
-        x_1TD = x_1TD + give("attention_out", a.reshape(1, T, -1) @ w["attention.wo"].T)
+        a = give("attention", attend(q, k, v, c.window))
+        x_1TD = x_1TD + give("attention_out", project(a.reshape(1, T, -1), w, b, "attention.wo"))
         n_1TD = give("ffn_norm", rms_norm(x_1TD, w["ffn_norm"], c.norm_eps))
-        gate, up = n_1TD @ w["feed_forward.w1"].T, n_1TD @ w["feed_forward.w3"].T
+        gate, up = project(n_1TD, w, b, "feed_forward.w1"), project(n_1TD, w, b, "feed_forward.w3")
         hidden = give("ffn_hidden", gate * torch.sigmoid(gate) * up)
-        x_1TD = x_1TD + give("ffn_out", hidden @ w["feed_forward.w2"].T)
+        x_1TD = x_1TD + give("ffn_out", project(hidden, w, b, "feed_forward.w2"))
         out[name] = x_1TD
         return {stage: value[0].flatten(1) for stage, value in out.items()}
 
@@ -374,3 +373,8 @@ class CallableSubject:
 def angles(config: LlamaConfig, length: int) -> Tensor:
     """The rotary angles of the specification, float64 [length, d/2]."""
     return torch.outer(torch.arange(length, dtype=torch.float64), inverse_frequencies(config))
+
+
+def radius(config: LlamaConfig) -> float:
+    """The length of the specification's rotated unit vectors: 1 but for YaRN."""
+    return amplitude(config)

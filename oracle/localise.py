@@ -125,19 +125,19 @@ def summary(stages: Sequence[Stage]) -> Verdict:
     )
 
 
-def judge_rope_table(table_Td2: Tensor, angle_Td: Tensor) -> Verdict:
-    """Cosines and sines [T, d/2, 2] against float64 angles [T, d/2], at every position.
+def judge_rope_table(table_Td2: Tensor, angle_Td: Tensor, radius: float = 1.0) -> Verdict:
+    """Cosines and sines [T, d/2, 2], both times `radius`, against float64 angles [T, d/2], at every position.
 
     Allowed is what float32 angles cost: 2 roundings of the value, 4 of the angle (which grow with the position, where
     angles are multiplied out in float32). A bfloat16 table fails at once, a theta that is off by 0.01% at position 20.
     """
     if table_Td2.shape[0] == 0:
         return empty("rope table", "no positions")
-    expected_Td2 = torch.stack([angle_Td.cos(), angle_Td.sin()], -1)
+    expected_Td2 = radius * torch.stack([angle_Td.cos(), angle_Td.sin()], -1)
     if table_Td2.shape != expected_Td2.shape:
         shapes = f"shape {list(table_Td2.shape)} instead of {list(expected_Td2.shape)}"
         return Verdict((Check("rope table", 1.0, 0.0, shapes),))
-    allowed_Td = torch.finfo(torch.float32).eps / 2 * (2 + 4 * angle_Td)
+    allowed_Td = torch.finfo(torch.float32).eps / 2 * radius * (2 + 4 * angle_Td)
     share_Td = (table_Td2.double().cpu() - expected_Td2).abs().amax(-1) / allowed_Td
     share_Td = share_Td.nan_to_num(nan=float("inf"))
     worst = int(share_Td.argmax())

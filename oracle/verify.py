@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_fast.build import Runner, build
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
-from oracle.adapters import FastSubject, RefSubject, Weights, angles
+from oracle.adapters import FastSubject, RefSubject, Weights, angles, radius
 from oracle.cases import Case, random_row, standard_case, text_rows
 from oracle.certificate import Certificate
 from oracle.compare import Outcome, Verdict, empty, unit_roundoff
@@ -77,7 +77,9 @@ def _verify_runner(
     table = getattr(runner.model, "rope_table", None)
     if table is not None:
         angle_Td = angles(checkpoint.config, table.shape[0])
-        certificate.parts[f"{name} rope table"] = judge_rope_table(cast(Tensor, table), angle_Td)
+        certificate.parts[f"{name} rope table"] = judge_rope_table(
+            cast(Tensor, table), angle_Td, radius(checkpoint.config)
+        )
     progress(f"{name}: every stage on its own inputs")
     stages = stage_reports(subject, truth, yardstick, case.rows)
     certificate.parts[f"{name} stages"] = summary(stages)
@@ -190,7 +192,7 @@ def judge_runner(
     verdict += bench.decode(subject, [long], [start], [len(long)]).named(f"decode from {start}")
     table = getattr(runner.model, "rope_table", None)
     if table is not None:
-        verdict += judge_rope_table(cast(Tensor, table), angles(config, table.shape[0]))
+        verdict += judge_rope_table(cast(Tensor, table), angles(config, table.shape[0]), radius(config))
     return verdict
 
 

@@ -43,7 +43,9 @@ def test_the_reference_imports_nothing_of_ours(path: Path) -> None:
     assert not outside(ours(path), "llama_ref")
 
 
-FACTS = ("llama_ref.config", "llama_ref.checkpoint", "llama_ref.tokenizer", "llama_ref.models", "llama_ref.saved")
+FACTS = tuple(
+    f"llama_ref.{name}" for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat")
+)
 
 
 @pytest.mark.parametrize("path", files("llama_fast/**/*.py"), ids=lambda p: str(p.relative_to(ROOT)))

@@ -23,6 +23,7 @@ from llama_fast.matvec import product
 from llama_fast.model import Block, Joined, Llama
 from llama_fast.plan import DenseEmbedding, KVCache, Phase
 from llama_fast.sampling import Chooser
+from llama_ref.config import LlamaConfig
 
 if TYPE_CHECKING:
     from llama_fast.kernels import ops
@@ -38,6 +39,7 @@ class Fused:
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         """Raises ValueError where the kernels cannot run."""
         assert isinstance(model, Llama)
+        check_supported(model.config)
         if model.rope_table.device.type != "cuda":
             raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
         if not all(isinstance(block.qkv, Joined) for block in model.blocks):
@@ -69,6 +71,14 @@ class Fused:
             return token_B, logits_BTV
 
         return fused_prefill, fused_decode
+
+
+def check_supported(config: LlamaConfig) -> None:
+    """ValueError, by the name of the field, where a model asks for what the kernels do not do."""
+    asked = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "window": config.window}
+    for name, value in asked.items():
+        if value:
+            raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
 
 
 @dataclass(frozen=True)

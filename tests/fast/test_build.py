@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,8 +12,12 @@ from llama_fast.build import Runner, build
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import Dense, Growing, Plan
-from llama_ref.checkpoint import Checkpoint, save_checkpoint
+from llama_fast.presets import fused
+from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
+from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference
+
+SMALL = LlamaConfig(48, 2, 6, 2, 10, 72, 101, 128)
 
 PLANS = [
     Plan(encoding, cache=cache, fuse_projections=fuse)
@@ -114,3 +121,17 @@ def test_requests_that_do_not_fit_name_the_numbers(untied: Checkpoint) -> None:
 def test_a_gpu_that_is_not_there_is_said_in_words(untied: Checkpoint) -> None:
     with pytest.raises(ValueError, match="sees no CUDA device"):
         build(untied, Plan(), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"window": 16}, "window=16"),
+    ],
+)
+def test_the_fused_kernels_refuse_what_they_do_not_do(change: dict[str, Any], message: str) -> None:
+    checkpoint = random_checkpoint(dataclasses.replace(SMALL, **change))
+    with pytest.raises(ValueError, match=f"the fused kernels do not do {message}"):
+        build(checkpoint, fused(), "cpu", torch.float32)

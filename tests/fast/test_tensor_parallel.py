@@ -42,6 +42,8 @@ def divided(draw: st.DrawFn) -> tuple[LlamaConfig, int]:
         vocab_size=draw(st.integers(5, 40)),
         max_context=16,
         tie_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
     )
     return config, size
 
@@ -60,6 +62,8 @@ def joined(stem: str, part: str, shards: list[Parts], config: LlamaConfig) -> to
         return several[0]
     if stem.endswith(("wk", "wv")):
         several = several[:: max(1, len(shards) // config.n_kv_heads)]
+    if stem.endswith(("wo", "w2")) and part == "bias":
+        return torch.stack(several).sum(0)  # as the processes' products are
     if stem.endswith(("wo", "w2")):
         return several[0] if several[0].shape[1] == 1 and part == "scale" else torch.cat(several, 1)
     return torch.cat(several)

@@ -197,7 +197,7 @@ def test_a_config_that_is_no_llama_names_file_and_field(tiny: Any) -> None:
 
 def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
     refused(lambda: open_checkpoint(tmp_path / "nowhere"), "nowhere: no such file or directory")
-    refused(lambda: open_checkpoint(tmp_path), "no config.json and no .gguf")
+    refused(lambda: open_checkpoint(tmp_path), "no config.json, params.json or .gguf")
     (tmp_path / "params.json").write_text("{}")
     refused(lambda: open_checkpoint(tmp_path), "consolidated")
     stray = tmp_path / "model.bin"
@@ -207,8 +207,10 @@ def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     refused(lambda: open_checkpoint(tmp_path), "holds 2 .gguf files")
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    refused(lambda: open_checkpoint(tmp_path), "neither model.safetensors nor", "other.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    refused(lambda: open_checkpoint(tmp_path), "neither model.safetensors nor", "pytorch_model.bin")
+    refused(lambda: open_checkpoint(tmp_path), "pytorch_model.bin", "not written by torch.save")
 
 
 # --- slices ---------------------------------------------------------------------------------------

@@ -85,7 +85,9 @@ def test_impossible_numbers_are_refused_with_the_numbers(changes: dict[str, Any]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("yarn", 4.0), "rope_type='yarn'"),
+        (("longrope", 4.0), "rope_type='longrope'"),
+        (("yarn", 4.0, 1.0, 4.0, 8192, 1.0, 32.0), "beta_slow=32.0"),
+        (("yarn", 4.0, 1.0, 4.0, 8192, 32.0, 1.0, 0.0), "attention_factor=0.0"),
         (("linear", 0.5), "factor=0.5"),
         (("llama3", 8.0, 4.0, 4.0), "low_freq_factor=4.0"),
         (("llama3", 8.0, 1.0, 4.0, 0), "original_context=0"),
@@ -99,6 +101,17 @@ def test_impossible_rope_scaling_is_refused(arguments: tuple[Any, ...], message:
 scalings = st.one_of(
     st.none(),
     st.floats(1, 64).map(lambda factor: RopeScaling("linear", factor)),
+    st.floats(1, 64).map(lambda factor: RopeScaling("dynamic", factor)),
+    st.builds(
+        RopeScaling,
+        st.just("yarn"),
+        st.floats(1, 64),
+        original_context=st.integers(1, 1 << 17),
+        beta_fast=st.floats(8, 64),
+        beta_slow=st.floats(0.5, 2),
+        attention_factor=st.none() | st.floats(0.5, 2),
+        truncate=st.booleans(),
+    ),
     st.builds(
         RopeScaling,
         st.just("llama3"),
@@ -114,9 +127,9 @@ configs = st.builds(
     ),
     groups=st.integers(1, 4),
     n_kv_heads=st.integers(1, 4),
-    half_head_dim=st.integers(1, 40),
+    half_head_dim=st.integers(2, 40),
     dim=st.integers(1, 999),
-    rope_theta=st.floats(1, 1e6),
+    rope_theta=st.floats(2, 1e6),
     norm_eps=st.floats(1e-8, 1e-2),
     rope_scaling=scalings,
     tie_embeddings=st.booleans(),
@@ -153,6 +166,17 @@ def test_absent_hf_fields_take_the_defaults_of_transformers() -> None:
     [
         ({"rope_scaling": None}, None),
         ({"rope_scaling": {"rope_type": "default"}}, None),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, RopeScaling("dynamic", 2.0)),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, RopeScaling("yarn", 4.0, original_context=2048)),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}},
+            RopeScaling(
+                "yarn",
+                4.0,
+                original_context=2048,
+                attention_factor=(0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1),
+            ),
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, RopeScaling("linear", 4.0)),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, RopeScaling("linear", 4.0)),
         (
@@ -185,8 +209,22 @@ def test_eos_ids_in_every_spelling(value: Any, ids: tuple[int, ...]) -> None:
     assert LlamaConfig.from_hf(SMALL | {"eos_token_id": value}).eos_ids == ids
 
 
-def test_mistral_without_a_window_is_a_llama() -> None:
-    assert LlamaConfig.from_hf(SMALL | {"model_type": "mistral", "sliding_window": None}).dim == 64
+def test_mistral_is_a_llama_with_a_window() -> None:
+    mistral = SMALL | {"model_type": "mistral"}
+    assert LlamaConfig.from_hf(mistral | {"sliding_window": None}).window is None
+    assert LlamaConfig.from_hf(mistral).window == 4096
+    assert LlamaConfig.from_hf(mistral | {"sliding_window": 512, "max_position_embeddings": 512}).window is None
+    config = LlamaConfig.from_hf(mistral | {"sliding_window": 7})
+    assert config.window == 7 and LlamaConfig.from_hf(config.to_hf()) == config
+
+
+def test_biases_are_read() -> None:
+    config = LlamaConfig.from_hf(SMALL | {"attention_bias": True, "mlp_bias": True})
+    assert config.attention_bias and config.mlp_bias
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    shapes = expected_shapes(config)
+    assert shapes["layers.1.attention.wk.bias"] == (64,) and shapes["layers.0.feed_forward.w2.bias"] == (64,)
+    assert sum(name.endswith(".bias") for name in shapes) == 14
 
 
 @pytest.mark.parametrize(
@@ -194,15 +232,16 @@ def test_mistral_without_a_window_is_a_llama() -> None:
     [
         ({"model_type": "qwen2"}, "model_type='qwen2'"),
         ({"model_type": None}, "model_type=None"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias=True"),
+        ({"attention_bias": "yes"}, "attention_bias='yes'"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
-        ({"model_type": "mistral"}, "sliding_window=4096"),
+        ({"model_type": "mistral", "sliding_window": 0}, "window=0 must be a positive"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type='longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size='64' must be a number"),

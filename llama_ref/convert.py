@@ -1,0 +1,127 @@
+"""Write a checkpoint in Hugging Face's layout or in Meta's. Only names and the order of rows change: no number does.
+
+What one layout cannot say travels beside it as the file that says it: config.json in a directory of Meta's, params.json
+in one of Hugging Face's. So a way there and back gives the same tensors, bit for bit, and the same config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_ref import pickled_files, safetensors_files
+from llama_ref.checkpoint import open_checkpoint
+from llama_ref.config import LlamaConfig, meta_params
+from llama_ref.huggingface import halve, huggingface_name, is_rotary
+from llama_ref.meta_layout import FIRST_SHARD, PARAMS
+from llama_ref.saved import appears_whole, unshared
+from llama_ref.tokenizer import COMPANIONS, JSON_FILE, SENTENCEPIECE_FILE
+from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, expected_shapes
+
+GENERATION_FILE = "generation_config.json"
+SHARD_BYTES = 5_000_000_000
+
+
+def convert(source: str | Path, target: str | Path, to: str | None = None, shard_bytes: int = SHARD_BYTES) -> str:
+    """Write the checkpoint at `source` as a directory `target`, which must be new or empty; the layout written.
+
+    `to`: "hf" or "meta"; None is the other one than the source has ("hf" for what has neither). Raises CheckpointError.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    checkpoint = open_checkpoint(source)
+    if checkpoint.encoding != "dense":
+        raise CheckpointError(f"{source}: stored as {checkpoint.encoding}; convert the checkpoint it was made from")
+    directory = source if source.is_dir() else source.parent
+    if to is None:
+        to = "meta" if source.is_dir() and any((directory / name).is_file() for name in HF_FILES) else "hf"
+    if to not in WRITERS:
+        raise CheckpointError(f"unknown layout {to!r} (known: {', '.join(WRITERS)})")
+    with appears_whole(target) as draft:
+        WRITERS[to](checkpoint, directory, draft, shard_bytes)
+        for name in (JSON_FILE, SENTENCEPIECE_FILE, *COMPANIONS, GENERATION_FILE):
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, draft / name)
+    return to
+
+
+def _write_hf(checkpoint: Checkpoint, directory: Path, draft: Path, shard_bytes: int) -> None:
+    from safetensors.torch import save_file
+
+    config = checkpoint.config
+    if not _copied(directory / "config.json", draft):
+        dtype = str(checkpoint.weights["norm.weight"].dtype).removeprefix("torch.")
+        (draft / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": dtype}, indent=2) + "\n")
+    _copied(directory / PARAMS, draft)
+    shards = list(_shards(checkpoint, shard_bytes))
+    places: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, 1):
+        tensors = {huggingface_name(name): _hf_rows(name, checkpoint.weights[name], config) for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        file = safetensors_files.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        places |= dict.fromkeys(tensors, file)
+        save_file(unshared(tensors), draft / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (draft / safetensors_files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _hf_rows(name: str, tensor: TensorSource, config: LlamaConfig) -> torch.Tensor:
+    rows = tensor[:].contiguous()
+    return halve(rows, config.head_dim) if is_rotary(name) else rows
+
+
+def _shards(checkpoint: Checkpoint, shard_bytes: int) -> Iterator[list[str]]:
+    """Names in order, as many to a list as fit into `shard_bytes`."""
+    names: list[str] = []
+    held = 0
+    for name, shape in expected_shapes(checkpoint.config).items():
+        size = checkpoint.weights[name].dtype.itemsize
+        for extent in shape:
+            size *= extent
+        if names and held + size > shard_bytes:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    yield names
+
+
+def _write_meta(checkpoint: Checkpoint, directory: Path, draft: Path, shard_bytes: int) -> None:
+    """One file for all ranks. A tied table is written under both names, and stored once."""
+    config = checkpoint.config
+    if not _copied(directory / PARAMS, draft):
+        (draft / PARAMS).write_text(json.dumps(_checked_params(config)) + "\n")
+    _copied(directory / "config.json", draft)
+    tensors = {name: checkpoint.weights[name][:].contiguous() for name in expected_shapes(config)}
+    if config.tie_embeddings:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    torch.save(tensors, draft / FIRST_SHARD)
+
+
+def _checked_params(config: LlamaConfig) -> Mapping[str, Any]:
+    """The params.json of a config, which read by itself gives the same shape and arithmetic."""
+    try:
+        params = meta_params(config)
+        said = LlamaConfig.from_meta(params, max_context=config.max_context, tie_embeddings=config.tie_embeddings)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if dataclasses.replace(said, bos_id=config.bos_id, eos_ids=config.eos_ids) != config:
+        raise CheckpointError(f"Meta's {PARAMS} cannot say this config: {config}")
+    return params
+
+
+def _copied(file: Path, draft: Path) -> bool:
+    if file.is_file():
+        shutil.copyfile(file, draft / file.name)
+    return file.is_file()
+
+
+HF_FILES = (safetensors_files.SINGLE, safetensors_files.INDEX, pickled_files.SINGLE, pickled_files.INDEX)
+WRITERS: dict[str, Callable[[Checkpoint, Path, Path, int], None]] = {"hf": _write_hf, "meta": _write_meta}
