@@ -18,6 +18,7 @@ from torch import Tensor
 from llama_fast.build import Runner
 from llama_fast.plan import KVCache
 from llama_fast.sampling import Chooser, Sampling
+from llama_fast.speculation import Speculation, Statistics
 
 IN_FLIGHT = 4
 """Tokens that a GPU may be ahead of the host: enough to hide the launch of one, little to waste at the end of a text."""
@@ -39,6 +40,7 @@ class Generation:
     completions: list[Completion]
     first_token_seconds: float
     total_seconds: float
+    speculation: Statistics | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -63,12 +65,18 @@ def generate(
     sampling: Sampling = Sampling(),
     eos_ids: Collection[int] = (),
     cache: KVCache | None = None,
+    draft: Speculation | None = None,
 ) -> Generation:
-    """Continue each prompt until one of `eos_ids` or `max_new_tokens`. `cache` is reused if given, else allocated."""
+    """Continue each prompt until one of `eos_ids` or `max_new_tokens`. `cache` is reused if given, else allocated.
+
+    `draft` proposes tokens that the runner then checks several at a time: `Draft(runner, k=5)`, `Ngram(k=8)`.
+    """
     rows: list[list[int]] = [[] for _ in prompts]
     began = time.perf_counter()
     first = 0.0
-    for step in stream(runner, prompts, max_new_tokens, sampling, eos_ids, cache):
+    session = draft and draft.begin(runner, prompts, max_new_tokens, sampling, eos_ids, cache)
+    steps = session.steps() if session else stream(runner, prompts, max_new_tokens, sampling, eos_ids, cache)
+    for step in steps:
         first = first or time.perf_counter() - began
         for row, token in zip(rows, step, strict=True):
             if token is not None:
@@ -78,7 +86,7 @@ def generate(
         Completion(row, "stop" if row[-1] in eos_ids else "length", len(prompt))
         for row, prompt in zip(rows, prompts, strict=True)
     ]
-    return Generation(completions, first, total)
+    return Generation(completions, first, total, session.statistics if session else None)
 
 
 def stream(
@@ -114,7 +122,7 @@ def stream(
         if step < max_new_tokens:
             readback.push(launch(step))
         if step >= readback.depth:
-            tokens = readback.pop()
+            tokens = [token for (token,) in readback.pop()]
             yield [None if done else token for token, done in zip(tokens, ended, strict=True)]
             ended = [done or token in eos_ids for token, done in zip(tokens, ended, strict=True)]
             if all(ended):
@@ -148,26 +156,26 @@ def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
 
 
 class Readback:
-    """Tokens on their way to the host, oldest first; on a CPU they are there at once."""
+    """Rows of numbers on their way to the host, oldest first; on a CPU they are there at once."""
 
     def __init__(self, device: torch.device):
         self.depth = IN_FLIGHT if device.type == "cuda" else 0
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
-    def push(self, token_B1: Tensor) -> None:
+    def push(self, rows_BN: Tensor) -> None:
         if self.depth == 0:
-            self._pending.append((token_B1.clone(), None))
+            self._pending.append((rows_BN.clone(), None))
             return
-        host_B1 = torch.empty(
-            token_B1.shape, dtype=token_B1.dtype, pin_memory=True
+        host_BN = torch.empty(
+            rows_BN.shape, dtype=rows_BN.dtype, pin_memory=True
         )  # from PyTorch's pool of pinned blocks
-        host_B1.copy_(token_B1, non_blocking=True)
+        host_BN.copy_(rows_BN, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._pending.append((host_B1, arrived))
+        self._pending.append((host_BN, arrived))
 
-    def pop(self) -> list[int]:
-        token_B1, arrived = self._pending.popleft()
+    def pop(self) -> list[list[int]]:
+        rows_BN, arrived = self._pending.popleft()
         if arrived is not None:
             arrived.synchronize()
-        return token_B1[:, 0].tolist()
+        return rows_BN.tolist()  # type: ignore[no-any-return]

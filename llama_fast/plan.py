@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,10 @@ class Cache(Protocol):
 
 class Compiler(Protocol):
     """What happens to the two phases before they run."""
+
+    @property
+    def compiles_each_shape(self) -> bool:
+        """Whether a decode step of another number of tokens costs a compilation of its own, in tens of seconds."""
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         """The two functions, compiled or not; a compiler may instead compile the model's blocks in place of the whole."""
@@ -213,6 +217,8 @@ class Growing:
 @dataclass(frozen=True)
 class Eager:
     """Run the two phases as written."""
+
+    compiles_each_shape: ClassVar[bool] = False
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         return prefill, decode

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TRUNK = {"matvec", "plan", "sampling", "model", "build", "generate", "text", "roofline"}
+PHASES = {"generate", "sampling", "acceptance", "pace", "speculation", "rounds"}
+TRUNK = {"matvec", "plan", "model", "build", "text", "roofline"} | PHASES
 FACE = {"presets", "llama", "bandwidth", "profiling", "rungs", "bench", "plots", "ranks", "report", "__init__"}
 
 
@@ -80,7 +81,7 @@ def test_the_comparison_knows_torch_alone() -> None:
 @pytest.mark.parametrize("path", files("oracle/*.py"), ids=lambda p: p.stem)
 def test_judging_knows_no_llama(path: Path) -> None:
     """The adapters make subjects of the Llamas; `verify` and `cli` put checkpoints, plans and words together."""
-    composition = path.stem in ("adapters", "verify", "cli")
+    composition = path.stem in ("adapters", "verify", "speculation", "cli")
     allowed = ("oracle", "llama_ref", "llama_fast") if composition else ("oracle",)
     assert not outside(ours(path), *allowed)
 

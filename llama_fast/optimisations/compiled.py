@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Compiled:
     """The source's two phases. `regions`: one compilation for all blocks, else the whole as it is; None: on a CPU."""
 
     regions: bool | None = None
+    compiles_each_shape: ClassVar[bool] = True
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         assert isinstance(model, Llama)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ MOST_QUERY_ROWS = 64  # tokens x query heads per key/value head, in one attentio
 @dataclass(frozen=True)
 class Fused:
     """Decode by the kernels of `llama_fast.kernels`. Needs a CUDA device, joined projections and a static cache."""
+
+    compiles_each_shape: ClassVar[bool] = False
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         """Raises ValueError where the kernels cannot run."""

@@ -1,0 +1,285 @@
+"""Speculative decoding: several tokens are proposed cheaply and checked by the target in one step.
+
+Where plain decoding reads all weights for one token, a round reads them for as many as were guessed right, and one more. The
+answer stays the target's: the tokens at temperature 0, the distribution otherwise.
+
+    generate(target, prompts, 200, draft=Draft(small))            a draft model, k chosen from what is measured
+    generate(target, prompts, 200, draft=Ngram(k=8))              a lookup in what was written so far, k fixed
+    generate(target, prompts, 200, draft=Padded(k=5))             no speculation, but its arithmetic
+
+A check of k + 1 rows rounds differently from a step of one, so greedy equality with plain decoding holds up to ties of
+the rounding. `Padded(k)` decodes plainly through the very shape that `Draft(runner, k)` and `Ngram(k)` check with: to this
+they are equal bit for bit in float32 on a CPU, where heads and hidden layer are whole vector registers wide (multiples of
+16). It costs the check's price for every token, as much as the rows beyond the first cost.
+
+Shapes: B rows, K proposed tokens, L columns of history, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_fast.build import Runner
+from llama_fast.generate import check
+from llama_fast.pace import Costs
+from llama_fast.plan import Eager, GrowingCache, KVCache
+from llama_fast.rounds import Rounds, Source, State, agreement, made_fast, uniform_at
+from llama_fast.sampling import Chooser, Sampling, draw
+
+AUTOMATIC = (1, 2, 3, 5, 7)
+"""What k is chosen from. 7 proposals and the newest token are eight rows: beyond, a check is no longer bound by memory."""
+DRAWN = 1
+"""The stream of uniforms that proposals are drawn with."""
+
+
+class Proposer:
+    """What `Draft`, `Ngram` and `Padded` share: the choice of k, the room it needs, the costs measured so far."""
+
+    only = AUTOMATIC[-1]
+    """The one k that is tried where each shape is compiled anew."""
+
+    def __init__(self, k: int | None, most: int):
+        """`k` None: chosen while generating, from 1 to `most`."""
+        for label, value in (("k", k), ("most", most)):
+            if value is not None and value < 1:
+                raise ValueError(f"{label}={value} must be at least 1: so many tokens are proposed in a round")
+        self.k, self.most = k, most
+        self._costs: dict[tuple[int, int], Costs] = {}
+        self._seen: weakref.WeakKeyDictionary[KVCache, set[object]] = weakref.WeakKeyDictionary()
+
+    @property
+    def slack(self) -> int:
+        """Cache slots wanted beyond those of the request: a check writes k slots past the last token."""
+        return self.k or self.most
+
+    def begin(
+        self,
+        target: Runner,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        cache: KVCache | None,
+    ) -> Rounds:
+        """A generation by rounds; ValueError, with the numbers, for what cannot be."""
+        needed = check(target, prompts, max_new_tokens)
+        room = target.config.max_context - needed
+        if cache is not None and not isinstance(cache, GrowingCache):
+            room = min(room, cache.length - needed)
+        self.fits(target, needed)
+        ks = self.candidates(target, room)
+        if self.k is not None and self.k > room:
+            raise ValueError(
+                f"k={self.k} is larger than the context left: {needed} positions are asked for, and {room} remain"
+            )
+        if cache is None:
+            cache = target.allocate(len(prompts), needed + max(ks, default=0))
+        source = self.source(target, len(prompts), needed + max(ks, default=0), sampling, max(ks, default=1))
+        rounds = Rounds(source, target, prompts, max_new_tokens, sampling, eos_ids, cache, ks, self.k is not None)
+        rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length), Costs(agreement(target)))
+        rounds.rehearsal = self.is_new(cache, sampling) and not isinstance(target.plan.compiler, Eager)
+        if not ks:
+            rounds.statistics.notice = f"plain decoding: {needed} positions leave no room for proposals"
+        return rounds
+
+    def candidates(self, target: Runner, room: int) -> tuple[int, ...]:
+        """The ks to choose from: few where each is compiled for."""
+        if self.k is not None:
+            return (self.k,)
+        possible = (min(self.only, self.most),) if target.plan.compiler.compiles_each_shape else AUTOMATIC
+        return tuple(k for k in possible if k <= min(self.most, room))
+
+    def is_new(self, cache: KVCache, sampling: Sampling) -> bool:
+        """Whether this is the first generation of its kind in that cache; a compiler has then not seen its shapes."""
+        known = self._seen.setdefault(cache, set())
+        kind = (sampling.temperature == 0, sampling.top_k, sampling.top_p < 1)
+        new = kind not in known
+        known.add(kind)
+        return new
+
+    def fits(self, target: Runner, needed: int) -> None:
+        """Raise ValueError where this proposer cannot serve that target for `needed` positions and its k beyond."""
+
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
+        """For one generation of `batch` rows, up to `needed` positions and `widest` proposals a round."""
+        raise NotImplementedError
+
+
+class Draft(Proposer):
+    """A draft model: any runner with the target's vocabulary, a smaller model or the same one in fewer bits.
+
+    It keeps its caches from one generation to the next, as compiled code wants them.
+    """
+
+    only = 3
+
+    def __init__(self, runner: Runner, k: int | None = None, most: int = AUTOMATIC[-1]):
+        super().__init__(k, most)
+        self.runner = runner
+        self._cache: dict[int, KVCache] = {}
+
+    def fits(self, target: Runner, needed: int) -> None:
+        ours, theirs = self.runner.config, target.config
+        if ours.vocab_size != theirs.vocab_size:
+            raise ValueError(
+                f"the draft has a vocabulary of {ours.vocab_size} tokens, the target one of {theirs.vocab_size}"
+            )
+        if self.runner.device != target.device:
+            raise ValueError(f"the draft is on {self.runner.device}, the target on {target.device}")
+        wanted = needed + (self.k or 0)
+        if wanted > ours.max_context:
+            raise ValueError(
+                f"the draft's context of {ours.max_context} is shorter than the {wanted} positions asked for"
+            )
+
+    def candidates(self, target: Runner, room: int) -> tuple[int, ...]:
+        return super().candidates(
+            target, min(room, self.runner.config.max_context - (target.config.max_context - room))
+        )
+
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
+        return DraftSource(self.runner, self.cache(batch, needed), sampling, batch)
+
+    def cache(self, batch: int, needed: int) -> KVCache:
+        """The draft's cache for `batch` rows: the last one, if it is long enough."""
+        kept = self._cache.get(batch)
+        if kept is None or isinstance(kept, GrowingCache) or kept.length < needed:
+            kept = self._cache[batch] = self.runner.allocate(batch, needed)
+        return kept
+
+
+class DraftSource:
+    """Proposals of a model, token by token. The host waits for none of them."""
+
+    blind = keeps_up = False
+
+    def __init__(self, runner: Runner, cache: KVCache, sampling: Sampling, batch: int):
+        self.name = f"draft {runner.plan}"
+        self.runner, self.cache = runner, cache
+        seeds = [(sampling.seed + b) % 2**64 for b in range(batch)]
+        self.choose = Chooser(sampling, seeds, runner.device)  # the target's own transforms, so that q is like p
+        self.greedy = Chooser(Sampling(), seeds, runner.device)
+        self.pick = made_fast(pick, runner)
+
+    def join(self, state: State, width: int) -> None:
+        """Prefill what stands before the newest token."""
+        self.runner.start(state.history_BL[:, :width].contiguous(), state.position_B.clone(), self.cache, self.greedy)
+
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        # After full acceptance the last proposal was never fed to the draft: its first step takes two tokens.
+        token_BN, at_B = state.newest(2 if behind else 1), state.position_B - int(behind)
+        tokens, laws = [], []
+        for i in range(k):
+            token_B, logits_BTV = self.runner.step(token_BN, at_B, self.cache, self.greedy)
+            at_B = state.position_B + (i + 1)
+            if self.choose.greedy:
+                token_B = token_B.clone()  # a CUDA graph overwrites its outputs at the next replay
+            else:
+                token_B, law_BV = self.pick(self.choose, logits_BTV[:, -1].clone(), at_B)
+                laws.append(law_BV)
+            tokens.append(token_B)
+            token_BN = token_B[:, None]
+        return torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None
+
+    def look(self, state: State) -> Tensor | None:
+        return None
+
+
+def pick(choose: Chooser, logits_BV: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The token proposed for `position_B`, and the law [B, V] it was drawn from: one law for both, to the last bit."""
+    law_BV = choose.probabilities(logits_BV)
+    return draw(law_BV, uniform_at(choose, position_B[:, None], DRAWN)[:, 0]), law_BV
+
+
+class Ngram(Proposer):
+    """Prompt lookup: what followed the last few tokens when they stood here before. No model, next to no cost."""
+
+    def __init__(self, k: int | None = None, most: int = AUTOMATIC[-1], longest: int = 4, shortest: int = 2):
+        """Looks for the last `longest` tokens, then for fewer, down to `shortest`; of equal matches the latest counts."""
+        super().__init__(k, most)
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none")
+        self.longest, self.shortest = longest, shortest
+
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
+        return NgramSource(target, widest, self.longest, self.shortest)
+
+
+class NgramSource:
+    """Proposals for the next round are looked up at the end of each, and how long the match was is told with its tokens."""
+
+    blind, keeps_up = False, True
+
+    def __init__(self, target: Runner, widest: int, longest: int, shortest: int):
+        self.name = f"n-gram, {shortest} to {longest} tokens"
+        self.widest, self.longest, self.shortest = widest, longest, shortest
+        self.lookup = made_fast(lookup, target)
+        self.found_BK = torch.empty(0)
+
+    def join(self, state: State, width: int) -> None:
+        """The history is all it reads."""
+
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        return self.found_BK[:, :k], None
+
+    def look(self, state: State) -> Tensor | None:
+        self.found_BK, length_B = self.lookup(state.history_BL, state.position_B, self.widest, self.longest)
+        return torch.where(length_B >= self.shortest, length_B, -1)
+
+
+def lookup(history_BL: Tensor, position_B: Tensor, k: int, longest: int) -> tuple[Tensor, Tensor]:
+    """(proposals [B, k], length of the match [B]): the latest of the longest earlier occurrences of each row's end.
+
+    With 7 8 9 4 7 8 written, k=2: the 7 8 at the start matches 2 tokens, and 9 4 is proposed. A match that overlaps the
+    end is continued as a cycle: 1 2 1 2 proposes 1 2 1 2 ...
+    """
+    at_L = torch.arange(history_BL.shape[1], device=position_B.device)
+    matches_BL = at_L < position_B[:, None]
+    length_BL = torch.zeros_like(history_BL)
+    for back in range(longest):
+        earlier_BL = F.pad(history_BL, (back, 0))[:, : history_BL.shape[1]]
+        wanted_B1 = history_BL.gather(1, (position_B - back).clamp(min=0)[:, None])
+        matches_BL = matches_BL & (at_L >= back) & (earlier_BL == wanted_B1)
+        length_BL = length_BL + matches_BL
+    length_B, end_B = best_of(length_BL)
+    cycle_B1 = (position_B - end_B)[:, None].clamp(min=1)
+    ahead_K = torch.arange(k, device=position_B.device)
+    return history_BL.gather(1, end_B[:, None] + 1 + ahead_K % cycle_B1), length_B
+
+
+def best_of(length_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest length [B], and the last column [B] that has it: [0, 2, 1, 2, 0] -> 2, 3; column 0 where all are 0."""
+    columns = length_BL.shape[1]
+    best_B = (length_BL * columns + torch.arange(columns, device=length_BL.device)).amax(-1)
+    return best_B // columns, torch.where(best_B >= columns, best_B % columns, 0)
+
+
+class Padded(Proposer):
+    """Plain decoding through the shape of a check of k tokens: what speculation with that k equals bit for bit."""
+
+    def __init__(self, k: int):
+        super().__init__(k, k)
+
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
+        return PaddedSource()
+
+
+class PaddedSource:
+    """Rows that are there for their number alone."""
+
+    name = "none, padded"
+    blind = keeps_up = True
+
+    def join(self, state: State, width: int) -> None:
+        """Nothing is to be known."""
+
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        return torch.zeros_like(state.position_B)[:, None].expand(-1, k).contiguous(), None
+
+    def look(self, state: State) -> Tensor | None:
+        return None

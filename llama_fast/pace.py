@@ -1,0 +1,160 @@
+"""How many tokens to propose: arithmetic on what a round costs and how often a proposal stands.
+
+With acceptance a (the probability that a proposal stands if those before it do) a round of k proposals emits on average
+
+    E(a, k) = 1 + a + ... + a^k = (1 - a^(k+1)) / (1 - a)        tokens,
+
+and costs v + k c plain decode steps, where c is the cost of one proposal and v that of checking k of them at once. So it is
+
+    speedup(a, k, c, v) = (1 - a^(k+1)) / ((1 - a) (v + k c))
+
+times as fast as plain decoding. The usual form of the law has v = 1; a real check of k + 1 rows costs more than a step.
+
+`Pace` keeps the measured costs and acceptance of one generation, and an account: what speculation has won or lost so far in
+plain steps. It may lose a small share of the request while it finds out, and no more.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+PLAIN, DRAFT = 0, -1
+"""Kinds of cost beside k >= 1, the check of k proposals: a plain step, and one proposed token."""
+
+KEPT_SAMPLES = 9
+
+
+def expected_tokens(a: float, k: int) -> float:
+    """E(a, k): (0.5, 2) -> 1.75, (1.0, 5) -> 6."""
+    return float(k + 1) if a >= 1 else (1 - a ** (k + 1)) / (1 - a)
+
+
+def speedup(a: float, k: int, c: float, v: float = 1.0) -> float:
+    """Over plain decoding: a=0.9, k=5, c=0.25 -> 2.08."""
+    return expected_tokens(a, k) / (v + k * c)
+
+
+@dataclass
+class Costs:
+    """Seconds of each kind of work, medians of the last samples; `agree` makes all processes of a group see the same.
+
+    A group's members must decide alike, and each measures its own time: so a median that may be asked for is agreed on
+    at once, at sample counts that are the same everywhere.
+    """
+
+    agree: Callable[[float], float] = lambda seconds: seconds
+    samples: dict[int, list[float]] = field(default_factory=dict)
+    medians: dict[int, float] = field(default_factory=dict)
+
+    def add(self, kind: int, seconds: float) -> None:
+        """A sample; the very first of a kind counts only until there is a second, as caches were cold."""
+        seen = self.samples.setdefault(kind, [])
+        seen.append(seconds)
+        settled = seen[1:] if len(seen) > 1 else seen
+        self.medians[kind] = self.agree(statistics.median(settled))
+        if len(seen) > KEPT_SAMPLES:
+            del seen[1]
+
+    def count(self, kind: int) -> int:
+        return len(self.samples.get(kind, ()))
+
+    @property
+    def c(self) -> float | None:
+        """One proposal, in plain steps; None before both were measured."""
+        return self._relative(DRAFT)
+
+    def v(self, k: int) -> float | None:
+        """The check of k proposals, in plain steps; for a k not yet measured that of the nearest one."""
+        measured = [kind for kind in self.medians if kind > 0]
+        return self._relative(min(measured, key=lambda kind: abs(kind - k))) if measured else None
+
+    def _relative(self, kind: int) -> float | None:
+        if PLAIN not in self.medians or kind not in self.medians:
+            return None
+        return self.medians[kind] / self.medians[PLAIN]
+
+
+@dataclass
+class Acceptance:
+    """A running estimate of a: old evidence fades, and at first there is a hopeful guess, so that it is tried at all."""
+
+    stood: float = 2.7
+    tried: float = 3.0
+    fading: float = 0.97
+    recovery: float = 0.01
+
+    def add(self, stood: int, proposed: int) -> None:
+        """One round: `stood` of `proposed`; those after the first that fell were not tried."""
+        self.stood = self.stood * self.fading + stood
+        self.tried = self.tried * self.fading + stood + (stood < proposed)
+
+    def rest(self) -> None:
+        """A plain step: the text moves on, and the first guess slowly comes back."""
+        self.stood += self.recovery * (2.7 - self.stood)
+        self.tried += self.recovery * (3.0 - self.tried)
+
+    @property
+    def rate(self) -> float:
+        return self.stood / self.tried
+
+
+@dataclass
+class Pace:
+    """Chooses k, round by round. `ks`: those that may be chosen; `new_tokens`: the length of the request.
+
+    Evidence of a proposal's quality (the length of an n-gram's match; 0 for a draft model) has an estimate of its own each;
+    -1 means that nothing was proposed.
+    """
+
+    ks: Sequence[int]
+    costs: Costs
+    new_tokens: int
+    share: float = 0.02
+    balance: float = 0.0  # plain steps won by speculating, less those lost
+    estimates: dict[int, Acceptance] = field(default_factory=dict)
+    plain_samples: int = 2
+
+    def choose(self, evidence: Sequence[int], remaining: int) -> int:
+        """The k for rows with this evidence, of which the longest still wants `remaining` tokens; 0 is a plain step."""
+        ks = [k for k in self.ks if k < remaining]
+        if not ks or self.costs.count(PLAIN) < self.plain_samples or not self.may_lose():
+            return 0
+        best = max(ks, key=lambda k: self.worth(k, evidence))
+        return best if self.worth(best, evidence) > 1 else 0
+
+    def worth(self, k: int, evidence: Sequence[int]) -> float:
+        """The expected speed-up of a round; what is not yet measured is taken to be cheap, so that it is measured."""
+        tokens = [1.0 if of < 0 else expected_tokens(self.estimate(of).rate, k) for of in evidence]
+        return sum(tokens) / len(tokens) / self.cost(k)
+
+    def cost(self, k: int) -> float:
+        """A round of k in plain steps."""
+        v, c = self.costs.v(k), self.costs.c
+        return (1.0 if v is None else v) + k * (0.0 if c is None else c)
+
+    def estimate(self, of: int) -> Acceptance:
+        return self.estimates.setdefault(of, Acceptance())
+
+    def record(self, k: int, evidence: Sequence[int], stood: Sequence[int], emitted: Sequence[int]) -> None:
+        """A round is over: how many proposals stood and how many tokens came, for every row that still counts."""
+        for of, n in zip(evidence, stood, strict=True):
+            if of >= 0:
+                self.estimate(of).add(n, k)
+        # what was won is not there to be lost again
+        self.balance = min(self.balance + sum(emitted) / len(emitted) - self.cost(k), self.credit)
+
+    def rest(self) -> None:
+        """A plain step was taken."""
+        for estimate in self.estimates.values():
+            estimate.rest()
+
+    @property
+    def credit(self) -> float:
+        """The plain steps that trials may cost."""
+        return max(1.0, self.share * self.new_tokens)
+
+    def may_lose(self) -> bool:
+        """Whether the account still covers a trial."""
+        return self.balance > -self.credit

@@ -1,0 +1,349 @@
+"""The loop of speculation: propose, check, accept, look; one wait for the device per round.
+
+What was written so far, where each row stands and what is proposed next stay on the device, in shapes that do not depend on
+how much was accepted. Position is an argument, so a rejected token is overwritten by the next round, in the target's
+cache as in the draft's. A row that has all its tokens stands still while the others go on.
+
+Shapes: B rows, K proposed tokens, T = K + 1, L columns of history, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from llama_fast.acceptance import accept, accept_greedy
+from llama_fast.build import Runner
+from llama_fast.generate import Readback, pad
+from llama_fast.pace import DRAFT, PLAIN, Costs, Pace
+from llama_fast.plan import Eager, KVCache, Whole
+from llama_fast.sampling import Chooser, Sampling, uniform
+from llama_fast.speculation import Statistics
+
+JUDGE, LAST = 2, 3
+"""Streams of uniforms: whether a proposal stands, and the token after those that do. (0 is plain choice, 1 the draft's.)"""
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch under way. The newest token of row b is history[b, position[b]]; it is not yet in any cache."""
+
+    history_BL: Tensor
+    position_B: Tensor
+    limit_B: Tensor  # the position of the last token that a row may have
+
+    def clone(self) -> State:
+        return State(self.history_BL.clone(), self.position_B.clone(), self.limit_B)
+
+    def newest(self, count: int) -> Tensor:
+        """The last `count` tokens of every row, [B, count]."""
+        back_N = torch.arange(count - 1, -1, -1, device=self.position_B.device)
+        return self.history_BL.gather(1, self.position_B[:, None] - back_N)
+
+
+class Source(Protocol):
+    """Where the proposals of one generation come from."""
+
+    name: str
+
+    @property
+    def blind(self) -> bool:
+        """Whether proposals are only there to fill the shape, and none is to stand."""
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether it can propose again after plain steps without more ado."""
+
+    def join(self, state: State, width: int) -> None:
+        """Take in what was written so far; no row has more than `width` tokens before its newest."""
+
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, k] and the laws [B, k, V] they were drawn from; None: they are certain.
+
+        `behind`: the round before accepted all of some row's proposals, so that the token before the newest is not yet
+        known to the source.
+        """
+
+    def look(self, state: State) -> Tensor | None:
+        """Evidence [B] for the next proposals, at least 0, or -1 where there are none; None: as good as ever."""
+
+
+def finish(
+    choose: Chooser,
+    draft_BK: Tensor,
+    q_BKV: Tensor | None,
+    logits_BTV: Tensor,
+    history_BL: Tensor,
+    position_B: Tensor,
+    limit_B: Tensor,
+) -> Tensor:
+    """Accept, write the history, step on; in place. Returns [B, 2 + T]: tokens taken, proposals that stood, the tokens."""
+    (B, K), V = draft_BK.shape, logits_BTV.shape[-1]
+    step_T = torch.arange(K + 1, device=position_B.device)
+    if choose.greedy:
+        tokens_BT, count_B = accept_greedy(draft_BK, logits_BTV.argmax(-1))
+    else:
+        p_BTV = choose.probabilities(logits_BTV.reshape(-1, V)).view(B, K + 1, V)
+        if q_BKV is None:
+            q_BKV = torch.zeros_like(p_BTV[:, :K]).scatter(-1, draft_BK[..., None], 1.0)
+        judge_BK = uniform_at(choose, position_B[:, None] + 1 + step_T[:K], JUDGE)
+        last_B1 = uniform_at(choose, position_B[:, None], LAST)
+        tokens_BT, count_B = accept(draft_BK, q_BKV, p_BTV, torch.cat([judge_BK, last_B1], 1))
+    taken_B = torch.minimum(count_B, limit_B - position_B)
+    at_BT = position_B[:, None] + 1 + step_T
+    written_BT = torch.where(step_T < taken_B[:, None], tokens_BT, history_BL.gather(1, at_BT))
+    history_BL.scatter_(1, at_BT, written_BT)
+    position_B.add_(taken_B)
+    return torch.cat([taken_B[:, None], count_B[:, None] - 1, tokens_BT], 1)
+
+
+def uniform_at(choose: Chooser, position_BN: Tensor, stream: int) -> Tensor:
+    """The uniforms [B, N] of each row at its positions."""
+    B, N = position_BN.shape
+    key_RB2 = choose.key_B2[:, None].expand(B, N, 2).reshape(-1, 2)
+    return uniform(key_RB2, position_BN.reshape(-1), stream).view(B, N)
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def made_fast(function: Function, runner: Runner) -> Function:
+    """Compiled for fixed shapes where the runner's plan compiles anything at all."""
+    if isinstance(runner.plan.compiler, Eager):
+        return function
+    return torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[return-value]
+
+
+Mark = float | torch.cuda.Event
+
+
+class Clock:
+    """Marks in the device's own time: they cost no wait, and are read after the round is."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+
+    def mark(self) -> Mark:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        if isinstance(begin, float) or isinstance(end, float):
+            assert isinstance(begin, float) and isinstance(end, float)
+            return end - begin
+        return begin.elapsed_time(end) / 1e3  # type: ignore[no-any-return]
+
+
+def agreement(runner: Runner) -> Callable[[float], float]:
+    """How the processes of a group come to one number: its sum. Alone, the number itself."""
+    if isinstance(runner.plan.shard, Whole):
+        return lambda seconds: seconds
+    return lambda seconds: float(
+        runner.plan.shard.all_reduce(torch.full((8,), seconds, dtype=torch.float32, device=runner.device))[0]
+    )
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way: the k it proposed, and marks before the proposals, before the check and after all."""
+
+    k: int
+    marks: tuple[Mark, Mark, Mark]
+
+
+class Rounds:
+    """A generation by rounds of proposals and checks. `fixed`: every round proposes exactly ks[0]."""
+
+    def __init__(
+        self,
+        source: Source,
+        target: Runner,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        cache: KVCache,
+        ks: Sequence[int],
+        fixed: bool,
+    ):
+        self.source, self.target, self.cache = source, target, cache
+        self.prompts, self.max_new_tokens, self.eos_ids = prompts, max_new_tokens, eos_ids
+        self.ks, self.fixed = tuple(ks), fixed
+        self.rehearsal = False  # whether to compile and time every shape before the first round
+        self.pace = Pace(self.ks, Costs(), max_new_tokens)
+        self.statistics = Statistics(source.name)
+        device = target.device
+        seeds = [(sampling.seed + b) % 2**64 for b in range(len(prompts))]
+        self.choose = Chooser(sampling, seeds, device)
+        self.greedy = Chooser(Sampling(), seeds, device)  # what the target's own step chooses is not looked at
+        self.finish = made_fast(finish, target)
+        self.clock = Clock(device)
+        self.readback = Readback(device)
+        self.launched: deque[Launched] = deque()
+        self.left = [max_new_tokens] * len(prompts)  # tokens that a row still wants; 0: it has ended
+        self.evidence = [0] * len(prompts)
+        self.joined = self.behind = False
+
+    def steps(self) -> Iterator[list[int | None]]:
+        """One list per column of a round's tokens; None for a row that has none there."""
+        state, first = self.begin()
+        yield from self.columns([[token] for token in first])
+        if any(self.left):
+            self.evidence = self.first_look(state)
+        while any(self.left):
+            k = self.next_k()
+            if k and not self.launched:
+                self.launch(state, k)
+                yield from self.columns(self.take())
+                continue
+            ahead = len(self.launched)
+            if not k and max(self.left) > ahead and ahead <= self.readback.depth:
+                self.launch(state, 0)
+                ahead += 1
+            if k or ahead > self.readback.depth or max(self.left) <= ahead:
+                yield from self.columns(self.take())
+        self.report_costs()
+
+    @torch.no_grad()
+    def begin(self) -> tuple[State, list[int]]:
+        """Prefill: the state with the first token of every row, and these tokens."""
+        device = self.target.device
+        tokens_BT, lengths_B = pad(self.prompts, device)
+        B, width = tokens_BT.shape
+        columns = max(self.cache.length, width + self.max_new_tokens + max(self.ks, default=0)) + 1
+        history_BL = torch.zeros(B, columns, dtype=torch.int64, device=device)
+        history_BL[:, :width] = tokens_BT
+        token_B, _ = self.target.start(tokens_BT, lengths_B, self.cache, self.choose)
+        history_BL.scatter_(1, lengths_B[:, None], token_B[:, None])
+        state = State(history_BL, lengths_B.clone(), lengths_B + self.max_new_tokens - 1)
+        if self.rehearsal:
+            self.rehearse(state)
+        if self.fixed and self.ks:
+            self.join(state)
+        self.readback.push(token_B[:, None])
+        return state, [token for (token,) in self.readback.pop()]
+
+    def first_look(self, state: State) -> list[int]:
+        evidence_B = self.source.look(state)
+        return [0] * len(self.prompts) if evidence_B is None else evidence_B.tolist()
+
+    def join(self, state: State) -> None:
+        longest = max(len(prompt) + self.max_new_tokens - left for prompt, left in zip(self.prompts, self.left))
+        self.source.join(state, max(2, longest))
+        self.joined, self.behind = True, False
+
+    def rehearse(self, state: State) -> None:
+        """Run every shape twice on a copy: the first compiles, the second is timed. Slots it writes are written again."""
+        for k in (PLAIN, *self.ks):
+            for behind in (True, False, False):
+                copy = state.clone()
+                if k and not self.joined:
+                    self.join(copy)
+                marks = self.run(copy, k, behind)[0]
+                if self.target.device.type == "cuda":
+                    torch.cuda.synchronize(self.target.device)
+            self.measure(k, marks)
+            self.measure(k, marks)
+
+    def next_k(self) -> int:
+        """The next round's k, from what is known now; 0 is a plain step. A draft that stops does not start again."""
+        if self.fixed:
+            return self.ks[0] if self.ks else 0
+        evidence = [of for of, left in zip(self.evidence, self.left, strict=True) if left]
+        k = self.pace.choose(evidence, max(self.left)) if max(evidence) >= 0 else 0
+        if k == 0 and self.joined and not self.source.keeps_up and self.pace.ks:
+            if max(self.left) > min(self.ks):
+                self.give_up()
+            self.pace.ks = ()
+        return k
+
+    def give_up(self) -> None:
+        costs, a = self.pace.costs, self.pace.estimate(0).rate
+        best = max(self.ks, key=lambda k: self.pace.worth(k, [0]))
+        self.statistics.notice = (
+            f"plain decoding after {self.statistics.rounds} rounds: at acceptance {a:.2f}, "
+            f"{costs.c or 0:.2f} plain steps a proposal and {costs.v(best) or 1:.2f} a check, "
+            f"no k up to {max(self.ks)} wins (k={best}: {self.pace.worth(best, [0]):.2f}x)"
+        )
+
+    @torch.no_grad()
+    def launch(self, state: State, k: int) -> None:
+        if k and not self.joined:
+            self.join(state)
+        marks, report_BN = self.run(state, k, self.behind)
+        self.readback.push(report_BN)
+        self.launched.append(Launched(k, marks))
+
+    @torch.no_grad()
+    def run(self, state: State, k: int, behind: bool) -> tuple[tuple[Mark, Mark, Mark], Tensor]:
+        """One round on the device. Returns its marks and the report [B, 3 + T]: taken, stood, tokens, evidence."""
+        begun = self.clock.mark()
+        newest_B1 = state.newest(1)
+        draft_BK, q_BKV = (newest_B1[:, :0], None) if k == 0 else self.source.propose(state, k, behind)
+        proposed = self.clock.mark()
+        _, logits_BTV = self.target.step(torch.cat([newest_B1, draft_BK], 1), state.position_B, self.cache, self.greedy)
+        if self.source.blind:
+            draft_BK, logits_BTV = draft_BK[:, :0], logits_BTV[:, :1].contiguous()
+        if k == 0 or self.source.blind:
+            draft_BK, q_BKV = draft_BK.contiguous(), None
+        report_BN = self.finish(
+            self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B
+        )
+        evidence_B = self.source.look(state)
+        evidence_B = torch.zeros_like(state.position_B) if evidence_B is None else evidence_B
+        return (begun, proposed, self.clock.mark()), torch.cat([report_BN, evidence_B[:, None]], 1)
+
+    def take(self) -> list[list[int]]:
+        """Wait for the oldest step; the tokens that each row gets from it."""
+        launched, rows = self.launched.popleft(), self.readback.pop()
+        self.measure(launched.k, launched.marks)
+        running = [b for b, left in enumerate(self.left) if left]
+        assert all(rows[b][0] > 0 for b in running), "a row that still wants tokens got none"
+        if not launched.k:
+            self.statistics.plain_steps += 1
+            self.pace.rest()
+        elif not self.source.blind:
+            for b in running:
+                self.statistics.round(launched.k, stood=rows[b][1], emitted=min(rows[b][0], self.left[b]))
+            stood, taken = [rows[b][1] for b in running], [rows[b][0] for b in running]
+            self.pace.record(launched.k, [self.evidence[b] for b in running], stood, taken)
+            self.behind = launched.k in stood
+        self.evidence = [row[-1] for row in rows]
+        return [row[2 : 2 + row[0]] for row in rows]
+
+    def measure(self, k: int, marks: tuple[Mark, Mark, Mark]) -> None:
+        if k:
+            self.pace.costs.add(DRAFT, self.clock.seconds(marks[0], marks[1]) / k)
+        self.pace.costs.add(k, self.clock.seconds(marks[1], marks[2]))
+
+    def columns(self, rows: list[list[int]]) -> Iterator[list[int | None]]:
+        """The tokens that are still wanted, column by column: a row ends at a stop id, or when it has all it wants."""
+        kept: list[list[int]] = []
+        for b, row in enumerate(rows):
+            row = row[: self.left[b]]
+            stop = next((i for i, token in enumerate(row) if token in self.eos_ids), None)
+            self.left[b] -= len(row)
+            if stop is not None:
+                row, self.left[b] = row[: stop + 1], 0
+            kept.append(row)
+        for i in range(max(map(len, kept), default=0)):
+            yield [row[i] if i < len(row) else None for row in kept]
+
+    def report_costs(self) -> None:
+        costs, statistics = self.pace.costs, self.statistics
+        statistics.draft_cost = costs.c
+        statistics.check_cost = {k: v for k in statistics.ks if costs.count(k) and (v := costs.v(k)) is not None}
+        if not self.fixed and self.ks and not statistics.notice and not statistics.rounds:
+            if costs.c is None or self.source.keeps_up:
+                statistics.notice = "plain decoding: nothing was proposed that promised to win"
+            else:
+                self.give_up()

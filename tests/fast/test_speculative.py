@@ -1,0 +1,349 @@
+"""Speculation is the target's own decoding: token by token at temperature 0, and bit by bit through the same shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_fast import rounds
+from llama_fast.build import Runner, build
+from llama_fast.generate import generate, stream
+from llama_fast.optimisations.int8 import Int8
+from llama_fast.optimisations.speculative import Draft, DraftSource, Ngram, Padded, Proposer, lookup
+from llama_fast.optimisations.static_cache import Static
+from llama_fast.plan import Dense, Plan
+from llama_fast.sampling import Sampling
+from llama_ref.checkpoint import Checkpoint, random_checkpoint
+from llama_ref.config import LlamaConfig
+from oracle.speculation import SpeculativeSubject, judge_speculation
+
+PROMPTS = [[5, 17, 3], [88], [4, 4, 4, 61, 20, 9, 33], [1, 2]]
+NEW = 40
+SAMPLED = Sampling(temperature=0.9, top_k=30, top_p=0.95, seed=21)
+
+
+ALIGNED = LlamaConfig(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=101, max_context=128
+)
+"""Widths of whole vector registers: else a row's place decides which of its elements are computed one by one."""
+
+
+@pytest.fixture
+def aligned() -> Checkpoint:
+    return random_checkpoint(ALIGNED, 3)
+
+
+@pytest.fixture
+def target(untied: Checkpoint) -> Runner:
+    return build(untied, Plan(cache=Static(), fuse_projections=True), "cpu")
+
+
+@pytest.fixture
+def int8(untied: Checkpoint) -> Runner:
+    return build(untied, Plan(Int8(), cache=Static(), fuse_projections=True), "cpu")
+
+
+@pytest.fixture
+def other(untied: Checkpoint) -> Runner:
+    """A draft that knows nothing of the target, with the plain cache and one layer."""
+    config = dataclasses.replace(untied.config, n_layers=1)
+    return build(random_checkpoint(config, 8), Plan(), "cpu")
+
+
+def proposer(name: str, k: int | None, int8: Runner, other: Runner) -> Proposer:
+    return {"int8": Draft(int8, k), "other": Draft(other, k), "ngram": Ngram(k)}[name]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+@pytest.mark.parametrize("name", ["int8", "other", "ngram"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_greedy_is_plain_decoding_and_bit_for_bit_through_the_same_shape(
+    aligned: Checkpoint, other: Runner, name: str, k: int, rows: int
+) -> None:
+    prompts = PROMPTS[:rows] if rows > 1 else PROMPTS[2:3]
+    target, int8 = (
+        build(aligned, Plan(kind, cache=Static(), fuse_projections=True), "cpu") for kind in (Dense(), Int8())
+    )
+    speculative = SpeculativeSubject(target, proposer(name, k, int8, other), cache_length=128)
+    padded = SpeculativeSubject(target, Padded(k), cache_length=128)
+    found, wanted = speculative.greedy(prompts, NEW), padded.greedy(prompts, NEW)
+    plain = [completion.tokens for completion in generate(target, prompts, NEW).completions]
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted] == plain
+    for (_, logits), (_, same) in zip(found, wanted, strict=True):
+        assert logits.shape == (NEW, 101) and torch.equal(logits, same)
+    counted = speculative.generations[0].speculation
+    assert counted is not None and counted.rounds < rows * NEW, "something was accepted"
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(cache=Static())], ids=str)
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_a_draft_that_is_the_target_is_always_right(untied: Checkpoint, plan: Plan, sampling: Sampling, k: int) -> None:
+    """So nothing is missing from its cache, nothing in it is stale, and both sides transform their logits alike."""
+    runner = build(untied, plan, "cpu")
+    done = generate(runner, PROMPTS, NEW, sampling, draft=Draft(runner, k))
+    counted = done.speculation
+    assert counted is not None
+    assert counted.acceptance == 1.0 and set(counted.lengths) == {k}
+    assert counted.rounds == 4 * -(-(NEW - 1) // (k + 1))
+
+
+def test_automatic_k_gives_the_same_tokens(target: Runner, int8: Runner, other: Runner) -> None:
+    plain = generate(target, PROMPTS, NEW).completions
+    for name in ("int8", "other", "ngram"):
+        assert generate(target, PROMPTS, NEW, draft=proposer(name, None, int8, other)).completions == plain
+
+
+@pytest.mark.parametrize("name", ["int8", "ngram"])
+def test_rows_end_at_a_stop_id_within_a_run(target: Runner, int8: Runner, other: Runner, name: str) -> None:
+    plain = generate(target, PROMPTS, NEW).completions
+    for at in range(3, 12):
+        eos_ids = {plain[0].tokens[at], plain[2].tokens[at + 5]}
+        ended = generate(target, PROMPTS, NEW, eos_ids=eos_ids, draft=proposer(name, 5, int8, other)).completions
+        assert ended == generate(target, PROMPTS, NEW, eos_ids=eos_ids).completions
+        assert ended[0].finish_reason == "stop" and len({len(row.tokens) for row in ended}) > 1
+
+
+@pytest.mark.parametrize("name", ["int8", "ngram"])
+def test_a_seed_repeats_and_rows_do_not_touch(target: Runner, int8: Runner, other: Runner, name: str) -> None:
+    draft = proposer(name, 3, int8, other)
+    together = generate(target, PROMPTS, 25, SAMPLED, draft=draft).completions
+    assert together == generate(target, PROMPTS, 25, SAMPLED, draft=draft).completions
+    for b, prompt in enumerate(PROMPTS):
+        alone = generate(target, [prompt], 25, dataclasses.replace(SAMPLED, seed=21 + b), draft=draft)
+        assert alone.completions[0] == together[b]
+    other_seed = dataclasses.replace(SAMPLED, seed=99)
+    assert generate(target, PROMPTS, 25, other_seed, draft=draft).completions != together
+
+
+def test_a_cache_serves_one_speculation_after_another(target: Runner, int8: Runner) -> None:
+    draft, cache = Draft(int8, 4), target.allocate(2, 64)
+    generate(target, [[1] * 30, [2] * 20], 20, draft=draft, cache=cache)
+    short = [[3], [4, 5]]
+    assert generate(target, short, 9, draft=draft, cache=cache).completions == generate(target, short, 9).completions
+
+
+def test_of_two_equal_logits_the_lower_id_is_taken(untied: Checkpoint) -> None:
+    """Temperature 0 is an argmax, not a softmax at a low temperature, which would draw among equals."""
+    head = untied.weights["output.weight"][:].clone()
+    head[50:100] = head[:50]
+    twinned = dataclasses.replace(untied, weights={**untied.weights, "output.weight": head})
+    runner = build(twinned, Plan(cache=Static()), "cpu")
+    for draft in (Draft(runner, 3), Ngram(3)):
+        for completion in generate(runner, PROMPTS, NEW, draft=draft).completions:
+            assert all(token < 50 or token == 100 for token in completion.tokens)
+
+
+def test_one_wait_for_the_device_a_round(target: Runner, int8: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    pop = rounds.Readback.pop
+    monkeypatch.setattr(rounds.Readback, "pop", lambda self: waits.append(1) or pop(self))
+    done = generate(target, PROMPTS[:1], NEW, draft=Draft(int8, 3))
+    assert (
+        done.speculation is not None and len(waits) == done.speculation.rounds + 1
+    )  # the first is the prefill's token
+
+
+def test_the_statistics_add_up(target: Runner, int8: Runner, other: Runner) -> None:
+    for name in ("int8", "other", "ngram"):
+        done = generate(target, PROMPTS, NEW, draft=proposer(name, 4, int8, other))
+        counted = done.speculation
+        assert counted is not None
+        assert sum(counted.lengths.values()) == counted.rounds == counted.ks[4]
+        assert sum(n * count for n, count in counted.lengths.items()) == counted.accepted
+        assert counted.proposed == 4 * counted.rounds
+        assert counted.emitted == done.new_tokens - 4, "all but the prefill's tokens"
+        assert counted.accepted <= counted.tried <= counted.proposed
+        assert counted.accepted + counted.rounds - 4 * 4 <= counted.emitted <= counted.accepted + counted.rounds
+        both = counted + counted
+        assert both.rounds == 2 * counted.rounds and both.lengths[0] == 2 * counted.lengths[0]
+        assert both.acceptance == counted.acceptance == counted.as_json()["acceptance"]
+
+
+def test_the_stream_is_the_completion(target: Runner, int8: Runner) -> None:
+    draft = Draft(int8, 3)
+    session = draft.begin(target, PROMPTS, NEW, Sampling(), (), None)
+    steps = list(session.steps())
+    joined = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    plain = [[token for token in row if token is not None] for row in zip(*stream(target, PROMPTS, NEW), strict=True)]
+    assert joined == plain
+
+
+# ---- the lookup ------------------------------------------------------------------------------------------------
+
+
+def found(rows: list[list[int]], k: int, longest: int = 3) -> list[tuple[int, list[int]]]:
+    width = max(map(len, rows)) + 2
+    history = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    tokens, length = lookup(history, torch.tensor([len(row) - 1 for row in rows]), k, longest)
+    return list(zip(length.tolist(), tokens.tolist(), strict=True))
+
+
+def test_the_lookup_takes_the_longest_match_and_of_these_the_latest() -> None:
+    assert found([[7, 8, 9, 4, 7, 8], [3, 1, 2, 5, 9, 1, 2, 6, 3, 1, 2]], 2) == [(2, [9, 4]), (3, [5, 9])]
+    assert found([[1, 2, 5, 1, 2, 6, 1, 2], [0, 0, 1, 9, 0, 7]], 1) == [(2, [6]), (0, [0])]
+    assert found([[1, 2, 1, 2], [4, 4, 4]], 5) == [(2, [1, 2, 1, 2, 1]), (2, [4, 4, 4, 4, 4])]
+
+
+def by_hand(row: list[int], k: int, longest: int) -> tuple[int, list[int]]:
+    best, end = 0, 0
+    for j in range(len(row) - 1):
+        length = 0
+        while length < min(longest, j + 1) and row[j - length] == row[len(row) - 1 - length]:
+            length += 1
+        if length >= max(best, 1):
+            best, end = length, j
+    cycle = max(1, len(row) - 1 - end)
+    return best, [row[end + 1 + i % cycle] if len(row) > 1 else 0 for i in range(k)]
+
+
+def test_the_lookup_against_a_loop() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        lengths = torch.randint(2, 14, (3,), generator=generator).tolist()
+        rows = [torch.randint(3, (length,), generator=generator).tolist() for length in lengths]
+        assert found(rows, 4) == [by_hand(row, 4, 3) for row in rows]
+
+
+# ---- what must not be, planted ---------------------------------------------------------------------------------
+
+
+class BonusMissing(DraftSource):
+    """After full acceptance the last proposal never reaches the draft's cache."""
+
+    def propose(self, state: rounds.State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        return super().propose(state, k, False)
+
+
+class Reset(DraftSource):
+    """The draft's cache is emptied instead of rewound."""
+
+    def propose(self, state: rounds.State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        for layer in self.cache.layers:
+            layer.k.zero_()
+            layer.v.zero_()
+        return super().propose(state, k, behind)
+
+
+class OneTooFar(DraftSource):
+    """The draft goes on where its rejected tokens ended."""
+
+    def propose(self, state: rounds.State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        moved = dataclasses.replace(state, position_B=state.position_B + 1)
+        moved.history_BL.scatter_(1, moved.position_B[:, None], state.newest(1))
+        return super().propose(moved, k, behind)
+
+
+@pytest.mark.parametrize("defect", [BonusMissing, Reset, OneTooFar])
+def test_a_draft_with_a_defective_cache_is_noticed(
+    target: Runner, monkeypatch: pytest.MonkeyPatch, defect: type[DraftSource]
+) -> None:
+    """By its acceptance: the tokens stay right, whatever is proposed."""
+    monkeypatch.setattr("llama_fast.optimisations.speculative.DraftSource", defect)
+    done = generate(target, PROMPTS, NEW, draft=Draft(target, 2))
+    assert done.completions == generate(target, PROMPTS, NEW).completions
+    assert done.speculation is not None and done.speculation.acceptance < 0.98
+
+
+def first_unverified(draft_BK: Tensor, best_BT: Tensor) -> tuple[Tensor, Tensor]:
+    same_BK = draft_BK == best_BT[:, :-1]
+    same_BK[:, :1] = True
+    n_B = rounds_leading(same_BK)
+    place_T = torch.arange(best_BT.shape[1])
+    padded_BT = torch.nn.functional.pad(draft_BK, (0, 1))
+    return torch.where(place_T < n_B[:, None], padded_BT, best_BT.gather(1, n_B[:, None])), n_B + 1
+
+
+def one_more(draft_BK: Tensor, best_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The rejected token is kept in place of the target's own."""
+    n_B = rounds_leading(draft_BK == best_BT[:, :-1])
+    padded_BT = torch.cat([draft_BK, best_BT[:, -1:]], 1)
+    return padded_BT, n_B + 1
+
+
+def rounds_leading(stands_BK: Tensor) -> Tensor:
+    return stands_BK.long().cumprod(-1).sum(-1)
+
+
+@pytest.mark.parametrize("defect", [first_unverified, one_more])
+def test_unverified_tokens_are_noticed(
+    target: Runner, other: Runner, monkeypatch: pytest.MonkeyPatch, defect: object
+) -> None:
+    assert judge_speculation(target, target.checkpoint, Draft(other, 3), PROMPTS, NEW).outcome.value == "AGREE"
+    monkeypatch.setattr(rounds, "accept_greedy", defect)
+    assert judge_speculation(target, target.checkpoint, Draft(other, 3), PROMPTS, NEW).outcome.value == "DIFFER"
+
+
+def test_a_position_off_by_one_is_noticed(target: Runner, int8: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all proposals stand, the target's own token after them is taken for one that its cache knows."""
+    finish = rounds.finish
+
+    def hasty(choose: Any, draft_BK: Tensor, q: Any, logits_BTV: Tensor, history_BL: Tensor, *places: Tensor) -> Tensor:
+        position_B, limit_B = places
+        report = finish(choose, draft_BK, q, logits_BTV, history_BL, position_B, limit_B)
+        newest_B1, all_B = history_BL.gather(1, position_B[:, None]), report[:, 1] == 3
+        position_B.add_(all_B.long())
+        limit_B.add_(all_B.long())
+        history_BL.scatter_(1, position_B[:, None], newest_B1)
+        return report
+
+    monkeypatch.setattr(rounds, "finish", hasty)
+    assert judge_speculation(target, target.checkpoint, Draft(int8, 3), PROMPTS, NEW).outcome.value == "DIFFER"
+
+
+def test_softmax_at_temperature_zero_is_noticed(untied: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Soft(rounds.Chooser):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)  # type: ignore[arg-type]
+            self.greedy = False
+
+    monkeypatch.setattr(rounds, "Chooser", Soft)
+    with pytest.raises(AssertionError):
+        test_of_two_equal_logits_the_lower_id_is_taken(untied)
+
+
+# ---- bad requests ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(untied: Checkpoint) -> Iterator[Runner]:
+    yield build(random_checkpoint(dataclasses.replace(untied.config, vocab_size=99), 1), Plan(), "cpu")
+
+
+def test_bad_requests_are_refused_with_their_numbers(target: Runner, int8: Runner, narrow: Runner) -> None:
+    with pytest.raises(ValueError, match="vocabulary of 99 tokens, the target one of 101"):
+        generate(target, PROMPTS, 9, draft=Draft(narrow, 3))
+    short = dataclasses.replace(int8, config=dataclasses.replace(int8.config, max_context=40))
+    for k in (3, None):
+        with pytest.raises(ValueError, match=f"draft's context of 40 is shorter than the {47 + (k or 0)} positions"):
+            generate(target, PROMPTS, 40, draft=Draft(short, k))
+    for k in (0, -2):
+        for make in (lambda k: Draft(int8, k), Ngram, Padded):
+            with pytest.raises(ValueError, match=f"k={k} must be at least 1"):
+                make(k)
+    with pytest.raises(ValueError, match="k=9 is larger than the context left: 120 positions are asked for, and 8"):
+        generate(target, PROMPTS, 113, draft=Ngram(9))
+    exact = build(target.checkpoint, Plan(cache=Static(length=50)), "cpu")
+    with pytest.raises(ValueError, match="k=9 is larger than the context left: 47 positions are asked for, and 3"):
+        generate(exact, PROMPTS, 40, draft=Ngram(9), cache=exact.allocate(4, 50))
+    with pytest.raises(ValueError, match="an n-gram of 3 to 2 tokens"):
+        Ngram(longest=2, shortest=3)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        generate(target, PROMPTS, 0, draft=Ngram(2))
+
+
+def test_the_last_positions_of_the_context_can_be_used(target: Runner, int8: Runner) -> None:
+    """An automatic k shrinks to the room that is left; where there is none, decoding is plain, and says so."""
+    for new in (113, 119, 121):
+        plain = generate(target, PROMPTS, new).completions
+        for draft in (Draft(int8), Ngram()):
+            done = generate(target, PROMPTS, new, draft=draft)
+            assert done.completions == plain and done.speculation is not None
+            assert max(done.speculation.ks, default=0) <= 121 - new
+            assert ("no room" in done.speculation.notice) == (new == 121)
+    assert generate(target, PROMPTS, 115, draft=Ngram(6)).completions == generate(target, PROMPTS, 115).completions
