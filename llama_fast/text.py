@@ -8,20 +8,26 @@ UNFINISHED = "�"
 """What a decoder gives for the first bytes of a character whose last ones are in a later token."""
 
 
+CONTEXT_IDS = 16
+"""Ids of a prompt that a continuation's text may depend on: a character has at most four bytes, hence tokens."""
+
+
 class TextStream:
     """The text of one row as it grows: `push` a token, get what may be shown.
 
     `decode` must give the text of a run of ids. Only the ids since the last border are decoded again, with the run
-    before them for context (a word's leading space depends on what stands before it).
+    before them for context (a word's leading space depends on what stands before it). `before` are the ids that the row
+    continues: with them the text is what follows the prompt, without them it is that of the row by itself.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), before: Sequence[int] = ()):
         if not all(stop):
             raise ValueError("a stop string is empty: every text contains it")
         self._decode = decode
         self._stop = tuple(stop)
-        self._ids: list[int] = []
-        self._context = self._border = 0  # ids before the border are shown, those from the context on are decoded with
+        self._ids: list[int] = list(before[-CONTEXT_IDS:])
+        # ids before the border are shown, those from the context on are decoded along with the new ones
+        self._context, self._border = 0, len(self._ids)
         self._held = ""  # text that may be the beginning of a stop string
         self.stopped = False
 
@@ -34,7 +40,9 @@ class TextStream:
         if whole.endswith(UNFINISHED):
             return ""
         known = self._decode(self._ids[self._context : self._border])
-        self._context, self._border = self._border, len(self._ids)
+        if self._decode(self._ids[self._border :]):  # else a special token: it is no context to a word's leading space
+            self._context = self._border
+        self._border = len(self._ids)
         return self._release(whole[len(known) :])
 
     def finish(self) -> str:

@@ -32,7 +32,7 @@ def files_of_gguf(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError):
         files = {JSON_FILE: _convert(path), SETTINGS_FILE: json.dumps(settings_of(header.metadata), indent=2) + "\n"}
         with contextlib.suppress(OSError):  # a cache that cannot be written costs seconds, not the answer
-            _store(cached, files)
+            store(cached, files)
         return files
 
 
@@ -68,7 +68,7 @@ def _convert(path: Path) -> str:
         raise TokenizerError(f"{path}: its tokenizer could not be converted ({told})") from error
 
 
-def _store(directory: Path, files: Mapping[str, str]) -> None:
+def store(directory: Path, files: Mapping[str, str]) -> None:
     """Write a directory that appears whole; of two processes that do so at once, one wins and both are content."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = directory.with_name(f".{directory.name}-{uuid.uuid4().hex[:8]}")

@@ -7,7 +7,7 @@ for text that continues another.
 from __future__ import annotations
 
 import json
-import shutil
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,8 @@ JSON_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 RANDOM_FILE = "random_tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
-COMPANIONS = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TEMPLATE_FILE = "chat_template.jinja"
+COMPANIONS = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
 
 
 class TokenizerError(ValueError):
@@ -37,6 +38,15 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's Jinja template for conversations, if its files hold one."""
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """What a chat template may name: {"bos_token": "<s>", "eos_token": "</s>", ...}."""
+        ...
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a text; with `bos`, led by BOS if the model's texts start with one."""
@@ -58,6 +68,8 @@ class JsonTokenizer:
         """`files` maps file names to their text: tokenizer.json and, if there are any, its companions."""
         from tokenizers import Tokenizer as Backend
 
+        from llama_ref.chat import template_of
+
         try:
             self._backend = Backend.from_str(files[JSON_FILE])
         except Exception as error:  # `tokenizers` raises bare Exception
@@ -65,21 +77,25 @@ class JsonTokenizer:
         self._files = dict(files)
         self._backend.no_truncation()  # a file may carry the lengths of its training run
         self._backend.no_padding()
-        settings = _json_object(files.get(SETTINGS_FILE, "{}"), where)
-        specials = _json_object(files.get("special_tokens_map.json", "{}"), where) | settings
+        settings = read_json_object(files.get(SETTINGS_FILE, "{}"), where)
+        specials = read_json_object(files.get("special_tokens_map.json", "{}"), where) | settings
         self.bos_id = self._id_of(specials.get("bos_token"))
         eos = self._id_of(specials.get("eos_token"))
         self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
         template_lead = self._template_lead()
         if self.bos_id is None:
             self.bos_id = template_lead
+        self.special_tokens = {
+            name: text for name, token in specials.items() if name.endswith("_token") and (text := _content(token))
+        }
+        self.chat_template = files.get(TEMPLATE_FILE) or template_of(settings.get("chat_template"), where)
         stated = settings.get("add_bos_token")
         self.adds_bos = stated if isinstance(stated, bool) else template_lead == self.bos_id is not None
 
     @classmethod
     def from_directory(cls, directory: Path) -> JsonTokenizer:
         names = [name for name in (JSON_FILE, *COMPANIONS) if (directory / name).is_file()]
-        return cls({name: _read_text(directory / name) for name in names}, directory / JSON_FILE)
+        return cls({name: read_text(directory / name) for name in names}, directory / JSON_FILE)
 
     @property
     def vocab_size(self) -> int:
@@ -98,54 +114,14 @@ class JsonTokenizer:
 
     def _id_of(self, token: Any) -> int | None:
         """A special token as files spell it: "<s>", or {"content": "<s>", ...}."""
-        content = token.get("content") if isinstance(token, dict) else token
-        return self._backend.token_to_id(content) if isinstance(content, str) else None
+        content = _content(token)
+        return None if content is None else self._backend.token_to_id(content)
 
     def _template_lead(self) -> int | None:
         """The special token that tokenizer.json itself puts before a text, which is BOS where no setting speaks."""
         plain = self._backend.encode("a", add_special_tokens=False).ids
         dressed = self._backend.encode("a", add_special_tokens=True).ids
         return None if dressed[: len(plain)] == plain else dressed[0]
-
-
-class SentencePieceTokenizer:
-    """A sentencepiece `tokenizer.model`, as Llama 2 has it. BOS leads unless tokenizer_config.json says it does not."""
-
-    def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._model: Any = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError, TypeError) as error:
-            raise TokenizerError(
-                f"{path}: not a sentencepiece model (of a Llama-3 directory tokenizer.json is read instead)"
-            ) from error
-        self._path = path
-        settings = path.with_name(SETTINGS_FILE)
-        stated = _json_object(_read_text(settings), settings) if settings.is_file() else {}
-        self.adds_bos = stated.get("add_bos_token") is not False
-        self.bos_id = _none_if_negative(self._model.bos_id())
-        eos = _none_if_negative(self._model.eos_id())
-        self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._model.vocab_size())
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        ids: list[int] = self._model.encode(text)
-        return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        # a model's table may be padded beyond the vocabulary; control pieces decode to nothing by themselves
-        text: str = self._model.decode([token for token in ids if token < self.vocab_size])
-        return text
-
-    def save(self, directory: Path) -> None:
-        for name in (SENTENCEPIECE_FILE, *COMPANIONS):
-            source = self._path if name == SENTENCEPIECE_FILE else self._path.with_name(name)
-            if source.is_file():
-                shutil.copyfile(source, directory / name)
 
 
 class RandomTokenizer:
@@ -156,7 +132,11 @@ class RandomTokenizer:
     """
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...]) -> None:
+        if vocab_size < 1:
+            raise TokenizerError(f"vocab_size={vocab_size} must be positive")
         self.vocab_size, self.bos_id, self.eos_ids = vocab_size, bos_id, eos_ids
+        self.chat_template: str | None = None
+        self.special_tokens: dict[str, str] = {}
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         ids: Sequence[int] = text.encode()
@@ -189,8 +169,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path)
     if (path / RANDOM_FILE).is_file():
-        data = _json_object(_read_text(path / RANDOM_FILE), path / RANDOM_FILE)
-        return RandomTokenizer(data["vocab_size"], data["bos_id"], tuple(data["eos_ids"]))
+        return _random(read_json_object(read_text(path / RANDOM_FILE), path / RANDOM_FILE), path / RANDOM_FILE)
     if (path / JSON_FILE).is_file():
         try:
             return JsonTokenizer.from_directory(path)
@@ -198,10 +177,36 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             if not (path / SENTENCEPIECE_FILE).is_file():
                 raise TokenizerError(f"{path / JSON_FILE}: reading it needs `pip install tokenizers`") from error
     if (path / SENTENCEPIECE_FILE).is_file():
-        return SentencePieceTokenizer(path / SENTENCEPIECE_FILE)
+        return _from_model_file(path / SENTENCEPIECE_FILE)
     if len(_ggufs(path)) == 1:
         return _from_gguf(_ggufs(path)[0])
     raise TokenizerError(f"{path}: neither {JSON_FILE} nor {SENTENCEPIECE_FILE} in this directory")
+
+
+def _random(data: dict[str, Any], where: Path) -> RandomTokenizer:
+    try:
+        bos_id = data["bos_id"]
+        return RandomTokenizer(
+            operator.index(data["vocab_size"]),
+            None if bos_id is None else operator.index(bos_id),
+            tuple(operator.index(token) for token in data["eos_ids"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise TokenizerError(f"{where}: must state vocab_size, bos_id and eos_ids") from error
+
+
+def _from_model_file(path: Path) -> Tokenizer:
+    """`tokenizer.model` is sentencepiece's, or in a Llama-3 directory of Meta's tiktoken's."""
+    from llama_ref.tiktoken_file import files_of_tiktoken, is_tiktoken
+
+    if is_tiktoken(path):
+        try:
+            return JsonTokenizer(files_of_tiktoken(path), path)
+        except ImportError as error:
+            raise TokenizerError(f"{path}: reading a tiktoken file needs `pip install tokenizers`") from error
+    from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(path)
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -214,21 +219,23 @@ def _ggufs(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.gguf"))
 
 
-def _none_if_negative(token: int) -> int | None:
-    return None if token < 0 else token
+def _content(token: Any) -> str | None:
+    """The text of a special token as files spell it: "<s>", or {"content": "<s>", ...}."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: not readable as text ({error})") from error
 
 
-def _json_object(text: str, where: object) -> dict[str, Any]:
+def read_json_object(text: str, where: object) -> dict[str, Any]:
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{where}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
         raise TokenizerError(f"{where}: holds no JSON object")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from llama_ref import gguf_tokenizer
 from llama_ref.gguf_tokenizer import settings_of
 from llama_ref.models import Model
+from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_ref.tokenizer import (
     DEFAULT_PROMPT,
     JsonTokenizer,
     RandomTokenizer,
-    SentencePieceTokenizer,
     Tokenizer,
     TokenizerError,
     has_tokenizer,
@@ -166,7 +166,9 @@ def test_absent_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> None
     assert not has_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's format, as Llama 3 ships it
     assert has_tokenizer(tmp_path)
-    refused("not a sentencepiece model")
+    refused("no token for 254 of the 256 bytes")
+    (tmp_path / "tokenizer.model").write_bytes(b"\0 what is this")
+    refused("neither a sentencepiece model nor a tiktoken file")
     (tmp_path / "tokenizer.json").write_text("{}")
     refused("not a readable tokenizer.json")
     write(tmp_path, json_files(template=True))
