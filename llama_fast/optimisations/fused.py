@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.matvec import product
-from llama_fast.model import Block, Joined, Llama
-from llama_fast.plan import DenseEmbedding, KVCache, Phase
+from llama_fast.model import Block, Joined, Llama, SplitHead
+from llama_fast.plan import AllReduce, Alone, DenseEmbedding, KVCache, Phase
 from llama_fast.sampling import Chooser
 from llama_ref.config import LlamaConfig
 
@@ -137,7 +137,9 @@ class FusedStep:
     def record(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> Recorded:
         tokens_BT, start_B = tokens_BT.clone(), start_B.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(
+            graph, capture_error_mode="thread_local"
+        ):  # a process group's watchdog has its own thread
             token_B, logits_BTV = self.run(tokens_BT, start_B, cache)
         return Recorded(graph, tokens_BT, start_B, token_B, logits_BTV)
 
@@ -154,6 +156,8 @@ class FusedStep:
         logits_MV = ops.linear(
             x_MD, *matrix(model.head), gain=model.norm.weight, eps=config.norm_eps, dtype=torch.float32
         )
+        if isinstance(model.head, SplitHead):
+            logits_MV = model.head.gather(logits_MV)
         token_M = ops.argmax(logits_MV, self.argmax_scratch)
         return token_M.view(B, T)[:, -1], logits_MV.view(B, T, -1)
 
@@ -171,9 +175,9 @@ class FusedStep:
                 q.view(B, T, config.n_heads, config.head_dim).transpose(1, 2), layer.k[:, :, :T], layer.v[:, :, :T],
                 is_causal=True, enable_gqa=config.n_heads != config.n_kv_heads,
             )  # fmt: skip
-            add_product(x_MD, a_BHTd.transpose(1, 2).reshape(B * T, -1), *matrix(block.wo))
+            add_product(x_MD, a_BHTd.transpose(1, 2).reshape(B * T, -1), block.wo, block.all_reduce)
             gate_up = product(ops.rms_norm(x_MD, block.ffn_norm.weight, eps), *matrix(block.gate_up))
-            add_product(x_MD, ops.gate(gate_up), *matrix(block.w2))
+            add_product(x_MD, ops.gate(gate_up), block.w2, block.all_reduce)
         x_BD = x_MD.view(B, T, -1)[torch.arange(B, device=lengths_B.device), lengths_B - 1]
         return model.head(model.norm(x_BD)).float()  # type: ignore[no-any-return]
 
@@ -182,20 +186,27 @@ class FusedStep:
         ops, eps = self.ops, self.model.config.norm_eps
         q = ops.qkv(x_MD, block.attention_norm.weight, eps, *matrix(block.qkv), rope, early=early)
         a = ops.attention(q, rope.k_cache, rope.v_cache, rope.start, self.attention_scratch, early=early)
-        x_MD = ops.linear_add(a, *matrix(block.wo), x_MD)
+        x_MD = self.linear_add(a, block.wo, x_MD, block.all_reduce)
         hidden = ops.gated(x_MD, block.ffn_norm.weight, eps, *matrix(block.gate_up))
-        return ops.linear_add(hidden, *matrix(block.w2), x_MD)  # type: ignore[no-any-return]
+        return self.linear_add(hidden, block.w2, x_MD, block.all_reduce)
+
+    def linear_add(self, a_MK: Tensor, linear: nn.Module, x_MD: Tensor, all_reduce: AllReduce) -> Tensor:
+        """x + a @ weight.T; over several processes the sum of their products, in float32 until x is added."""
+        if isinstance(all_reduce, Alone):
+            return self.ops.linear_add(a_MK, *matrix(linear), x_MD)
+        return all_reduce.add(self.ops.linear(a_MK, *matrix(linear), dtype=torch.float32), x_MD)
 
 
-def add_product(x_MD: Tensor, a_MK: Tensor, weight_DK: Tensor, scale: Tensor | None) -> None:
-    """x += a @ weight.T, in one pass where the weight needs no decoding."""
-    if scale is None:
+def add_product(x_MD: Tensor, a_MK: Tensor, linear: nn.Module, all_reduce: AllReduce) -> None:
+    """x += a @ weight.T, in one pass where the weight needs no decoding and no other process has a part in it."""
+    weight_DK, scale = matrix(linear)
+    if scale is None and isinstance(all_reduce, Alone):
         x_MD.addmm_(a_MK, weight_DK.t())
     else:
-        x_MD.add_(product(a_MK, weight_DK, scale))
+        x_MD.add_(all_reduce(product(a_MK, weight_DK, scale)))
 
 
 def matrix(module: Any) -> tuple[Tensor, Tensor | None]:
     """A linear module's stored weight and its scale, if it has one."""
-    linear: Any = module.linear if isinstance(module, Joined) else module
+    linear: Any = module.linear if isinstance(module, (Joined, SplitHead)) else module
     return linear.weight, getattr(linear, "scale", None)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
@@ -22,14 +23,24 @@ from llama_fast.model import SplitHead
 from llama_fast.plan import AllReduce
 from llama_ref.config import LlamaConfig
 
+if TYPE_CHECKING:
+    from llama_fast.kernels.exchange import Exchange
+
 BY_QUERY_HEADS = "attention.wq"
 BY_KEY_HEADS = ("attention.wk", "attention.wv")
 BY_ROWS = ("feed_forward.w1", "feed_forward.w3", "output")
 BY_COLUMNS = ("attention.wo", "feed_forward.w2")
 
 
+class Exchanger(AllReduce, Protocol):
+    """All that processes say to each other."""
+
+    def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
+        """All `columns` of the last axis, of which this process has those from `first` on."""
+
+
 class OverGroup:
-    """The sum over the default process group by a functional collective, which compilers and CUDA graphs capture."""
+    """Sums over the default process group by functional collectives, which compilers and CUDA graphs capture."""
 
     def __call__(self, x: Tensor) -> Tensor:
         group: Any = dist.group.WORLD
@@ -39,17 +50,66 @@ class OverGroup:
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return (residual + self(x)).type_as(residual)
 
+    def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
+        # a sum of parts padded with zeros is exact, takes uneven parts, and is the same everywhere
+        return self(F.pad(part, (first, columns - first - part.shape[-1])))
+
+
+class OverNvlink(OverGroup):
+    """What one decode step says goes straight into the other GPUs' memory, in one launch; longer messages go by the group."""
+
+    def __init__(self, exchange: Exchange):
+        from llama_fast.kernels import exchange as kernels  # Triton is imported by who uses it
+
+        self.name = kernels.opened(exchange)
+        self.words, self.size = exchange.words, exchange.size
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() > self.words:
+            return super().__call__(x)
+        return torch.ops.llama_fast.exchange_sum(x, None, self.name)  # type: ignore[no-any-return]
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if x.numel() > self.words:
+            return super().add(x, residual)
+        return torch.ops.llama_fast.exchange_sum(x, residual, self.name)  # type: ignore[no-any-return]
+
+    def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
+        rows = part.numel() // part.shape[-1]
+        if rows * -(-columns // self.size) > self.words:
+            return super().gather(part, first, columns)
+        whole: Tensor = torch.ops.llama_fast.exchange_gather(part.reshape(rows, -1), columns, self.name)
+        return whole.view(*part.shape[:-1], columns)
+
+
+class OverSymmetricMemory(OverGroup):
+    """PyTorch's own one-shot sum, for messages of up to `most_bytes`. Multicast plays no part in it."""
+
+    def __init__(self, buffer: Tensor, most_bytes: int):
+        """`buffer`: symmetric memory in which every process's x is laid down, at least `most_bytes` long."""
+        self.buffer = buffer
+        self.most_bytes = most_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.nbytes > self.most_bytes or x.nbytes % 16:
+            return super().__call__(x)
+        group: Any = dist.group.WORLD
+        laid_down = self.buffer.view(x.dtype)[: x.numel()].view(x.shape)
+        laid_down.copy_(x)
+        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(laid_down, "sum", group.group_name)
+        return total
+
 
 @dataclass(frozen=True)
 class Gather:
-    """Parts of the last axis to the whole: a sum of parts padded with zeros, which is exact and the same everywhere."""
+    """Logits of all processes, of which this one has those from `first` on."""
 
-    before: int
-    after: int
-    all_reduce: AllReduce
+    first: int
+    columns: int
+    exchanger: Exchanger
 
     def __call__(self, part: Tensor) -> Tensor:
-        return self.all_reduce(F.pad(part, (self.before, self.after)))
+        return self.exchanger.gather(part, self.first, self.columns)
 
 
 @dataclass(frozen=True)
@@ -58,7 +118,7 @@ class TensorParallel:
 
     rank: int
     size: int
-    all_reduce: AllReduce = field(default_factory=OverGroup, repr=False, compare=False)
+    all_reduce: Exchanger = field(default_factory=OverGroup, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -94,8 +154,7 @@ class TensorParallel:
 
     def head(self, linear: nn.Module, vocab_size: int) -> nn.Module:
         """`linear` gives the logits of this process's rows of the vocabulary; the module gives all of them."""
-        held = self._share(vocab_size)
-        return SplitHead(linear, Gather(held.start, vocab_size - held.stop, self.all_reduce))
+        return SplitHead(linear, Gather(self._share(vocab_size).start, vocab_size, self.all_reduce))
 
     def _share(self, count: int) -> slice:
         """Neighbouring entries; where they do not divide (a vocabulary), some processes hold one more."""

@@ -34,3 +34,26 @@ def test_kernels_agree_with_float64(group: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{group}: " in done.stdout and "results agree" in done.stdout
+
+
+@pytest.mark.skipif(bool(unable()), reason=unable())
+@pytest.mark.parametrize(("group", "ranks"), [("exchange", 3), ("shards", 3)])
+def test_ranks_agree_with_one(group: str, ranks: int, tmp_path: Path) -> None:
+    """Shared memory stands in for GPUs that reach each other: the kernels, their epochs and inboxes are the same."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = Path(__file__).with_name(f"interpreted_{group}.py")
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, str(script), group, str(rank), str(ranks), str(tmp_path / "memory")],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        said = [job.communicate(timeout=120)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+    assert [job.returncode for job in jobs] == [0] * ranks, "\n".join(said)
+    assert f"{group}: " in said[0] and "results agree" in said[0]
