@@ -22,6 +22,7 @@ import torch
 from llama_fast.bandwidth import read_bandwidth_gb_per_s, synchronize
 from llama_fast.build import Runner, build
 from llama_fast.generate import Generation, generate
+from llama_fast.optimisations.speculative import Draft
 from llama_fast.plan import KVCache
 from llama_fast.profiling import StepTimes, profile_decoding
 from llama_fast.roofline import (
@@ -34,10 +35,12 @@ from llama_fast.roofline import (
     weight_bytes_per_step,
 )
 from llama_fast.rungs import Rung
+from llama_fast.speculation import Speculation, Statistics
 from llama_ref.checkpoint import Checkpoint
 
-Judge = Callable[[Runner, int | None], str]
-"""Says whether a runner agrees with the reference, "AGREE" or another word; told the length of its static cache."""
+Judge = Callable[..., str]
+"""Says whether a runner agrees with the reference, "AGREE" or another word: (runner, length of its static cache or None), and
+the draft as a third argument where there is one."""
 
 WARM_UP_TOKENS = 8
 
@@ -83,6 +86,10 @@ class RungResult:
     verdict: str
     step_times_us: dict[str, float] | None = None
     """Where a decode step's time went, by `llama_fast.profiling`, if asked for."""
+    draft_memory_gb: float = 0.0
+    """The part of the memory that is the draft's: its weights and cache."""
+    speculation: dict[str, Any] | None = None
+    """All samples' counts, where tokens were proposed."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ class Climber:
     compile_seconds: float
     peak_memory_bytes: float
     verdict: str
+    draft: Draft | None = None
     samples: list[Generation] = field(default_factory=list)
 
 
@@ -178,10 +186,12 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     progress.say(f"{rung.name}: building")
-    runner = build(checkpoint, rung.plan, device, rung.dtype(device))
-    length = len(prompt) + new_tokens
+    plan, small = rung.plans(device)
+    runner = build(checkpoint, plan, device, rung.dtype(device))
+    draft = Draft(build(checkpoint, small, device, rung.dtype(device))) if small is not None else None
+    length = len(prompt) + new_tokens + (draft.slack if draft is not None else 0)
     cache = runner.allocate(1, length)
-    climber = Climber(rung, runner, cache, 0.0, 0.0, "")
+    climber = Climber(rung, runner, cache, 0.0, 0.0, "", draft)
     progress.say(f"{rung.name}: first tokens (compilation, if any)")
     first = timed(climber, prompt, device)
     again = timed(climber, prompt, device)
@@ -191,9 +201,9 @@ def prepare(
         climber.peak_memory_bytes = torch.cuda.max_memory_allocated(device) - held
     else:
         cache_bytes = cache_bytes_per_step(runner.config, 1, max(cache.length, length), runner.dtype.itemsize)
-        climber.peak_memory_bytes = stored_bytes(runner.model) + cache_bytes
+        climber.peak_memory_bytes = stored_bytes(runner.model) + cache_bytes + (draft.held_bytes if draft else 0)
     progress.say(f"{rung.name}: asking the oracle")
-    climber.verdict = judge(runner, cache.length or None)
+    climber.verdict = judge(runner, cache.length or None, *([draft] if draft else []))
     return climber
 
 
@@ -206,7 +216,8 @@ def timed(climber: Climber, prompt: Sequence[int], device: torch.device) -> floa
 
 def sample(climber: Climber, prompt: Sequence[int], new_tokens: int) -> Generation:
     """One continuation."""
-    return generate(climber.runner, [prompt], new_tokens, cache=kept_cache(climber, prompt, new_tokens))
+    cache = kept_cache(climber, prompt, new_tokens)
+    return generate(climber.runner, [prompt], new_tokens, cache=cache, draft=climber.draft)
 
 
 def kept_cache(climber: Climber, prompt: Sequence[int], new_tokens: int) -> KVCache | None:
@@ -224,6 +235,10 @@ def result(
     step_bytes = weight_bytes_per_step(runner.model) + cache_bytes_per_step(
         runner.config, 1, mean_positions, runner.dtype.itemsize
     )
+    counted = [generation.speculation for generation in climber.samples if generation.speculation]
+    total = sum(counted[1:], counted[0]) if counted else None
+    if total is not None and climber.draft is not None:
+        step_bytes = bytes_per_token(step_bytes, total, climber.draft)
     return RungResult(
         name=climber.rung.name,
         does=climber.rung.does,
@@ -244,7 +259,15 @@ def result(
         floor_tokens_per_second=floor_steps_per_second(step_bytes, bandwidth),
         verdict=climber.verdict,
         step_times_us=asdict(times) if times else None,
+        draft_memory_gb=climber.draft.held_bytes / GB if climber.draft else 0.0,
+        speculation=total.as_json() if total else None,
     )
+
+
+def bytes_per_token(step_bytes: float, counted: Statistics, draft: Speculation) -> float:
+    """Bytes read for a decoded token: the target's for every check and plain step, the draft's for every proposal."""
+    steps = counted.rounds + counted.plain_steps
+    return (steps * step_bytes + draft.read_bytes(counted)) / max(1, counted.emitted + counted.plain_steps)
 
 
 def device_bytes(device: torch.device) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 from llama_fast import presets
 from llama_fast.build import Runner, build, default_dtype, encoded, where
 from llama_fast.llama import Llama
+from llama_fast.optimisations.speculative import Draft, Ngram
 from llama_fast.plan import Plan
 from llama_fast.presets import encoding_named
 from llama_fast.report import Summary
@@ -49,6 +50,15 @@ def generate(
     encoding: EncodingFlag = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first token.")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="Decode by our own kernels; needs a GPU.")] = False,
+    draft: Annotated[
+        str | None, typer.Option(help="Who proposes tokens: a model with the same vocabulary, or ngram.")
+    ] = None,
+    draft_encoding: Annotated[
+        str | None, typer.Option(help="How the draft's weights are stored; as its checkpoint by default.")
+    ] = None,
+    speculate: Annotated[
+        int | None, typer.Option(help="Tokens proposed in a round; chosen from what is measured by default.")
+    ] = None,
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write texts, tokens and rates here.")] = None,
@@ -61,8 +71,10 @@ def generate(
         raise ValueError("--fused and --compile are two ways to decode: choose one")
     kept = encoding_named(encoding or checkpoint.encoding)
     plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
+    proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop or []}
+    options["draft"] = proposer
     if compile or fused:
         llama.generate(prompt, min(max_new_tokens, 8), **options)  # the first call compiles; it is not timed
     if to.type == "cuda":
@@ -74,10 +86,12 @@ def generate(
         output = llama.generate(prompt, max_new_tokens, seed=seed + i, on_text=show, **options)
         print("" if stream else output.text, flush=True)
         outputs.append(output)
-    summary = Summary.of(llama, outputs)
+    summary = Summary.of(llama, outputs, proposer)
     print("\n".join(summary.lines()))
     if json_file is not None:
         content = {"model": model, "plan": str(plan), "dtype": str(kind).removeprefix("torch."), **summary.as_json()}
+        if summary.speculation is not None:
+            content["speculation"] = summary.speculation.as_json()
         content["samples"] = [asdict(output) for output in outputs]
         json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -141,6 +155,7 @@ def bench(
     from llama_fast.plots import draw
     from llama_fast.report import Live, show_step_times, show_table
     from llama_fast.rungs import rungs_named, rungs_of
+    from oracle.speculation import judge_speculation
     from oracle.verify import judge_runner
 
     to = where(device)
@@ -152,7 +167,10 @@ def bench(
         checkpoint = found.open(to, default_dtype(to))
         ids = found.tokenizer().encode(prompt)
 
-        def judge(runner: Runner, cache_length: int | None) -> str:
+        def judge(runner: Runner, cache_length: int | None, draft: Draft | None = None) -> str:
+            if draft is not None:
+                verdict = judge_speculation(runner, checkpoint, draft, [ids], batch=1, cache_length=cache_length)
+                return verdict.outcome.value
             return judge_runner(runner, checkpoint, ids, cache_length=cache_length).outcome.value
 
         ladder = climb(checkpoint, model, ids, chosen, to, judge, live, samples, new_tokens, profile)
@@ -163,6 +181,25 @@ def bench(
     print(f"{out / 'ladder.json'}  {out / 'ladder.png'}")
     if any(rung.verdict != "AGREE" for rung in ladder.rungs):
         raise typer.Exit(1)
+
+
+def proposer_named(
+    draft: str | None, encoding: str | None, k: int | None, target: Plan, device: torch.device, dtype: torch.dtype
+) -> Draft | Ngram | None:
+    """ "ngram", or a model built as the target is but for its encoding; None where none is asked for."""
+    if draft is None:
+        if encoding is not None or k is not None:
+            raise ValueError("--draft-encoding and --speculate say how tokens are proposed: --draft must say by whom")
+        return None
+    if draft == "ngram":
+        if encoding is not None:
+            raise ValueError("an n-gram lookup has no weights: --draft-encoding does not apply to it")
+        return Ngram(k)
+    if k is not None and k < 1:
+        raise ValueError(f"k={k} must be at least 1: so many tokens are proposed in a round")
+    checkpoint = resolve(draft).open(device, dtype)
+    plan = replace(target, encoding=encoding_named(encoding or checkpoint.encoding))
+    return Draft(build(checkpoint, plan, device, dtype), k)
 
 
 def dtype_named(name: str | None, device: torch.device) -> torch.dtype:

@@ -21,6 +21,7 @@ from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import KVCache, Plan
 from llama_fast.presets import encoding_named, optimised
 from llama_fast.sampling import Sampling
+from llama_fast.speculation import Speculation, Statistics
 from llama_fast.text import TextStream
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class Output:
     prompt_tokens: int
     first_token_seconds: float
     total_seconds: float
+    speculation: Statistics | None = None
 
 
 @dataclass
@@ -110,17 +112,21 @@ class Llama:
         seed: int = 0,
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
+        draft: Speculation | None = None,
     ) -> Output | list[Output]:
         """Continue one prompt, or several as a batch in which each row answers as it would alone.
 
         Temperature 0 is greedy. Row b draws with seed + b. A row ends at an EOS id of the checkpoint, before one of the
         `stop` strings, or after `max_new_tokens`. `on_text(row, piece)` is told the text as it comes.
+        `draft` proposes tokens that are checked several at a time: `Draft(runner)`, `Ngram()`.
         """
         ids = [self.tokenizer.encode(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
         rows = [Row(TextStream(self.tokenizer.decode, stop)) for _ in ids]
         eos_ids = self.runner.config.eos_ids
         began, first = time.perf_counter(), 0.0
-        for step in self._steps(ids, max_new_tokens, Sampling(temperature, top_k, top_p, seed), eos_ids):
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        steps, counted = self._steps(ids, max_new_tokens, sampling, eos_ids, draft)
+        for step in steps:
             first = first or time.perf_counter() - began
             for b, (row, token) in enumerate(zip(rows, step, strict=True)):
                 if token is None or row.ended:
@@ -137,7 +143,7 @@ class Llama:
             if rest and on_text is not None:
                 on_text(b, rest)
             reason = "stop" if row.ended else "length"
-            outputs.append(Output("".join(row.pieces), row.tokens, reason, len(ids[b]), first, total))
+            outputs.append(Output("".join(row.pieces), row.tokens, reason, len(ids[b]), first, total, counted))
         return outputs[0] if isinstance(prompts, str) else outputs
 
     def stream(
@@ -150,12 +156,14 @@ class Llama:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
+        draft: Speculation | None = None,
     ) -> Iterator[str]:
         """The continuation's text in pieces as they come; joined, they are the text that `generate` returns."""
         ids = [self.tokenizer.encode(prompt)]
         row = Row(TextStream(self.tokenizer.decode, stop))
         eos_ids = self.runner.config.eos_ids
-        for (token,) in self._steps(ids, max_new_tokens, Sampling(temperature, top_k, top_p, seed), eos_ids):
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        for (token,) in self._steps(ids, max_new_tokens, sampling, eos_ids, draft)[0]:
             if token is not None and (piece := row.take(token, eos_ids)):
                 yield piece
             if row.ended:
@@ -176,10 +184,21 @@ class Llama:
         return scores
 
     def _steps(
-        self, ids: list[list[int]], max_new_tokens: int, sampling: Sampling, eos_ids: Sequence[int]
-    ) -> Iterator[list[int | None]]:
-        cache = self._reusable_cache(len(ids), check(self.runner, ids, max_new_tokens))
-        return stream(self.runner, ids, max_new_tokens, sampling, eos_ids, cache)
+        self,
+        ids: list[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        draft: Speculation | None,
+    ) -> tuple[Iterator[list[int | None]], Statistics | None]:
+        """The steps, and the counts that they fill in if there is a draft."""
+        needed = check(self.runner, ids, max_new_tokens)
+        if draft is None:
+            cache = self._reusable_cache(len(ids), needed)
+            return stream(self.runner, ids, max_new_tokens, sampling, eos_ids, cache), None
+        cache = self._reusable_cache(len(ids), min(needed + draft.slack, self.runner.config.max_context))
+        session = draft.begin(self.runner, ids, max_new_tokens, sampling, eos_ids, cache)
+        return session.steps(), session.statistics
 
     def cache_length(self, batch: int) -> int | None:
         """Slots of the cache kept for this batch size; None if there is none."""

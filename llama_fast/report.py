@@ -15,10 +15,11 @@ from rich.live import Live as RichLive
 from rich.spinner import Spinner
 from rich.table import Table
 
-from llama_fast.bench import Ladder, RungResult
+from llama_fast.bench import Ladder, RungResult, bytes_per_token
 from llama_fast.llama import Llama, Output
 from llama_fast.profiling import StepTimes
 from llama_fast.roofline import GB, cache_bytes_per_step, stored_bytes, weight_bytes_per_step
+from llama_fast.speculation import Speculation, Statistics
 
 
 class Live:
@@ -82,7 +83,20 @@ def show_table(ladder: Ladder) -> None:
         f"median of {ladder.samples} samples taken in turns, compilation apart; torch {ladder.torch}",
         highlight=False,
     )
+    for rung in ladder.rungs:
+        if rung.speculation is not None:
+            console.print(told(rung), highlight=False)
     console.print(f"resident memory of the process with all rungs: {ladder.resident_memory_gb:.2f} GB", highlight=False)
+
+
+def told(rung: RungResult) -> str:
+    """What its draft did and costs, in a line."""
+    counted = rung.speculation or {}
+    overhead = rung.draft_memory_gb / (rung.peak_memory_gb - rung.draft_memory_gb)
+    rates = f"acceptance {counted['acceptance']:.1%}, {counted['tokens_per_round']:.2f} tokens per round"
+    did = f"{rates} ({counted['rounds']} rounds, {counted['plain_steps']} plain steps)"
+    line = f"{rung.name}: draft {rung.draft_memory_gb:.2f} GB (+{overhead:.1%}); {did}"
+    return f"{line}; {counted['notice']}" if counted["notice"] else line
 
 
 def show_step_times(ladder: Ladder) -> None:
@@ -126,9 +140,11 @@ class Summary:
     memory_gb: float
     resident_memory_gb: float
     on_gpu: bool
+    draft_memory_gb: float = 0.0
+    speculation: Statistics | None = None
 
     @classmethod
-    def of(cls, llama: Llama, outputs: Sequence[Output]) -> Summary:
+    def of(cls, llama: Llama, outputs: Sequence[Output], draft: Speculation | None = None) -> Summary:
         runner = llama.runner
         new_tokens = sum(len(output.tokens) for output in outputs)
         rate = new_tokens / sum(output.total_seconds for output in outputs)
@@ -139,15 +155,24 @@ class Summary:
         on_gpu = runner.device.type == "cuda"
         longest = max(output.prompt_tokens + len(output.tokens) for output in outputs)
         slots = llama.cache_length(1) or longest
+        counted = [output.speculation for output in outputs if output.speculation]
+        of_draft = draft.held_bytes if draft is not None else 0
         held = stored_bytes(runner.model) + cache_bytes_per_step(runner.config, 1, slots, runner.dtype.itemsize)
+        held += of_draft
+        step_bytes = weight_bytes_per_step(runner.model) + read
+        total = sum(counted[1:], counted[0]) if counted else None
+        if total is not None and draft is not None:
+            step_bytes = bytes_per_token(step_bytes, total, draft)
         return cls(
             tokens_per_second=rate,
             decode_tokens_per_second=decoded / decode_seconds if decoded else 0.0,
             first_token_ms=statistics.median(output.first_token_seconds for output in outputs) * 1e3,
-            bandwidth_gb_per_s=(weight_bytes_per_step(runner.model) + read) * rate / GB,
+            bandwidth_gb_per_s=step_bytes * rate / GB,
             memory_gb=(torch.cuda.max_memory_allocated(runner.device) if on_gpu else held) / GB,
             resident_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
             on_gpu=on_gpu,
+            draft_memory_gb=of_draft / GB,
+            speculation=total,
         )
 
     def lines(self) -> list[str]:
@@ -158,7 +183,12 @@ class Summary:
             f"Memory used: {self.memory_gb:.2f} GB",
             f"Decode tokens/sec: {self.decode_tokens_per_second:.2f}, first token after {self.first_token_ms:.0f} ms",
         ]
-        return lines if self.on_gpu else [*lines, f"Resident memory: {self.resident_memory_gb:.2f} GB"]
+        if not self.on_gpu:
+            lines.append(f"Resident memory: {self.resident_memory_gb:.2f} GB")
+        if self.draft_memory_gb:
+            overhead = self.draft_memory_gb / (self.memory_gb - self.draft_memory_gb)
+            lines.append(f"Of this the draft: {self.draft_memory_gb:.2f} GB (+{overhead:.1%})")
+        return lines + (self.speculation.lines() if self.speculation is not None else [])
 
     def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "on_gpu"}
+        return {name: value for name, value in vars(self).items() if name not in ("on_gpu", "speculation")}

@@ -195,23 +195,25 @@ class Rounds:
 
     def steps(self) -> Iterator[list[int | None]]:
         """One list per column of a round's tokens; None for a row that has none there."""
+        try:
+            yield from self.all_steps()
+        finally:  # also where the caller has seen enough
+            self.report_costs()
+
+    def all_steps(self) -> Iterator[list[int | None]]:
         state, first = self.begin()
         yield from self.columns([[token] for token in first])
         if any(self.left):
             self.evidence = self.first_look(state)
         while any(self.left):
-            k = self.next_k()
-            if k and not self.launched:
+            k, ahead = self.next_k(), len(self.launched)
+            if k and not ahead:
                 self.launch(state, k)
-                yield from self.columns(self.take())
-                continue
-            ahead = len(self.launched)
-            if not k and max(self.left) > ahead and ahead <= self.readback.depth:
+            elif not k and max(self.left) > ahead and ahead <= self.readback.depth:  # plain steps may run ahead
                 self.launch(state, 0)
-                ahead += 1
-            if k or ahead > self.readback.depth or max(self.left) <= ahead:
-                yield from self.columns(self.take())
-        self.report_costs()
+                if ahead < self.readback.depth and max(self.left) > ahead + 1:
+                    continue
+            yield from self.columns(self.take())
 
     @torch.no_grad()
     def begin(self) -> tuple[State, list[int]]:

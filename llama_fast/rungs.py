@@ -21,6 +21,14 @@ class Rung:
     plan: Plan
     cpu_dtype: torch.dtype = torch.float32
     needs_gpu: bool = False
+    draft: Plan | None = None
+    """Of the model that proposes tokens, with the same weights; None: plain decoding."""
+    on_gpu: tuple[Plan, Plan] | None = None
+    """Plan and draft on a GPU, where they are others than on a CPU."""
+
+    def plans(self, device: torch.device) -> tuple[Plan, Plan | None]:
+        """The plan on a device, and its draft's."""
+        return self.on_gpu if self.on_gpu is not None and device.type == "cuda" else (self.plan, self.draft)
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The type it computes in; on a CPU a rung may differ from the baseline, and the report says so."""
@@ -33,6 +41,13 @@ RUNGS = {
         Rung("baseline", "eager, q k v apart, a cache that grows", Plan()),
         Rung("compiled", "torch.compile, static cache", optimised(Dense(), compile=True)),
         Rung("int8", "the same, int8 weights", optimised(Int8(), compile=True)),
+        Rung(
+            "speculative",
+            "compiled, int8 draft of the same model (on a GPU both fused)",
+            optimised(Dense(), compile=True),
+            draft=optimised(Int8(), compile=True),
+            on_gpu=(fused(Dense()), fused(Int8())),
+        ),
         Rung("fused", "kernels of our own, one CUDA graph", fused(Dense()), needs_gpu=True),
         Rung("fused-int8", "the same, int8 weights", fused(Int8()), needs_gpu=True),
     )

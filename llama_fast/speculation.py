@@ -5,7 +5,6 @@ Shapes: K proposed tokens.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,9 +27,9 @@ class Statistics:
     emitted: int = 0
     """Tokens of all rounds: the accepted ones, and one of the target's own in each."""
     plain_steps: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)
+    lengths: dict[int, int] = field(default_factory=dict)
     """How many rounds accepted n proposals."""
-    ks: Counter[int] = field(default_factory=Counter)
+    ks: dict[int, int] = field(default_factory=dict)
     """How many rounds proposed k."""
     draft_cost: float | None = None
     """One proposal in plain steps: c."""
@@ -54,8 +53,8 @@ class Statistics:
         self.tried += stood + (stood < k)
         self.accepted += stood
         self.emitted += emitted
-        self.lengths[stood] += 1
-        self.ks[k] += 1
+        self.lengths = added(self.lengths, {stood: 1})
+        self.ks = added(self.ks, {k: 1})
 
     def __add__(self, other: Statistics) -> Statistics:
         """Two generations together; costs and notice are the later one's, where it has them."""
@@ -67,8 +66,8 @@ class Statistics:
             self.accepted + other.accepted,
             self.emitted + other.emitted,
             self.plain_steps + other.plain_steps,
-            self.lengths + other.lengths,
-            self.ks + other.ks,
+            added(self.lengths, other.lengths),
+            added(self.ks, other.ks),
             other.draft_cost if other.draft_cost is not None else self.draft_cost,
             other.check_cost or self.check_cost,
             other.notice or self.notice,
@@ -76,8 +75,7 @@ class Statistics:
 
     def as_json(self) -> dict[str, Any]:
         """Every number, and the two rates."""
-        tables = {name: dict(sorted(getattr(self, name).items())) for name in ("lengths", "ks", "check_cost")}
-        return {**vars(self), **tables, "acceptance": self.acceptance, "tokens_per_round": self.tokens_per_round}
+        return {**vars(self), "acceptance": self.acceptance, "tokens_per_round": self.tokens_per_round}
 
     def lines(self) -> list[str]:
         """What a person reads."""
@@ -89,6 +87,11 @@ class Statistics:
             counts = f"{self.rounds} rounds, {self.plain_steps} plain steps"
             said = [f"Speculation ({self.proposer}): {rates}, {counts}", f"Accepted lengths: {bars}"]
         return [*said, f"Notice: {self.notice}"] if self.notice else said
+
+
+def added(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+    """Counts together, in order: {1: 2}, {0: 1, 1: 1} -> {0: 1, 1: 3}."""
+    return {key: one.get(key, 0) + other.get(key, 0) for key in sorted({*one, *other})}
 
 
 class Session(Protocol):
@@ -106,6 +109,13 @@ class Speculation(Protocol):
     @property
     def slack(self) -> int:
         """Cache slots it wants beyond those of the request."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of its weights and caches."""
+
+    def read_bytes(self, statistics: Statistics) -> float:
+        """Bytes of weights that its proposals read."""
 
     def begin(
         self,

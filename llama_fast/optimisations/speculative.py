@@ -28,8 +28,10 @@ from llama_fast.build import Runner
 from llama_fast.generate import check
 from llama_fast.pace import Costs
 from llama_fast.plan import Eager, GrowingCache, KVCache
+from llama_fast.roofline import stored_bytes, weight_bytes_per_step
 from llama_fast.rounds import Rounds, Source, State, agreement, made_fast, uniform_at
 from llama_fast.sampling import Chooser, Sampling, draw
+from llama_fast.speculation import Statistics
 
 AUTOMATIC = (1, 2, 3, 5, 7)
 """What k is chosen from. 7 proposals and the newest token are eight rows: beyond, a check is no longer bound by memory."""
@@ -56,6 +58,15 @@ class Proposer:
     def slack(self) -> int:
         """Cache slots wanted beyond those of the request: a check writes k slots past the last token."""
         return self.k or self.most
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the proposer's weights and caches; none where it has no model."""
+        return 0
+
+    def read_bytes(self, statistics: Statistics) -> float:
+        """Bytes of weights read for the proposals that were counted."""
+        return 0.0
 
     def begin(
         self,
@@ -122,6 +133,16 @@ class Draft(Proposer):
         super().__init__(k, most)
         self.runner = runner
         self._cache: dict[int, KVCache] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        slots = {
+            id(t): t.nbytes for cache in self._cache.values() for layer in cache.layers for t in (layer.k, layer.v)
+        }
+        return int(stored_bytes(self.runner.model) + sum(slots.values()))
+
+    def read_bytes(self, statistics: Statistics) -> float:
+        return float(statistics.proposed * weight_bytes_per_step(self.runner.model))
 
     def fits(self, target: Runner, needed: int) -> None:
         ours, theirs = self.runner.config, target.config

@@ -59,6 +59,22 @@ def test_streaming_shows_the_same_text(run: Run, model: Path) -> None:
     assert plain.splitlines()[0] == streamed.splitlines()[0] != ""
 
 
+def test_drafts_change_the_speed_and_nothing_else(run: Run, model: Path, tmp_path: Path) -> None:
+    arguments = ("generate", "--model", model, "--prompt", "ab", "--max-new-tokens", 20, "--temperature", 0)
+    plain = run(*arguments)[1].splitlines()[0]
+    file = tmp_path / "out.json"
+    for draft in (("ngram",), (model, "--draft-encoding", "int8"), (model, "--speculate", 3)):
+        code, out, _ = run(*arguments, "--num-samples", 2, "--json", file, "--draft", *draft)
+        assert code == 0 and out.splitlines()[0] == plain
+        assert re.search(r"^Speculation \(.+\): ", out, re.M)
+        assert ("Of this the draft: " in out) == (draft[0] != "ngram")
+        data = json.loads(file.read_text())
+        counted, singles = data["speculation"], [sample["speculation"] for sample in data["samples"]]
+        assert counted["rounds"] == sum(single["rounds"] for single in singles) and 0 <= counted["acceptance"] <= 1
+        assert {"tokens_per_round", "lengths", "draft_cost", "check_cost", "notice"} <= set(counted)
+    assert counted["lengths"]["3"] > 0 and re.search(r"^Accepted lengths: .*3: \d+", out, re.M)
+
+
 def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     assert run("quantize", "--model", model, "--out", out)[0] == 0
@@ -84,6 +100,19 @@ def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tm
         (("generate", "--stop", ""), "a stop string is empty"),
         (("generate", "--fused", "--compile"), "choose one"),
         (("generate", "--fused", "--device", "cpu"), "the fused kernels need a CUDA device"),
+        (("generate", "--draft", "ngram", "--speculate", 0), "k=0 must be at least 1"),
+        (("generate", "--draft", "random:llama-2-7b", "--speculate", 0), "k=0 must be at least 1"),
+        (
+            ("generate", "--draft", "ngram", "--speculate", 200, "--max-new-tokens", 9),
+            "k=200 is larger than the context left",
+        ),
+        (("generate", "--draft", "ngram", "--draft-encoding", "int8"), "an n-gram lookup has no weights"),
+        (("generate", "--speculate", 4), "--draft must say by whom"),
+        (("generate", "--draft", "nobody"), "unknown model 'nobody'"),
+        (
+            ("generate", "--draft", "smollm2-135m", "--max-new-tokens", 9),
+            "the draft has a vocabulary of 49152 tokens, the target one of 101",
+        ),
         (("quantize", "--encoding", "dense"), "encoding dense changes nothing"),
         (("bench", "--rungs", "warp"), "unknown rung 'warp' (known: baseline"),
     ],

@@ -161,7 +161,9 @@ def test_the_statistics_add_up(target: Runner, int8: Runner, other: Runner) -> N
         assert counted.accepted <= counted.tried <= counted.proposed
         assert counted.accepted + counted.rounds - 4 * 4 <= counted.emitted <= counted.accepted + counted.rounds
         both = counted + counted
-        assert both.rounds == 2 * counted.rounds and both.lengths[0] == 2 * counted.lengths[0]
+        assert both.rounds == 2 * counted.rounds and both.lengths == {
+            n: 2 * count for n, count in counted.lengths.items()
+        }
         assert both.acceptance == counted.acceptance == counted.as_json()["acceptance"]
 
 
