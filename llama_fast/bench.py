@@ -23,7 +23,7 @@ from llama_fast.bandwidth import read_bandwidth_gb_per_s, synchronize
 from llama_fast.build import Runner, build
 from llama_fast.generate import Generation, generate
 from llama_fast.optimisations.speculative import Draft
-from llama_fast.plan import KVCache
+from llama_fast.plan import KVCache, Plan
 from llama_fast.profiling import StepTimes, profile_decoding
 from llama_fast.roofline import (
     DATASHEET_GB_PER_S,
@@ -145,7 +145,8 @@ def bench(
     """
     progress.say("measuring the read bandwidth")
     bandwidth = read_bandwidth_gb_per_s(device)
-    climbers = [prepare(checkpoint, rung, prompt, new_tokens, device, judge, progress) for rung in rungs]
+    builder = Builder(checkpoint, device)
+    climbers = [prepare(builder, rung, prompt, new_tokens, judge, progress) for rung in rungs]
     for round_number in range(samples):
         for climber in climbers:
             progress.say(f"sample {round_number + 1} of {samples}: {climber.rung.name}")
@@ -171,24 +172,36 @@ def bench(
     )
 
 
+class Builder:
+    """Builds a plan once, however many rungs stand on it: a rung that speculates uses the models of two others."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+        self.checkpoint, self.device = checkpoint, device
+        self.built: list[Runner] = []
+
+    def __call__(self, plan: Plan, dtype: torch.dtype) -> Runner:
+        for runner in self.built:
+            if (runner.plan, runner.dtype) == (plan, dtype):
+                return runner
+        self.built.append(build(self.checkpoint, plan, self.device, dtype))
+        return self.built[-1]
+
+
 def prepare(
-    checkpoint: Checkpoint,
-    rung: Rung,
-    prompt: Sequence[int],
-    new_tokens: int,
-    device: torch.device,
-    judge: Judge,
-    progress: Progress,
+    builder: Builder, rung: Rung, prompt: Sequence[int], new_tokens: int, judge: Judge, progress: Progress
 ) -> Climber:
     """Build a rung, compile it by a first generation, measure its memory alone, have it judged."""
     gc.collect()
+    device, before = builder.device, [*builder.built]
     held = device_bytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     progress.say(f"{rung.name}: building")
     plan, small = rung.plans(device)
-    runner = build(checkpoint, plan, device, rung.dtype(device))
-    draft = Draft(build(checkpoint, small, device, rung.dtype(device))) if small is not None else None
+    runner = builder(plan, rung.dtype(device))
+    draft = Draft(builder(small, rung.dtype(device))) if small is not None else None
+    mine = [runner, *([draft.runner] if draft else [])]
+    shared_bytes = sum(stored_bytes(used.model) for used in mine if any(used is known for known in before))
     length = len(prompt) + new_tokens + (draft.slack if draft is not None else 0)
     cache = runner.allocate(1, length)
     climber = Climber(rung, runner, cache, 0.0, 0.0, "", draft)
@@ -198,7 +211,7 @@ def prepare(
     climber.compile_seconds = max(0.0, first - again)
     if device.type == "cuda":
         sample(climber, prompt, new_tokens)
-        climber.peak_memory_bytes = torch.cuda.max_memory_allocated(device) - held
+        climber.peak_memory_bytes = torch.cuda.max_memory_allocated(device) - held + shared_bytes
     else:
         cache_bytes = cache_bytes_per_step(runner.config, 1, max(cache.length, length), runner.dtype.itemsize)
         climber.peak_memory_bytes = stored_bytes(runner.model) + cache_bytes + (draft.held_bytes if draft else 0)

@@ -13,10 +13,12 @@ import torch
 
 from llama_fast.bench import Ladder, RungResult, bench
 from llama_fast.build import Runner
+from llama_fast.optimisations.speculative import Draft
 from llama_fast.plots import draw
 from llama_fast.report import show_step_times
 from llama_fast.rungs import RUNGS, rungs_of
 from llama_ref.models import resolve
+from oracle.speculation import judge_speculation
 from oracle.verify import judge_runner
 
 if sys.version_info >= (3, 11):
@@ -48,7 +50,10 @@ def ladder() -> Ladder:
     checkpoint = found.open(device, torch.bfloat16)
     prompt = found.tokenizer().encode("Hello, my name is")
 
-    def judge(runner: Runner, cache_length: int | None) -> str:
+    def judge(runner: Runner, cache_length: int | None, draft: Draft | None = None) -> str:
+        if draft is not None:
+            verdict = judge_speculation(runner, checkpoint, draft, [prompt], batch=1, cache_length=cache_length)
+            return verdict.outcome.value
         return judge_runner(runner, checkpoint, prompt, cache_length=cache_length).outcome.value
 
     out = os.environ.get("LLAMA_FAST_LADDER_OUT")
@@ -81,5 +86,7 @@ def test_a_rung_reaches_its_target(ladder: Ladder, name: str) -> None:
         f"({rung.tokens_per_second.min:.1f}-{rung.tokens_per_second.max:.1f}), target {goal:.1f} ({source}), "
         f"floor {rung.floor_tokens_per_second:.1f} at {ladder.read_bandwidth_gb_per_s:.0f} GB/s read"
     )
+    if rung.speculation is not None:
+        print("  ", rung.speculation)
     assert rung.verdict == "AGREE"
     assert reached >= goal
