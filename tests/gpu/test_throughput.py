@@ -16,7 +16,7 @@ from llama_fast.build import Runner
 from llama_fast.optimisations.speculative import Draft
 from llama_fast.plots import draw
 from llama_fast.report import show_step_times
-from llama_fast.rungs import RUNGS, rungs_of
+from llama_fast.rungs import RUNGS, rungs_named, rungs_of
 from llama_ref.models import resolve
 from oracle.speculation import judge_speculation
 from oracle.verify import judge_runner
@@ -29,6 +29,7 @@ else:
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1500)]
 
 MODEL = os.environ.get("LLAMA_FAST_GPU_MODEL", "random:llama-2-7b")
+ONLY = os.environ.get("LLAMA_FAST_GPU_RUNGS", "")  # as "fused,fused-int8"; all by default
 TARGETS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("targets.toml").read_text())
 
 
@@ -58,7 +59,8 @@ def ladder() -> Ladder:
 
     out = os.environ.get("LLAMA_FAST_LADDER_OUT")
     trace = Path(out, "trace.json") if out else None
-    climbed = bench(checkpoint, MODEL, prompt, rungs_of(device), device, judge, Printed(), trace=trace)
+    rungs = rungs_named(ONLY) if ONLY else rungs_of(device)
+    climbed = bench(checkpoint, MODEL, prompt, rungs, device, judge, Printed(), trace=trace)
     if out:
         show_step_times(climbed)
         Path(out, "ladder.json").write_text(json.dumps(climbed.as_json(), indent=2) + "\n")
@@ -78,7 +80,9 @@ def target(rung: RungResult, gpu: str) -> tuple[float, str]:
 
 @pytest.mark.parametrize("name", list(RUNGS))
 def test_a_rung_reaches_its_target(ladder: Ladder, name: str) -> None:
-    rung = next(rung for rung in ladder.rungs if rung.name == name)
+    rung = next((rung for rung in ladder.rungs if rung.name == name), None)
+    if rung is None:
+        pytest.skip(f"only {ONLY} was asked for")
     goal, source = target(rung, ladder.device)
     reached = rung.tokens_per_second.median
     print(
