@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from llama_fast import presets
+from llama_fast import presets, ranks
 from llama_fast.build import Runner, build, default_dtype, encoded, where
 from llama_fast.llama import Llama
 from llama_fast.optimisations.speculative import Draft, Ngram
@@ -64,13 +64,14 @@ def generate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write texts, tokens and rates here.")] = None,
 ) -> None:
     """Continue a prompt; print the text, the speed, the bandwidth and the memory."""
-    found = resolve(model)
-    to, kind = where(device), dtype_named(dtype, where(device))
+    member = ranks.join(where(device))
+    to, kind = member.device, dtype_named(dtype, member.device)
+    found = ranks.one_after_another(lambda: resolve(model))
     checkpoint = found.open(to, kind)
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
     kept = encoding_named(encoding or checkpoint.encoding)
-    plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
+    plan = replace(presets.fused(kept) if fused else presets.optimised(kept, compile), shard=member.shard)
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop or []}
@@ -88,12 +89,13 @@ def generate(
         outputs.append(output)
     summary = Summary.of(llama, outputs, proposer)
     print("\n".join(summary.lines()))
-    if json_file is not None:
+    if json_file is not None and ranks.is_first():
         content = {"model": model, "plan": str(plan), "dtype": str(kind).removeprefix("torch."), **summary.as_json()}
         if summary.speculation is not None:
             content["speculation"] = summary.speculation.as_json()
         content["samples"] = [asdict(output) for output in outputs]
         json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    member.leave()
 
 
 @app.command()
@@ -213,11 +215,14 @@ def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
 
 def main() -> None:
     """The entry point: an error is one line and exit code 2, never a traceback (LLAMA_FAST_TRACEBACK=1 shows it)."""
+    ranks.only_first_speaks()
     try:
         app()
     except Exception as error:
         if os.environ.get("LLAMA_FAST_TRACEBACK"):
             raise
+        if ranks.Place.of_environment() is not None:
+            ranks.fail(ranks.explained(error), 2)
         expected = isinstance(error, (ValueError, OSError))
         kind = "" if expected else f"{type(error).__name__}: "
         print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)

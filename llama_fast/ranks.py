@@ -39,6 +39,7 @@ T = TypeVar("T")
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0  # compilers and loaders may keep Python's lock for seconds
 STORE_SECONDS = 5.0
+MEETING_SECONDS = 45.0
 ONE_SHOT_BYTES = 1 << 18  # up to here twice as fast as NCCL on two H200; larger messages were not measured
 COLLECTIVE_SECONDS = 600.0  # ranks may compile or load for minutes before they meet
 
@@ -72,42 +73,61 @@ def device_of_rank(device: torch.device) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-@contextlib.contextmanager
-def sharding(device: torch.device, collective_seconds: float = COLLECTIVE_SECONDS) -> Iterator[Shard]:
-    """Whole() where no launcher is; else this rank's part of a group that lasts as long as the context.
+class Member:
+    """This process's part in a group of ranks: its shard, and how it leaves. Alone, where no launcher is, it is whole."""
 
-    Only rank 0 writes to standard output. Raises ValueError where the group cannot be formed.
+    def __init__(self, shard: Shard, device: torch.device, watch: Watch | None = None):
+        self.shard = shard
+        self.device = device
+        self.watch = watch
+
+    def leave(self) -> None:
+        """With all others, when all is done; nobody leaves before everybody is here. After a failure call `fail`."""
+        if self.watch is not None:
+            meet(self.device)
+            self.watch.stop()
+            leave_group()
+
+
+def join(device: torch.device | str, collective_seconds: float | None = None, exchanger: str | None = None) -> Member:
+    """Join the group of the launcher that started this process: NCCL on GPUs, gloo on CPUs.
+
+    `exchanger` as in `exchanger_named`; by default the fastest that the devices allow. A collective that some rank does not
+    join within `collective_seconds` (LLAMA_FAST_TIMEOUT_SECONDS, or ten minutes) is an error. Raises ValueError where the
+    group cannot be formed.
     """
     place = Place.of_environment()
+    device = device_of_rank(torch.device(device))
     if place is None:
-        yield Whole()
-        return
-    with contextlib.ExitStack() as stack:
-        if place.rank:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        yield stack.enter_context(tensor_parallel(device, collective_seconds))
+        return Member(Whole(), device)
+    seconds = collective_seconds or float(os.environ.get("LLAMA_FAST_TIMEOUT_SECONDS", COLLECTIVE_SECONDS))
+    watch = Watch(place)
+    watch.start()
+    try:
+        form_group(place, device, seconds)
+        shard = TensorParallel(place.rank, place.size, exchanger_named(exchanger, place, device))
+        shard.all_reduce(torch.zeros(8, device=device))  # the first message connects the ranks
+    except BaseException:
+        watch.stop()
+        raise
+    return Member(shard, device, watch)
 
 
 @contextlib.contextmanager
 def tensor_parallel(
-    device: torch.device | str, collective_seconds: float = COLLECTIVE_SECONDS, exchanger: str | None = None
+    device: torch.device | str, collective_seconds: float | None = None, exchanger: str | None = None
 ) -> Iterator[TensorParallel]:
-    """Join the launcher's process group: NCCL on GPUs, gloo on CPUs. Raises ValueError outside a launcher.
-
-    `exchanger` as in `exchanger_named`; by default the fastest that the devices allow.
-    """
-    place = Place.of_environment()
-    if place is None:
+    """`join` for programs that a launcher started, and leave at the end. Raises ValueError outside a launcher."""
+    member = join(device, collective_seconds, exchanger)
+    if not isinstance(member.shard, TensorParallel):
         raise ValueError("no launcher started this process: use torchrun (RANK and WORLD_SIZE are not set)")
-    device = device_of_rank(torch.device(device))
-    watch = Watch(place)
-    watch.start()
     try:
-        form_group(place, device, collective_seconds)
-        yield TensorParallel(place.rank, place.size, exchanger_named(exchanger, place, device))
-        leave(device)
-    finally:
-        watch.stop()
+        yield member.shard
+    except BaseException:
+        if member.watch is not None:
+            member.watch.stop()
+        raise
+    member.leave()
 
 
 def form_group(place: Place, device: torch.device, collective_seconds: float) -> None:
@@ -115,9 +135,15 @@ def form_group(place: Place, device: torch.device, collective_seconds: float) ->
     # multicast can put the GPUs of a shared host out of service
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    meeting: Any = dist
     try:
+        # a store of our own patience: on a port that somebody else listens on, a client would wait as long as a collective
+        store, _, _ = next(
+            meeting.rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=MEETING_SECONDS))
+        )
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
+            store=meeting.PrefixStore("default_pg", store),
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=collective_seconds),
@@ -160,12 +186,15 @@ def reach(device: torch.device) -> bool:
     return kernels.available() and all(torch.cuda.can_device_access_peer(device.index, peer) for peer in others)
 
 
-def leave(device: torch.device) -> None:
-    """All ranks together, so that none takes away what another still reads; and out within seconds, come what may."""
+def meet(device: torch.device) -> None:
+    """Until every rank is here with its work done, so that none takes away what another still reads."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier()
-    # a communicator waits for CUDA graphs that recorded it and may still be alive: give it a moment, then go
+
+
+def leave_group() -> None:
+    """Within seconds, come what may: a communicator waits for CUDA graphs that recorded it and may still be alive."""
     limit = threading.Timer(10, hard_exit, args=(0,))
     limit.daemon = True
     limit.start()
@@ -199,9 +228,7 @@ class Watch:
             for number, handler in self.before.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
         self.waker.send(b"\0")
-        self.thread.join()
-        self.wake.close()
-        self.waker.close()
+        self.thread.join(STORE_SECONDS)  # it may be at a port where nobody answers
 
     def run(self) -> None:
         store: Any | None = None
@@ -228,8 +255,8 @@ class Watch:
     def obey(self, number: int) -> None:
         if number == signal.SIGINT:
             fail("interrupted", 128 + number)
-        if number == signal.SIGTERM:  # the launcher ends us: it or another rank has said why
-            hard_exit(128 + number)
+        if number == signal.SIGTERM:  # if a rank has failed and could speak, it has: then this stays unsaid
+            fail("ended by the launcher: another rank has died, or the job was cancelled", 128 + number)
 
 
 def ignore(number: int, frame: FrameType | None) -> None:
@@ -252,13 +279,17 @@ def connect() -> Any:
 def fail(message: str, code: int) -> NoReturn:
     """End this process at once, whatever its threads do. Of all ranks the first to get here says why."""
     place = Place.of_environment()
-    first = True
+    claims = [1]  # nobody to ask: better twice than not at all
     if place is not None and place.size > 1:
-        try:
-            first = connect().add("failed", 1) == 1
-        except Exception:
-            first = True  # nobody to ask: better twice than not at all
-    if first:
+
+        def claim() -> None:
+            with contextlib.suppress(Exception):
+                claims.append(connect().add("failed", 1))
+
+        asking = threading.Thread(target=claim, daemon=True)
+        asking.start()
+        asking.join(STORE_SECONDS)  # a stranger's port accepts a connection and never answers
+    if claims[-1] == 1:
         print(f"error: {message}", file=sys.stderr, flush=True)
     hard_exit(code)
 
@@ -281,6 +312,12 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error says, without a C++ trace."""
     lines = str(error).strip().splitlines()
     return " ".join(lines[0].split())[:300] if lines else type(error).__name__
+
+
+def only_first_speaks() -> None:
+    """Standard output is rank 0's: what the others print goes nowhere."""
+    if not is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
 
 
 def one_after_another(do: Callable[[], T]) -> T:

@@ -1,5 +1,6 @@
 """Tensor parallelism on the GPUs of one host, in one command: latencies, one GPU, several, the oracle's word on each.
 
+    export PYTHONPATH=.
     python tests/gpu/tensor_parallel.py --out DIR                        two ranks and one, fused plans: about five minutes
     python tests/gpu/tensor_parallel.py --out DIR --ranks 1,2,4 --model random:llama-2-70b --encodings int8
     python tests/gpu/tensor_parallel.py --out DIR --simulate 2           one GPU: a shard's arithmetic, nobody to talk to
@@ -17,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -200,8 +202,7 @@ def microseconds(do: Callable[[], Any], calls: int = 64, replays: int = 20) -> f
 
 def stage(name: str, ranks: int, options: argparse.Namespace, limit_seconds: float, *extra: str) -> dict[str, Any]:
     """Run one stage as a process of its own; its result, or what stopped it."""
-    result = options.out / f"stage-{name.replace(' ', '-')}.json"
-    result.unlink(missing_ok=True)
+    result = Path(tempfile.mkdtemp()) / "result.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, __file__, "--out", str(result), "--stage", name.split()[0], *extra]
     for key in ("model", "plans", "encodings", "samples"):

@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llama_fast.build import build
+from llama_fast.generate import generate
 from llama_fast.optimisations.compiled import Compiled
 from llama_fast.optimisations.int8 import Int8
+from llama_fast.optimisations.speculative import Draft, Ngram
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import Dense, Eager, Encoding, Growing, Plan
-from llama_fast.ranks import tensor_parallel
+from llama_fast.ranks import explained, fail, tensor_parallel
+from llama_fast.roofline import stored_bytes
+from llama_fast.sampling import Sampling
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
+from llama_ref.models import resolve
 from oracle.adapters import FastSubject
 from oracle.cases import standard_case
 from oracle.judge import Bench, judge
-from oracle.verify import references
+from oracle.verify import judge_runner, references
 
 TWELVE = LlamaConfig(
     dim=96, n_layers=2, n_heads=12, n_kv_heads=12, head_dim=8, ffn_dim=144, vocab_size=301, max_context=192
@@ -59,8 +68,74 @@ def agree(shapes: list[str], dtypes: list[torch.dtype], encodings: list[Encoding
     return asked
 
 
+def default_model() -> None:
+    """The model that everybody has, over as many ranks as there are; eager, as a step of a benchmark is judged."""
+    with tensor_parallel("cpu") as shard:
+        checkpoint = resolve().open()
+        for encoding in (Dense(), Int8()):
+            runner = build(checkpoint, Plan(encoding, Static(), shard=shard, fuse_projections=True), "cpu")
+            verdict = judge_runner(runner, checkpoint, cache_length=256)
+            assert verdict.outcome.value == "AGREE", f"{encoding.name}: {verdict}"
+            held = stored_bytes(runner.model) / stored_bytes(build(checkpoint, Plan(encoding), "cpu").model)
+            if shard.rank == 0:
+                print(f"default model, {encoding.name}: AGREE on {shard.size} ranks, {held:.2f} of the weights on each")
+
+
+def speculate() -> None:
+    """Every rank must propose, accept and draw alike: the same number of tokens a round, chosen from measured times."""
+    target, small = (dataclasses.replace(TWELVE, n_layers=layers) for layers in (2, 1))
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3]]
+    compared = 0
+    with tensor_parallel("cpu") as shard:
+        plan = Plan(cache=Static(), shard=shard)
+        runner = build(random_checkpoint(target, 3), plan, "cpu")
+        alone = build(random_checkpoint(target, 3), Plan(cache=Static()), "cpu")
+        of_target, of_small = (random_checkpoint(config, 3) for config in (target, small))
+        drafts = {
+            "a sharded draft": lambda: Draft(build(of_small, plan, "cpu"), k=3),
+            "its own int8, k measured": lambda: Draft(build(of_target, Plan(Int8(), Static()), "cpu")),
+            "n-gram, k measured": lambda: Ngram(),
+        }
+        for name, draft in drafts.items():
+            for sampling in (Sampling(), Sampling(0.9, top_k=50, seed=7)):
+                done = generate(runner, prompts, 60, sampling, draft=draft())
+                mine = [completion.tokens for completion in done.completions]
+                everyone: list[Any] = [None] * shard.size
+                dist.all_gather_object(everyone, mine)
+                assert all(other == mine for other in everyone), f"{name}: the ranks' texts differ"
+                if sampling.temperature == 0:
+                    plain = [completion.tokens for completion in generate(alone, prompts, 60).completions]
+                    assert mine == plain, f"{name}: not what one rank writes without a draft"
+                compared += 1
+        if shard.rank == 0:
+            print(f"{compared} speculative texts alike on {shard.size} ranks")
+
+
+def cycle() -> None:
+    """Join, say something, leave."""
+    with tensor_parallel("cpu") as shard:
+        total = shard.all_reduce(torch.full((3,), float(shard.rank + 1)))
+        assert total.tolist() == [shard.size * (shard.size + 1) / 2] * 3
+
+
+def absent() -> None:
+    """Rank 1 lives and beats, but does not come to the sum."""
+    with tensor_parallel("cpu", collective_seconds=3) as shard:
+        if shard.rank == 1:
+            time.sleep(1000)
+        shard.all_reduce(torch.zeros(3))
+
+
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
+    alone: dict[str, Callable[[], None]] = {"cycle": cycle, "speculate": speculate, "default": default_model}
+    if what in alone:
+        alone[what]()
+    if what == "absent":
+        try:
+            absent()
+        except RuntimeError as error:
+            fail(explained(error), 1)
     if what == "agree":
         shapes = list(SHAPES) if words[0] == "all" else words[0].split(",")
         dtypes = [getattr(torch, word) for word in words[1].split(",")]

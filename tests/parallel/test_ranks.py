@@ -1,35 +1,44 @@
-"""Ranks that are real processes, over gloo: they agree with one process, and they end."""
+"""Ranks that are real processes, over gloo: whatever they are asked, they agree with one process.
+
+`tox -e ranks` asks for every number of ranks, type, encoding and compiler, and for the default model.
+"""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-JOB = Path(__file__).with_name("job.py")
+from tests.parallel.launched import JOB, Launched
+
+EVERYTHING = "LLAMA_FAST_CYCLES" in os.environ
+SAMPLE = [
+    (2, "tied,one", "float32,bfloat16", "int8", "eager"),
+    (3, "plain", "float32", "dense", "eager"),
+    (2, "tied", "float32", "int8", "compiled"),
+]
+MATRIX = [
+    (ranks, shapes, "float32,bfloat16", "dense,int8", how)
+    for how, shapes in (("eager", "plain,tied,one,four"), ("compiled", "plain,tied,one"))
+    for ranks in (1, 2, 3, 4)
+]
 
 
-def torchrun(ranks: int, *arguments: object, seconds: float = 240) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=seconds
-    )
-
-
-@pytest.mark.parametrize(
-    ("ranks", "shapes", "dtypes", "encodings", "how"),
-    [
-        (2, "tied,one", "float32,bfloat16", "int8", "eager"),
-        (3, "plain", "float32", "dense", "eager"),
-        (2, "tied", "float32", "int8", "compiled"),
-    ],
-)
+@pytest.mark.parametrize(("ranks", "shapes", "dtypes", "encodings", "how"), MATRIX if EVERYTHING else SAMPLE)
 def test_the_oracle_agrees(ranks: int, shapes: str, dtypes: str, encodings: str, how: str) -> None:
-    done = torchrun(ranks, JOB, "agree", shapes, dtypes, encodings, how)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"verdicts AGREE on {ranks} ranks" in done.stdout
+    with Launched(ranks, JOB, "agree", shapes, dtypes, encodings, how) as job:
+        code, output = job.ended(3600 if EVERYTHING else 240)
+    assert code == 0 and f"verdicts AGREE on {ranks} ranks" in output, output
+
+
+def test_speculating_ranks_never_diverge() -> None:
+    with Launched(2, JOB, "speculate") as job:
+        code, output = job.ended(240)
+    assert code == 0 and "6 speculative texts alike on 2 ranks" in output, output
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="takes minutes: `tox -e ranks`")
+def test_the_default_model_on_three_ranks() -> None:
+    with Launched(3, JOB, "default") as job:
+        code, output = job.ended(1200)
+    assert code == 0 and output.count("AGREE on 3 ranks") == 2, output
