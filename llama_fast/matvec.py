@@ -14,12 +14,15 @@ from torch import Tensor
 
 FEW = 8
 """Rows up to which reading the weights, not multiplying, takes the time."""
+FEW_OF_BF16 = 4
+"""The same for bf16 weights: for these the library's product of many rows costs what five rows of the loop cost."""
 
 
 def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Tensor:
     """(x @ weight.T) * scale for x [..., K]: [..., N] in x's type. Sums and scale in float32, rounded once."""
     x_RK = x.reshape(-1, x.shape[-1])
-    if x_RK.shape[0] <= FEW and x.device.type == "cpu" and torch.compiler.is_compiling():
+    few = FEW_OF_BF16 if weight_NK.dtype is torch.bfloat16 else FEW
+    if x_RK.shape[0] <= few and x.device.type == "cpu" and torch.compiler.is_compiling():
         wide_NK = weight_NK.float()
         y_RN = torch.stack([(row_K.float() * wide_NK).sum(-1) for row_K in x_RK.unbind()])
     else:

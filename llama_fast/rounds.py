@@ -13,9 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from types import FunctionType
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama_fast.acceptance import accept, accept_greedy
@@ -110,14 +112,24 @@ def uniform_at(choose: Chooser, position_BN: Tensor, stream: int) -> Tensor:
     return uniform(key_RB2, position_BN.reshape(-1), stream).view(B, N)
 
 
-Function = TypeVar("Function", bound=Callable[..., object])
+class Compilations:
+    """Small functions, compiled for fixed shapes where a runner's plan compiles anything at all; kept by their shapes.
 
+    Each shape gets a copy of the function's code: a compiler keeps its results with the code, and no more than a few.
+    """
 
-def made_fast(function: Function, runner: Runner) -> Function:
-    """Compiled for fixed shapes where the runner's plan compiles anything at all."""
-    if isinstance(runner.plan.compiler, Eager):
-        return function
-    return torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[return-value]
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def of(self, function: Callable[..., Any], runner: Runner, *shape: object) -> Callable[..., Any]:
+        """`function`, or its compiled form for calls that are alike in `shape`."""
+        if isinstance(runner.plan.compiler, Eager):
+            return function
+        key = (function, *shape)
+        if key not in self._known:
+            copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self._known[key] = torch.compile(copy, dynamic=False, fullgraph=True)
+        return self._known[key]
 
 
 Mark = float | torch.cuda.Event
@@ -174,10 +186,12 @@ class Rounds:
         cache: KVCache,
         ks: Sequence[int],
         fixed: bool,
+        compilations: Compilations,
     ):
         self.source, self.target, self.cache = source, target, cache
         self.prompts, self.max_new_tokens, self.eos_ids = prompts, max_new_tokens, eos_ids
         self.ks, self.fixed = tuple(ks), fixed
+        self.width = 1  # tokens that a check has at least: one shape for every k
         self.rehearsal = False  # whether to compile and time every shape before the first round
         self.pace = Pace(self.ks, Costs(), max_new_tokens)
         self.statistics = Statistics(source.name)
@@ -185,7 +199,7 @@ class Rounds:
         seeds = [(sampling.seed + b) % 2**64 for b in range(len(prompts))]
         self.choose = Chooser(sampling, seeds, device)
         self.greedy = Chooser(Sampling(), seeds, device)  # what the target's own step chooses is not looked at
-        self.finish = made_fast(finish, target)
+        self.compilations = compilations
         self.clock = Clock(device)
         self.readback = Readback(device)
         self.launched: deque[Launched] = deque()
@@ -292,12 +306,15 @@ class Rounds:
         newest_B1 = state.newest(1)
         draft_BK, q_BKV = (newest_B1[:, :0], None) if k == 0 else self.source.propose(state, k, behind)
         proposed = self.clock.mark()
-        _, logits_BTV = self.target.step(torch.cat([newest_B1, draft_BK], 1), state.position_B, self.cache, self.greedy)
+        tokens_BT = F.pad(torch.cat([newest_B1, draft_BK], 1), (0, max(0, self.width - k - 1) if k else 0))
+        logits_BTV = self.target.step(tokens_BT, state.position_B, self.cache, self.greedy)[1][:, : k + 1]
         if self.source.blind:
             draft_BK, logits_BTV = draft_BK[:, :0], logits_BTV[:, :1].contiguous()
         if k == 0 or self.source.blind:
             draft_BK, q_BKV = draft_BK.contiguous(), None
-        report_BN = self.finish(
+        kind = (self.choose.greedy, self.choose.top_k, self.choose.nucleus)
+        finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, *kind)
+        report_BN = finish_round(
             self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B
         )
         evidence_B = self.source.look(state)

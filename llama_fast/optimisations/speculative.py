@@ -29,12 +29,14 @@ from llama_fast.generate import check
 from llama_fast.pace import Costs
 from llama_fast.plan import Eager, GrowingCache, KVCache
 from llama_fast.roofline import stored_bytes, weight_bytes_per_step
-from llama_fast.rounds import Rounds, Source, State, agreement, made_fast, uniform_at
+from llama_fast.rounds import Compilations, Rounds, Source, State, agreement, uniform_at
 from llama_fast.sampling import Chooser, Sampling, draw
 from llama_fast.speculation import Statistics
 
-AUTOMATIC = (1, 2, 3, 5, 7)
-"""What k is chosen from. 7 proposals and the newest token are eight rows: beyond, a check is no longer bound by memory."""
+AUTOMATIC = (1, 2, 4, 7)
+"""What k is chosen from: between these the speed hardly changes. 7 proposals and the newest token are eight rows."""
+CHEAP_ROWS = 8
+"""Rows, of all sequences together, whose check is bound by memory."""
 DRAWN = 1
 """The stream of uniforms that proposals are drawn with."""
 
@@ -43,7 +45,7 @@ class Proposer:
     """What `Draft`, `Ngram` and `Padded` share: the choice of k, the room it needs, the costs measured so far."""
 
     only = AUTOMATIC[-1]
-    """The one k that is tried where each shape is compiled anew."""
+    """The one k that is tried where the shape of its check is compiled for it."""
 
     def __init__(self, k: int | None, most: int):
         """`k` None: chosen while generating, from 1 to `most`."""
@@ -51,6 +53,7 @@ class Proposer:
             if value is not None and value < 1:
                 raise ValueError(f"{label}={value} must be at least 1: so many tokens are proposed in a round")
         self.k, self.most = k, most
+        self.compilations = Compilations()
         self._costs: dict[tuple[int, int], Costs] = {}
         self._seen: weakref.WeakKeyDictionary[KVCache, set[object]] = weakref.WeakKeyDictionary()
 
@@ -83,6 +86,8 @@ class Proposer:
         if cache is not None and not isinstance(cache, GrowingCache):
             room = min(room, cache.length - needed)
         self.fits(target, needed)
+        if self.k is None and target.device.type == "cuda":
+            room = min(room, max(1, CHEAP_ROWS // len(prompts) - 1))
         ks = self.candidates(target, room)
         if self.k is not None and self.k > room:
             raise ValueError(
@@ -91,18 +96,25 @@ class Proposer:
         if cache is None:
             cache = target.allocate(len(prompts), needed + max(ks, default=0))
         source = self.source(target, len(prompts), needed + max(ks, default=0), sampling, max(ks, default=1))
-        rounds = Rounds(source, target, prompts, max_new_tokens, sampling, eos_ids, cache, ks, self.k is not None)
+        fixed = self.k is not None
+        rounds = Rounds(source, target, prompts, max_new_tokens, sampling, eos_ids, cache, ks, fixed, self.compilations)
         rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length), Costs(agreement(target)))
         rounds.rehearsal = self.is_new(cache, sampling) and not isinstance(target.plan.compiler, Eager)
+        if (
+            not fixed and target.device.type == "cuda"
+        ):  # up to eight rows cost a GPU the same, another shape costs kernels
+            rounds.width = max(ks, default=0) + 1
         if not ks:
             rounds.statistics.notice = f"plain decoding: {needed} positions leave no room for proposals"
         return rounds
 
     def candidates(self, target: Runner, room: int) -> tuple[int, ...]:
-        """The ks to choose from: few where each is compiled for."""
+        """The ks to choose from: one where each is compiled for."""
         if self.k is not None:
             return (self.k,)
-        possible = (min(self.only, self.most),) if target.plan.compiler.compiles_each_shape else AUTOMATIC
+        on_gpu = target.device.type == "cuda"
+        single = target.plan.compiler.compiles_each_shape and not on_gpu
+        possible = (min(self.only, self.most),) if single else AUTOMATIC
         return tuple(k for k in possible if k <= min(self.most, room))
 
     def is_new(self, cache: KVCache, sampling: Sampling) -> bool:
@@ -164,7 +176,7 @@ class Draft(Proposer):
         )
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
-        return DraftSource(self.runner, self.cache(batch, needed), sampling, batch)
+        return DraftSource(self.runner, self.cache(batch, needed), sampling, batch, self.compilations)
 
     def cache(self, batch: int, needed: int) -> KVCache:
         """The draft's cache for `batch` rows: the last one, if it is long enough."""
@@ -179,13 +191,14 @@ class DraftSource:
 
     blind = keeps_up = False
 
-    def __init__(self, runner: Runner, cache: KVCache, sampling: Sampling, batch: int):
+    def __init__(self, runner: Runner, cache: KVCache, sampling: Sampling, batch: int, compilations: Compilations):
         self.name = f"draft {runner.plan}"
         self.runner, self.cache = runner, cache
         seeds = [(sampling.seed + b) % 2**64 for b in range(batch)]
         self.choose = Chooser(sampling, seeds, runner.device)  # the target's own transforms, so that q is like p
         self.greedy = Chooser(Sampling(), seeds, runner.device)
-        self.pick = made_fast(pick, runner)
+        kind = (self.choose.top_k, self.choose.nucleus)
+        self.pick = compilations.of(pick, runner, batch, *kind)
 
     def join(self, state: State, width: int) -> None:
         """Prefill what stands before the newest token."""
@@ -228,7 +241,7 @@ class Ngram(Proposer):
         self.longest, self.shortest = longest, shortest
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
-        return NgramSource(target, widest, self.longest, self.shortest)
+        return NgramSource(target, widest, self.longest, self.shortest, self.compilations)
 
 
 class NgramSource:
@@ -236,10 +249,10 @@ class NgramSource:
 
     blind, keeps_up = False, True
 
-    def __init__(self, target: Runner, widest: int, longest: int, shortest: int):
+    def __init__(self, target: Runner, widest: int, longest: int, shortest: int, compilations: Compilations):
         self.name = f"n-gram, {shortest} to {longest} tokens"
         self.widest, self.longest, self.shortest = widest, longest, shortest
-        self.lookup = made_fast(lookup, target)
+        self.target, self.compilations = target, compilations
         self.found_BK = torch.empty(0)
 
     def join(self, state: State, width: int) -> None:
@@ -249,7 +262,8 @@ class NgramSource:
         return self.found_BK[:, :k], None
 
     def look(self, state: State) -> Tensor | None:
-        self.found_BK, length_B = self.lookup(state.history_BL, state.position_B, self.widest, self.longest)
+        look_up = self.compilations.of(lookup, self.target, *state.history_BL.shape, self.widest)
+        self.found_BK, length_B = look_up(state.history_BL, state.position_B, self.widest, self.longest)
         return torch.where(length_B >= self.shortest, length_B, -1)
 
 
