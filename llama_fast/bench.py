@@ -90,6 +90,9 @@ class RungResult:
     """The part of the memory that is the draft's: its weights and cache."""
     speculation: dict[str, Any] | None = None
     """All samples' counts, where tokens were proposed."""
+    ranks: int = 1
+    """Processes that shared the work; bandwidth, MBU, floor, weights and peak memory are those of rank 0."""
+    memory_by_rank_gb: list[float] | None = None
 
 
 @dataclass(frozen=True)

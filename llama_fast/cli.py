@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from llama_fast import presets, ranks
+from llama_fast import jobs, presets, ranks
 from llama_fast.build import Runner, build, default_dtype, encoded, where
 from llama_fast.llama import Llama
 from llama_fast.optimisations.speculative import Draft, Ngram
-from llama_fast.plan import Plan
+from llama_fast.optimisations.tensor_parallel import TensorParallel
+from llama_fast.plan import Plan, Whole
 from llama_fast.presets import encoding_named
 from llama_fast.report import Summary
 from llama_fast.roofline import GB
@@ -160,12 +161,17 @@ def bench(
     from oracle.speculation import judge_speculation
     from oracle.verify import judge_runner
 
-    to = where(device)
-    chosen = rungs_named(rungs) if rungs else rungs_of(to)
+    member = ranks.join(where(device))
+    to, shard = member.device, member.shard
+    chosen = rungs_named(rungs, baseline=isinstance(shard, Whole)) if rungs else rungs_of(to)
+    if isinstance(shard, TensorParallel):
+        here, elsewhere = jobs.divided([rung for rung in chosen if rungs or rung.over_ranks], shard, to), []
+    else:
+        here, elsewhere = ([rung for rung in chosen if rung.over_ranks is over] for over in (False, True))
     out.mkdir(parents=True, exist_ok=True)
     with Live(model) as live:
         live.say("opening the model")
-        found = resolve(model)
+        found = ranks.one_after_another(lambda: resolve(model))
         checkpoint = found.open(to, default_dtype(to))
         ids = found.tokenizer().encode(prompt)
 
@@ -175,7 +181,19 @@ def bench(
                 return verdict.outcome.value
             return judge_runner(runner, checkpoint, ids, cache_length=cache_length).outcome.value
 
-        ladder = climb(checkpoint, model, ids, chosen, to, judge, live, samples, new_tokens, profile)
+        count = jobs.ranks_for(checkpoint.config, to) if elsewhere else 1
+        ladder = climb(checkpoint, model, ids, here, to, judge, live, samples, new_tokens, profile)
+        if isinstance(shard, TensorParallel):
+            ladder = jobs.of_all_ranks(ladder, shard)
+        if elsewhere:
+            if to.type == "cuda":
+                torch.cuda.empty_cache()  # the first rank works on this GPU too
+            same = ["--model", model, "--prompt", prompt, "--device", to.type]
+            same += ["--samples", str(samples), "--new-tokens", str(new_tokens)]
+            ladder = replace(ladder, rungs=ladder.rungs + jobs.climb(elsewhere, count, same, live.say))
+    member.leave()
+    if not ranks.is_first():
+        return
     (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
     draw(ladder, out / "ladder.png")
     show_table(ladder)

@@ -86,6 +86,11 @@ def show_table(ladder: Ladder) -> None:
     for rung in ladder.rungs:
         if rung.speculation is not None:
             console.print(told(rung), highlight=False)
+    for rung in ladder.rungs:
+        if rung.memory_by_rank_gb is not None:
+            memory = ", ".join(f"{of_rank:.2f}" for of_rank in rung.memory_by_rank_gb)
+            total = sum(rung.memory_by_rank_gb)
+            console.print(f"{rung.name}: {rung.ranks} ranks, memory {memory}, in all {total:.2f} GB", highlight=False)
     console.print(f"resident memory of the process with all rungs: {ladder.resident_memory_gb:.2f} GB", highlight=False)
 
 
@@ -122,7 +127,7 @@ def row(rung: RungResult, first: RungResult) -> list[str]:
         f"{rate.median / first.tokens_per_second.median:.2f}x",
         f"{rate.median / rung.floor_tokens_per_second:.0%}",
         f"{rung.bandwidth_gb_per_s:.1f}",
-        f"{rung.peak_memory_gb:.2f}",
+        f"{rung.peak_memory_gb:.2f}" + (f" x{rung.ranks}" if rung.ranks > 1 else ""),
         f"{rung.time_to_first_token_ms:.0f}",
         f"{rung.compile_seconds:.1f}",
         f"[{colour}]{rung.verdict}[/{colour}]",

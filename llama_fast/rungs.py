@@ -23,8 +23,10 @@ class Rung:
     needs_gpu: bool = False
     draft: Plan | None = None
     """Of the model that proposes tokens, with the same weights; None: plain decoding."""
-    on_gpu: tuple[Plan, Plan] | None = None
+    on_gpu: tuple[Plan, Plan | None] | None = None
     """Plan and draft on a GPU, where they are others than on a CPU."""
+    over_ranks: bool = False
+    """Climbed by several processes, each with its part of the plan's work."""
 
     def plans(self, device: torch.device) -> tuple[Plan, Plan | None]:
         """The plan on a device, and its draft's."""
@@ -50,19 +52,35 @@ RUNGS = {
         ),
         Rung("fused", "kernels of our own, one CUDA graph", fused(Dense()), needs_gpu=True),
         Rung("fused-int8", "the same, int8 weights", fused(Int8()), needs_gpu=True),
+        Rung(
+            "tp",
+            "compiled (on GPUs fused), split over ranks",
+            optimised(Dense(), compile=True),
+            on_gpu=(fused(Dense()), None),
+            over_ranks=True,
+        ),
+        Rung(
+            "tp-int8",
+            "the same, int8 weights",
+            optimised(Int8(), compile=True),
+            on_gpu=(fused(Int8()), None),
+            over_ranks=True,
+        ),
     )
 }
 
 
 def rungs_of(device: torch.device) -> list[Rung]:
-    """All rungs that can be climbed on a device."""
-    return [rung for rung in RUNGS.values() if device.type == "cuda" or not rung.needs_gpu]
+    """All rungs that can be climbed on a device; on a CPU several ranks would only share what one has."""
+    on_gpu = device.type == "cuda"
+    several = on_gpu and torch.cuda.device_count() > 1
+    return [rung for rung in RUNGS.values() if (on_gpu or not rung.needs_gpu) and (several or not rung.over_ranks)]
 
 
-def rungs_named(names: str) -> list[Rung]:
-    """ "baseline,int8" -> two rungs, the baseline always first; ValueError that lists the known names."""
+def rungs_named(names: str, baseline: bool = True) -> list[Rung]:
+    """ "baseline,int8" -> two rungs, the baseline first even if not named; ValueError that lists the known names."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in RUNGS]
     if unknown or not wanted:
         raise ValueError(f"unknown rung {', '.join(map(repr, unknown)) or repr(names)} (known: {', '.join(RUNGS)})")
-    return [RUNGS[name] for name in dict.fromkeys(["baseline", *wanted])]
+    return [RUNGS[name] for name in dict.fromkeys([*(["baseline"] if baseline else []), *wanted])]

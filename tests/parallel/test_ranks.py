@@ -15,7 +15,6 @@ EVERYTHING = "LLAMA_FAST_CYCLES" in os.environ
 SAMPLE = [
     (2, "tied,one", "float32,bfloat16", "int8", "eager"),
     (3, "plain", "float32", "dense", "eager"),
-    (2, "tied", "float32", "int8", "compiled"),
 ]
 MATRIX = [
     (ranks, shapes, "float32,bfloat16", "dense,int8", how)

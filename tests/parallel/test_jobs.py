@@ -1,0 +1,73 @@
+"""The ladder's rungs over ranks: started by `bench`, with every rank's memory; or `bench` itself under a launcher."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_fast import jobs
+from llama_fast.optimisations.tensor_parallel import TensorParallel
+from llama_fast.rungs import RUNGS, rungs_of
+from llama_ref.checkpoint import random_checkpoint, save_checkpoint
+from llama_ref.config import NAMED, LlamaConfig
+from llama_ref.tokenizer import RandomTokenizer
+from tests.parallel.launched import Launched, environment, errors
+
+CPU = torch.device("cpu")
+CONFIG = LlamaConfig(
+    dim=48, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=10, ffn_dim=72, vocab_size=301, max_context=256
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    save_checkpoint(path, CONFIG, dict(random_checkpoint(CONFIG, 3).weights), tokenizer=RandomTokenizer(301, None, ()))
+    return path
+
+
+def test_bench_starts_a_job_for_its_rungs_over_ranks(model: Path, tmp_path: Path) -> None:
+    arguments = ("--model", model, "--rungs", "tp-int8", "--samples", 2, "--new-tokens", 20, "--out", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_fast.cli", "bench", "--device", "cpu", *map(str, arguments)],
+        env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    baseline, tp = json.loads((tmp_path / "ladder.json").read_text())["rungs"]
+    assert (baseline["name"], baseline["ranks"]) == ("baseline", 1)
+    assert (tp["name"], tp["ranks"], tp["verdict"]) == ("tp-int8", 2, "AGREE")
+    assert len(tp["memory_by_rank_gb"]) == 2 and min(tp["memory_by_rank_gb"]) > 0
+    table = 4e-9 * CONFIG.vocab_size * CONFIG.dim  # whole on every rank; of the rest half, in a byte instead of four
+    assert tp["weights_gb"] - table == pytest.approx((baseline["weights_gb"] - table) / 8, rel=0.15)
+    assert "tensor parallel over 2" in tp["plan"] and "2 ranks, memory" in done.stdout
+
+
+def test_a_rung_for_one_process_is_refused_under_a_launcher(model: Path) -> None:
+    with Launched(2, "-m", "llama_fast.cli", "bench", "--device", "cpu", "--model", model, "--rungs", "tp,int8") as job:
+        code, output = job.ended()
+    assert code != 0
+    assert errors(output) == ["error: 2 ranks were started, and int8 is for one process: run it without"], output
+
+
+def test_the_number_of_ranks() -> None:
+    assert jobs.ranks_for(NAMED["smollm2-135m"], CPU) == 3
+    assert jobs.ranks_for(NAMED["llama-2-7b"], CPU) == 2
+    with pytest.raises(ValueError, match="n_heads=1 and ffn_dim=72 divide over no number of ranks above one"):
+        jobs.ranks_for(dataclasses.replace(CONFIG, n_heads=1, n_kv_heads=1), CPU)
+    assert not any(rung.over_ranks for rung in rungs_of(CPU)), "on a CPU only when asked for"
+
+
+def test_a_job_that_fails_says_why_in_a_ranks_own_words() -> None:
+    with pytest.raises(ValueError, match="tp on 2 ranks: unknown model 'no-such-model'"):
+        jobs.climb([RUNGS["tp"]], 2, ["--model", "no-such-model", "--device", "cpu"], lambda text: None)
+
+
+def test_a_rank_climbs_its_part_of_the_plan() -> None:
+    (mine,) = jobs.divided([RUNGS["tp-int8"]], TensorParallel(1, 2), CPU)
+    assert str(mine.plans(CPU)[0]) == "int8 · static · compiled · tensor parallel over 2 · fused projections"
