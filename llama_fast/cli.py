@@ -191,14 +191,13 @@ def bench(
             same = ["--model", model, "--prompt", prompt, "--device", to.type]
             same += ["--samples", str(samples), "--new-tokens", str(new_tokens)]
             ladder = replace(ladder, rungs=ladder.rungs + jobs.climb(elsewhere, count, same, live.say))
+    if ranks.is_first():
+        (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
+        draw(ladder, out / "ladder.png")
+        show_table(ladder)
+        show_step_times(ladder)
+        print(f"{out / 'ladder.json'}  {out / 'ladder.png'}")
     member.leave()
-    if not ranks.is_first():
-        return
-    (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
-    draw(ladder, out / "ladder.png")
-    show_table(ladder)
-    show_step_times(ladder)
-    print(f"{out / 'ladder.json'}  {out / 'ladder.png'}")
     if any(rung.verdict != "AGREE" for rung in ladder.rungs):
         raise typer.Exit(1)
 

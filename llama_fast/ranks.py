@@ -9,6 +9,7 @@ what no launcher sees (a stopped process, a lost host, a dead launcher) every ra
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -198,6 +199,7 @@ def leave_group() -> None:
     limit = threading.Timer(10, hard_exit, args=(0,))
     limit.daemon = True
     limit.start()
+    gc.collect()
     dist.destroy_process_group()
     limit.cancel()
 

@@ -12,7 +12,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PHASES = {"generate", "sampling", "acceptance", "pace", "speculation", "rounds"}
 TRUNK = {"matvec", "plan", "model", "build", "text", "roofline"} | PHASES
-FACE = {"presets", "llama", "bandwidth", "profiling", "rungs", "bench", "plots", "ranks", "jobs", "report", "__init__"}
+FACE = {
+    "presets",
+    "llama",
+    "bandwidth",
+    "profiling",
+    "rungs",
+    "bench",
+    "plots",
+    "ranks",
+    "jobs",
+    "scaling",
+    "report",
+    "__init__",
+}
 
 
 def modules_imported(path: Path) -> set[str]:

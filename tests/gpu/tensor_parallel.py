@@ -109,7 +109,7 @@ def decode(options: argparse.Namespace, shard: Any, device: torch.device) -> dic
     return {"rungs": results}
 
 
-def on_ranks(options: argparse.Namespace) -> dict[str, Any]:
+def on_ranks(options: argparse.Namespace) -> None:
     """`decode` on every rank; the memory and the verdicts of all of them."""
     with tensor_parallel("cuda", exchanger=options.exchanger) as shard:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -120,10 +120,10 @@ def on_ranks(options: argparse.Namespace) -> dict[str, Any]:
             rung["exchanger"] = options.exchanger or type(shard.all_reduce).__name__
             for key in ("peak_memory_gb", "weights_gb", "verdict"):
                 rung[f"{key}_by_rank"] = [other["rungs"][i][key] for other in everyone]
-        return mine
+        write(options, mine)  # before the ranks part: whatever happens then, this is known
 
 
-def latency(options: argparse.Namespace) -> dict[str, Any]:
+def latency(options: argparse.Namespace) -> None:
     """Microseconds of one sum inside a CUDA graph, by kind and size; and whether each kind's sums are NCCL's."""
     place = Place.of_environment()
     assert place is not None
@@ -136,7 +136,7 @@ def latency(options: argparse.Namespace) -> dict[str, Any]:
             except Exception as error:  # the other kinds are still worth knowing
                 found[kind] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             Printed().say(f"{kind}: {found[kind]}")
-        return {"latency_us": found}
+        write(options, {"latency_us": found})
 
 
 def latencies(exchanger: Exchanger, place: Place, device: torch.device) -> dict[str, Any]:
@@ -262,9 +262,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.stage:
         work = {"latency": latency, "ranks": on_ranks, "decode": alone, "simulate": simulated}[options.stage]
-        found = work(options)
-        if os.environ.get("RANK", "0") == "0":
-            options.out.write_text(json.dumps(found, indent=1))
+        work(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     counts = [int(word) for word in options.ranks.split(",")]
@@ -293,15 +291,20 @@ def main() -> None:
     print("\n".join(summary(stages)))
 
 
-def alone(options: argparse.Namespace) -> dict[str, Any]:
-    return decode(options, Whole(), torch.device("cuda"))
+def alone(options: argparse.Namespace) -> None:
+    write(options, decode(options, Whole(), torch.device("cuda")))
 
 
-def simulated(options: argparse.Namespace) -> dict[str, Any]:
+def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        options.out.write_text(json.dumps(found, indent=1))
+
+
+def simulated(options: argparse.Namespace) -> None:
     """Rank 0's share of the arithmetic alone: the tokens are wrong, and nobody is asked."""
     options.no_oracle = True
     device = torch.device("cuda")
-    return decode(options, TensorParallel(0, int(options.ranks), Silent(device)), device)
+    write(options, decode(options, TensorParallel(0, int(options.ranks), Silent(device)), device))
 
 
 if __name__ == "__main__":

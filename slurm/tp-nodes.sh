@@ -1,0 +1,21 @@
+#!/bin/bash
+# One token's work split over the GPUs of several nodes. For models that fit no single node: docs/scaling.md.
+#   sbatch --nodes=2 slurm/tp-nodes.sh /path/to/environment [MODEL] [more flags of `llama-fast bench`]
+#SBATCH --job-name=llama-fast-tp-nodes
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=16
+#SBATCH --time=00:30:00
+set -euo pipefail
+environment=${1:?the path of a virtual environment in which llama-fast is installed, the same on every node}
+model=${2:-random:llama-2-70b}
+source "$environment/bin/activate"
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1  # multicast can put a shared host's GPUs out of service
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node do not meet
+# One launcher on every node; --kill-on-bad-exit ends all when one fails.
+srun --kill-on-bad-exit=1 python -m torch.distributed.run \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-4}" \
+    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="${nodes[0]}:$port" \
+    -m llama_fast.cli bench --model "$model" --rungs tp --out "results/tp-nodes-$SLURM_JOB_ID" "${@:3}"
