@@ -52,6 +52,17 @@ MEASURED: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "gated", 22016, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
     ("H100", "add", 4096, 11008, 1): Tile(4, 4096, 8, convert="offset"),
     ("H100", "plain", 32000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
+    # llama-2-7b over two ranks; on two H200, tests/gpu/tensor_parallel.py, chosen by likeness to the whole shapes
+    ("H100", "rope", 6144, 4096, 2): Tile(2, 4096, 4, 2),
+    ("H100", "plain", 4096, 2048, 2): Tile(2, 2048, 4, 2),
+    ("H100", "gated", 11008, 4096, 2): Tile(2, 4096, 8, 2),
+    ("H100", "plain", 4096, 5504, 2): Tile(2, 2048, 4, 2),
+    ("H100", "plain", 16000, 4096, 2): Tile(2, 4096, 8, 2),
+    ("H100", "rope", 6144, 4096, 1): Tile(8, 2048, 4, convert="offset"),
+    ("H100", "plain", 4096, 2048, 1): Tile(4, 2048, 4, 2, convert="exact"),
+    ("H100", "gated", 11008, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
+    ("H100", "plain", 4096, 5504, 1): Tile(4, 2048, 4, convert="offset"),
+    ("H100", "plain", 16000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
     # llama-3.2-1b
     ("H100", "rope", 3072, 2048, 2): Tile(8, 2048, 4),
     ("H100", "add", 2048, 2048, 2): Tile(2, 2048, 2),

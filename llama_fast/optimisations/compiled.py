@@ -1,8 +1,8 @@
 """Compile the two phases. Eager PyTorch launches hundreds of small kernels a token and the host cannot keep up.
 
-The source's recipe, and the default on a GPU: prefill compiled for any length, decode compiled for one shape and
-replayed as a CUDA graph. On a CPU the thirty equal blocks are regions of the graph that are compiled once for all, and
-prefill, which is bound by arithmetic, stays eager.
+The source's recipe: prefill compiled for any length, decode compiled for one shape and, on a GPU, replayed as a CUDA
+graph. The equal blocks are regions of the graph that are compiled once for all. On a CPU prefill, which is bound by
+arithmetic, stays eager.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ CPU_OPTIONS: Options = {"realize_acc_reads_threshold": 2}  # for the same reason
 
 @dataclass(frozen=True)
 class Compiled:
-    """The source's two phases. `regions`: one compilation for all blocks, else the whole as it is; None: on a CPU."""
+    """The source's two phases. `regions`: one compilation for all blocks, else each by itself, in minutes."""
 
-    regions: bool | None = None
+    regions: bool = True
     compiles_each_shape: ClassVar[bool] = True
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         assert isinstance(model, Llama)
         on_gpu = next(model.buffers()).device.type == "cuda"
-        regions = self.regions if self.regions is not None else not on_gpu  # on an H100 they cost 5% of bf16's speed
-        shell = with_regions(model) if regions else model
+        shell = with_regions(model) if self.regions else model
         run_decode = torch.compile(
             decode, dynamic=False, fullgraph=True, options=GPU_OPTIONS if on_gpu else CPU_OPTIONS
         )
