@@ -86,6 +86,8 @@ class LlamaConfig:
         if head_dim is None:
             head_dim = _even_share(dim, n_heads, "hidden_size", "num_attention_heads")
         rope: Mapping[str, Any] = data.get("rope_parameters") or data.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"rope_scaling={rope!r} must be an object")
         theta = rope.get("rope_theta", data.get("rope_theta"))
         max_context, window = (
             _or(data.get("max_position_embeddings"), _HF_CONTEXT[data["model_type"]]),

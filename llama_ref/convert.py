@@ -20,7 +20,7 @@ from llama_ref.checkpoint import open_checkpoint
 from llama_ref.config import LlamaConfig, meta_params
 from llama_ref.huggingface import halve, huggingface_name, is_rotary
 from llama_ref.meta_layout import FIRST_SHARD, PARAMS
-from llama_ref.saved import appears_whole, unshared
+from llama_ref.saved import appears_whole, is_saved, unshared
 from llama_ref.tokenizer import COMPANIONS, JSON_FILE, SENTENCEPIECE_FILE
 from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, expected_shapes
 
@@ -54,7 +54,7 @@ def _write_hf(checkpoint: Checkpoint, directory: Path, draft: Path, shard_bytes:
     from safetensors.torch import save_file
 
     config = checkpoint.config
-    if not _copied(directory / "config.json", draft):
+    if is_saved(directory) or not _copied(directory / "config.json", draft):  # our own carries a mark
         dtype = str(checkpoint.weights["norm.weight"].dtype).removeprefix("torch.")
         (draft / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": dtype}, indent=2) + "\n")
     _copied(directory / PARAMS, draft)
@@ -98,7 +98,8 @@ def _write_meta(checkpoint: Checkpoint, directory: Path, draft: Path, shard_byte
     config = checkpoint.config
     if not _copied(directory / PARAMS, draft):
         (draft / PARAMS).write_text(json.dumps(_checked_params(config)) + "\n")
-    _copied(directory / "config.json", draft)
+    if not is_saved(directory):
+        _copied(directory / "config.json", draft)
     tensors = {name: checkpoint.weights[name][:].contiguous() for name in expected_shapes(config)}
     if config.tie_embeddings:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]

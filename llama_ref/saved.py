@@ -46,7 +46,7 @@ def open_saved(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory}: saved in format {version!r}; this version reads format {FORMAT}")
     try:
         config = LlamaConfig.from_hf(data)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
     weights = open_directory(directory)
     check_encoded(weights, config, encoding, directory)

@@ -47,7 +47,10 @@ class SentencePieceTokenizer:
         self.bos_id = _none_if_negative(self._model.bos_id())
         eos = _none_if_negative(self._model.eos_id())
         self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
-        pieces = [self._model.id_to_piece(token) for token in range(int(self._model.vocab_size()))]
+        try:
+            pieces = [self._model.id_to_piece(token) for token in range(int(self._model.vocab_size()))]
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path}: holds a piece that is no text ({error})") from error
         self._bytes = {token: int(pieces[token][3:5], 16) for token in range(len(pieces)) if self._model.is_byte(token)}
         self._text = {token: piece.replace(SPACE, " ") for token, piece in enumerate(pieces)}
         self._silent = {token for token in self._text if self._model.is_control(token)}

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint
+from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig, RopeScaling, meta_params
 from llama_ref.convert import convert
 from llama_ref.meta_layout import Merged
@@ -227,6 +227,17 @@ def test_there_and_back_is_bit_identical(save_tiny: Any, tmp_path: Path, kind: s
         assert one.suffix == ".pth" or digest(one) == digest(other), name
     first, second = (torch.load(tmp_path / place / "consolidated.00.pth") for place in ("meta", "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_directory_of_ours_converts_too(tiny: Any, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.directory)
+    save_checkpoint(tmp_path / "ours", checkpoint.config, checkpoint.weights)
+    for to in ("hf", "meta"):
+        convert(tmp_path / "ours", tmp_path / to, to)
+        again = open_checkpoint(tmp_path / to)
+        assert again.config.dim == 32 and all(
+            torch.equal(again.weights[name][:], tensor[:]) for name, tensor in checkpoint.weights.items()
+        )
 
 
 def test_shards_are_written_and_read(tiny: Any, tmp_path: Path) -> None:

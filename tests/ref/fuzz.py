@@ -1,0 +1,377 @@
+"""Mutated checkpoints and tokenizers: loading one gives our own error or succeeds, and nothing else.
+
+    python -m tests.ref.fuzz --files 20000
+
+Every file is made from a valid one by a seed of its own, so `--first N --files 1` repeats case N. Cases run in a child
+process, so that a crash or a hang of native code is a finding and not the end; findings are a wrong exception, a crash,
+more than SECONDS, or memory beyond MEMORY_BYTES and GROWTH times the file. Exit code 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_ref.chat import chat_text
+from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
+from llama_ref.config import LlamaConfig, RopeScaling
+from llama_ref.convert import convert
+from llama_ref.tokenizer import TokenizerError, load_tokenizer
+
+SECONDS = 20.0
+MEMORY_BYTES = 200_000_000
+GROWTH = 20
+CONFIG = LlamaConfig(16, 2, 2, 1, 8, 24, 40, 64, rope_scaling=RopeScaling("llama3", 8.0), bos_id=1, eos_ids=(2,))
+TEXTS = ("Hello, my name is", "</s> naïve 日本 🙂 \n\t42", "")
+
+
+# --- valid files ----------------------------------------------------------------------------------
+
+
+def write_seeds(root: Path) -> None:
+    """One small directory per format, and which of its files are to be mutated."""
+    save_checkpoint(root / "saved", CONFIG, random_checkpoint(CONFIG).weights)
+    convert(root / "saved", root / "hf", "hf", shard_bytes=1 << 30)
+    convert(root / "saved", root / "sharded", "hf", shard_bytes=4_000)
+    convert(root / "saved", root / "meta", "meta")
+    shutil.copytree(root / "hf", root / "pickled")
+    state = {name: tensor.clone() for name, tensor in _state(root / "hf").items()}
+    (root / "pickled" / "model.safetensors").unlink()
+    torch.save(state, root / "pickled" / "pytorch_model.bin")
+    shutil.copytree(root / "pickled", root / "legacy")
+    torch.save(state, root / "legacy" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    _write_gguf(root / "gguf")
+    _write_tokenizers(root)
+
+
+def _state(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def _write_gguf(directory: Path) -> None:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    from llama_ref.gguf_file import gguf_name
+
+    directory.mkdir()
+    writer = GGUFWriter(directory / "model.gguf", "llama")
+    config = LlamaConfig(32, 1, 2, 1, 16, 32, 40, 64)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_context_length(config.max_context)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    for name, tensor in random_checkpoint(config).weights.items():
+        data = tensor[:].numpy()
+        if data.ndim == 2 and "feed" in name:
+            from gguf.quants import quantize
+
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(gguf_name(name), quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(gguf_name(name), data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_tokenizers(root: Path) -> None:
+    import base64
+
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    corpus = ["Hello, my name is Lama.", "the cat sat on the mat, 42 times", "naïve café: é ü ß"] * 20
+    template = "{% for m in messages %}{{ bos_token }}[{{ m['role'] }}] {{ m['content'] | trim }}{% endfor %}"
+    for name in ("json", "sentencepiece", "tiktoken"):
+        (root / name).mkdir()
+        settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}
+        if name == "sentencepiece":
+            settings["added_tokens_decoder"] = {"330": {"content": "<|x|>", "special": True, "lstrip": True}}
+        (root / name / "tokenizer_config.json").write_text(json.dumps(settings))
+    backend: Any = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    trainer: Any = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], vocab_size=300, show_progress=False)
+    backend.train_from_iterator(corpus, trainer)
+    backend.save(str(root / "json" / "tokenizer.json"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus),
+        model_prefix=str(root / "sentencepiece" / "tokenizer"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" c", b" ca"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (root / "tiktoken" / "tokenizer.model").write_text("\n".join(lines) + "\n")
+
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "hf": ("model.safetensors", "config.json"),
+    "sharded": ("model.safetensors.index.json", "model-00001-of-*.safetensors"),
+    "saved": ("model.safetensors", "config.json"),
+    "pickled": ("pytorch_model.bin",),
+    "legacy": ("pytorch_model.bin",),
+    "meta": ("params.json", "consolidated.00.pth"),
+    "gguf": ("model.gguf",),
+    "json": ("tokenizer.json", "tokenizer_config.json"),
+    "sentencepiece": ("tokenizer.model", "tokenizer_config.json"),
+    "tiktoken": ("tokenizer.model",),
+}
+TOKENIZERS = ("json", "sentencepiece", "tiktoken")
+
+
+# --- mutations ------------------------------------------------------------------------------------
+
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 2**31, 2**63, 10**30, -(2**63), 0.5, float("nan"), float("inf"), 1e308),
+    *("", "x", "\x00", "../..", "F32", "yarn", "é" * 50, [], {}, [[]], [0, 10**18], [-1, 5], {"a": {}}, [None]),
+)
+ODD_NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**40, 2**63 - 1, 2**64 - 1)
+
+
+def mutated(name: str, data: bytes, draw: random.Random) -> bytes:
+    """A damaged copy: JSON by its values (or as bytes), a safetensors header by its JSON, everything else as bytes."""
+    kind = draw.random()
+    if name.endswith(".json") and kind < 0.7:
+        return _odd_json(data, draw)
+    if name.endswith(".safetensors") and kind < 0.6:
+        length = int.from_bytes(data[:8], "little")
+        header = _odd_json(data[8 : 8 + length], draw)
+        if draw.random() < 0.5:
+            header += b" " * (-len(header) % 8)
+        return struct.pack("<Q", len(header)) + header + data[8 + length :]
+    for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
+        data = draw.choice(BYTE_MUTATIONS)(data, draw)
+    return data
+
+
+def _odd_json(data: bytes, draw: random.Random) -> bytes:
+    content = json.loads(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        places: list[tuple[Any, Any]] = []
+        stack = [content]
+        while stack:
+            value = stack.pop()
+            entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            for key, inner in entries:
+                places.append((value, key))
+                stack.append(inner)
+        if not places:
+            return json.dumps(draw.choice(ODD_VALUES)).encode()
+        # deep lists (a vocabulary) would else be all that is ever hit
+        holder, key = draw.choice(places[: draw.choice((8, 40, len(places)))])
+        if draw.random() < 0.15:
+            del holder[key]
+        elif draw.random() < 0.15 and isinstance(holder, dict):
+            holder[draw.choice(("x", "", "type", f"{key}2"))] = holder.pop(key)
+        else:
+            holder[key] = draw.choice(ODD_VALUES)
+    return json.dumps(content).encode()
+
+
+def _flip(data: bytes, draw: random.Random) -> bytes:
+    at = _place(data, draw)
+    return data[:at] + bytes([draw.randrange(256)]) + data[at + 1 :]
+
+
+def _cut(data: bytes, draw: random.Random) -> bytes:
+    return data[: _place(data, draw)]
+
+
+def _remove(data: bytes, draw: random.Random) -> bytes:
+    at = _place(data, draw)
+    return data[:at] + data[at + draw.choice((1, 4, 8, 64)) :]
+
+
+def _insert(data: bytes, draw: random.Random) -> bytes:
+    at = _place(data, draw)
+    return data[:at] + bytes(draw.randrange(256) for _ in range(draw.choice((1, 4, 8, 64)))) + data[at:]
+
+
+def _number(data: bytes, draw: random.Random) -> bytes:
+    at, size = _place(data, draw), draw.choice((1, 2, 4, 8))
+    return data[:at] + (draw.choice(ODD_NUMBERS) % 2 ** (8 * size)).to_bytes(size, "little") + data[at + size :]
+
+
+def _repeat(data: bytes, draw: random.Random) -> bytes:
+    at, to = _place(data, draw), _place(data, draw)
+    return data[:to] + data[at : at + draw.choice((4, 32, 256))] + data[to:]
+
+
+def _place(data: bytes, draw: random.Random) -> int:
+    """More often near the start, where headers are, or near the end, where a zip has its directory."""
+    size = len(data)
+    reach = min(size, draw.choice((16, 64, 512, 4096, size)) if size else 0)
+    at = draw.randrange(reach) if reach else 0
+    return max(0, size - 1 - at) if draw.random() < 0.25 else at
+
+
+BYTE_MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
+    *(_flip, _flip, _flip, _number, _number, _number),  # these leave everything else in its place
+    *(_cut, _remove, _insert, _repeat),
+)
+
+
+# --- one case -------------------------------------------------------------------------------------
+
+
+def run_case(number: int, seeds: Path, work: Path) -> tuple[str, str]:
+    """("hf/config.json", "accepted" | "refused" | what went wrong); work holds the damaged directory afterwards."""
+    draw = random.Random(number)
+    kind = list(TARGETS)[number % len(TARGETS)]
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(seeds / kind, work)
+    pattern = draw.choice(TARGETS[kind])
+    target = sorted(work.glob(pattern))[0]
+    target.write_bytes(mutated(target.name, target.read_bytes(), draw))
+    limit = MEMORY_BYTES + GROWTH * sum(file.stat().st_size for file in work.iterdir())
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    try:
+        _load(work, kind)
+        outcome = "accepted"
+    except (CheckpointError, TokenizerError) as error:
+        outcome = "refused" if "\n" not in str(error) else f"an error of several lines: {error!r}"
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        outcome = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    if time.monotonic() - began > SECONDS:
+        outcome = f"took {time.monotonic() - began:.0f} s"
+    elif grown > limit:
+        outcome = f"grew by {grown / 1e6:.0f} MB"
+    return f"{kind}/{pattern}", outcome
+
+
+def _load(work: Path, kind: str) -> None:
+    """What a user's program does with a model directory, up to its first token."""
+    if kind in TOKENIZERS:
+        tokenizer = load_tokenizer(work)
+        for text in TEXTS:
+            tokenizer.decode(tokenizer.encode(text))
+        tokenizer.decode([0, 5, 10**6])
+        chat_text(tokenizer, [{"role": "user", "content": "Hi"}])
+        return
+    checkpoint = open_checkpoint(work)
+    for tensor in checkpoint.weights.values():
+        whole = tensor[:]
+        assert tuple(whole.shape) == tuple(tensor.shape)
+        tensor[:1]
+
+
+# --- many cases -----------------------------------------------------------------------------------
+
+
+def work_through(first: int, last: int, seeds: Path, report: Path) -> None:
+    """Cases first..last - 1 in this process; a line of the report before each, and one after it."""
+    work = report.with_suffix(".work")
+    resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))  # so that a wild length fails here, not on the machine
+    warm_up(seeds)
+    with report.open("a") as file:
+        for number in range(first, last):
+            print(json.dumps(["begin", number]), file=file, flush=True)
+            print(json.dumps(["end", number, *run_case(number, seeds, work)]), file=file, flush=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def warm_up(seeds: Path) -> None:
+    """Load every valid one, so that what a library imports is not counted as a case's memory."""
+    for kind in TARGETS:
+        _load(seeds / kind, kind)
+
+
+def fuzz(first: int, count: int, folder: Path) -> tuple[Counter[str], list[str]]:
+    """(how many of each outcome per target, findings). A child that dies or hangs is started again behind its case."""
+    seeds, report = folder / "seeds", folder / "report.jsonl"
+    seeds.mkdir()
+    write_seeds(seeds)
+    counts: Counter[str] = Counter()
+    findings: list[str] = []
+    number, last = first, first + count
+    while number < last:
+        report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "tests.ref.fuzz", "--worker", str(number), str(last), str(seeds), str(report)]
+        environment = os.environ | {"LLAMA_FAST_CACHE": str(folder / "cache"), "RUST_BACKTRACE": "0"}
+        errors = folder / "stderr"
+        with errors.open("w") as sink:
+            child = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink)
+            stuck = _watch(child, report)
+        seen = [json.loads(line) for line in report.read_text().splitlines()] if report.is_file() else []
+        for entry in seen:
+            if entry[0] == "end":
+                _, number, target, outcome = entry
+                wrong = outcome not in ("accepted", "refused")
+                counts[f"{target}: {'FOUND' if wrong else outcome}"] += 1
+                findings += [f"case {number}, {target}: {outcome}"] if wrong else []
+        begun = [entry[1] for entry in seen if entry[0] == "begin"]
+        if not begun:
+            raise RuntimeError(f"the fuzzing process did not start: {errors.read_text()[-2000:]}")
+        if child.returncode != 0:
+            kind = list(TARGETS)[begun[-1] % len(TARGETS)]
+            findings.append(f"case {begun[-1]}, {kind}: {'hangs' if stuck else f'dies with {child.returncode}'}")
+            counts[f"{kind}: FOUND"] += 1
+        number = begun[-1] + 1
+    return counts, findings
+
+
+def _watch(child: subprocess.Popen[bytes], report: Path) -> bool:
+    """Wait for a child's end; kill it, and say so, if its report stands still."""
+    size, since = -1, time.monotonic()
+    while child.poll() is None:
+        time.sleep(0.2)
+        now = report.stat().st_size if report.is_file() else 0
+        if now != size:
+            size, since = now, time.monotonic()
+        elif time.monotonic() - since > (3 * SECONDS if size > 0 else 300):  # its imports come first
+            child.kill()
+            child.wait()
+            return True
+    return False
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        work_through(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--first", type=int, default=0)
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        counts, findings = fuzz(arguments.first, arguments.files, Path(folder))
+    for line, count in sorted(counts.items()):
+        print(f"{count:6d}  {line}")
+    print(f"{sum(counts.values())} files in {time.monotonic() - began:.0f} s, {len(findings)} findings")
+    print("\n".join(findings[:50]))
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
