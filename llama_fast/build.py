@@ -255,6 +255,18 @@ class Runner:
         cache.reserve(start_B, tokens_BT.shape[1])
         return self.run_decode(self.model, tokens_BT, start_B, cache, choose)
 
+    @torch.no_grad()
+    def extend(
+        self, tokens_BT: Tensor, start_B: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser
+    ) -> tuple[Tensor, Tensor]:
+        """Prefill behind the start_B positions that the cache already holds; `lengths_B` counts the new tokens.
+
+        The next token [B] and its logits [B, V]. Not compiled: every length would be compiled anew.
+        """
+        cache.reserve(start_B, tokens_BT.shape[1])
+        logits_BV = self.model(tokens_BT, start_B, cache, last_B=lengths_B - 1)[:, 0]
+        return choose(logits_BV, start_B + lengths_B), logits_BV
+
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
         """The logits [B, V] at each row's last token."""
         return self.start(tokens_BT, lengths_B, cache, self._greedy(tokens_BT))[1]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -21,8 +23,12 @@ from llama_fast.plan import Plan, Whole
 from llama_fast.presets import encoding_named
 from llama_fast.report import Summary
 from llama_fast.roofline import GB
+from llama_fast.sampling import Sampling
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
+
+if TYPE_CHECKING:
+    from llama_fast.chat import Chat
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -32,6 +38,9 @@ ModelFlag = Annotated[
 DeviceFlag = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.")]
 DtypeFlag = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bf16 on a GPU, float32 on a CPU.")]
 EncodingFlag = Annotated[str | None, typer.Option(help="dense or int8; by default as the checkpoint is stored.")]
+
+TRACED_TOKENS = 16
+"""A trace grows by some thousand events a token."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,6 +56,13 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest that sum to p.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Sample i draws with seed + i.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    min_p: Annotated[
+        float, typer.Option(help="Draw among those at least this times as likely as the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what stands in the text gets less likely.")] = 1.0,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Into the JSON: each token's log-probability, and of so many others.", min=0)
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
     encoding: EncodingFlag = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first token.")] = False,
@@ -63,6 +79,9 @@ def generate(
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write texts, tokens and rates here.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a profiler's trace (Chrome's format) of one more, untimed sample here.")
+    ] = None,
 ) -> None:
     """Continue a prompt; print the text, the speed, the bandwidth and the memory."""
     member = ranks.join(where(device))
@@ -76,14 +95,14 @@ def generate(
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop or []}
-    options["draft"] = proposer
+    options |= {"draft": proposer, "min_p": min_p, "repetition_penalty": repetition_penalty, "logprobs": logprobs}
     if compile or fused:
         llama.generate(prompt, min(max_new_tokens, 8), **options)  # the first call compiles; it is not timed
     if to.type == "cuda":
         torch.cuda.reset_peak_memory_stats(to)
     outputs = []
     for i in range(num_samples):
-        print(prompt, end="" if found.has_tokenizer else " ", flush=True)
+        print(prompt, end="", flush=True)
         show = (lambda _, piece: print(piece, end="", flush=True)) if stream else None
         output = llama.generate(prompt, max_new_tokens, seed=seed + i, on_text=show, **options)
         print("" if stream else output.text, flush=True)
@@ -96,7 +115,93 @@ def generate(
             content["speculation"] = summary.speculation.as_json()
         content["samples"] = [asdict(output) for output in outputs]
         json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if profile is not None:
+        write_trace(profile, lambda: llama.generate(prompt, min(max_new_tokens, TRACED_TOKENS), seed=seed, **options))
     member.leave()
+
+
+def write_trace(file: Path, action: Callable[[], object]) -> None:
+    """Run `action` under PyTorch's profiler and write what it saw, for chrome://tracing or ui.perfetto.dev."""
+    from torch.profiler import profile
+
+    with profile() as trace:
+        action()
+    trace.export_chrome_trace(str(file))
+    print(f"Trace: {file}")
+
+
+@app.command()
+def chat(
+    model: ModelFlag = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that sum to p.")] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said gets less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed and the same words give the same replies.")] = 0,
+    encoding: EncodingFlag = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first reply.")] = False,
+    device: DeviceFlag = None,
+    dtype: DtypeFlag = None,
+) -> None:
+    """Talk to a model. Ctrl-C ends a reply, Ctrl-D the conversation; /reset starts anew, /exit leaves."""
+    from llama_fast.chat import Chat
+
+    found = resolve(model)
+    to, kind = where(device), dtype_named(dtype, where(device))
+    checkpoint = found.open(to, kind)
+    plan = presets.optimised(encoding_named(encoding or checkpoint.encoding), compile)
+    llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
+    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty=repetition_penalty)
+    talk(Chat(llama, system, max_new_tokens, sampling), sys.stdin.isatty())
+
+
+def talk(chat: Chat, shown: bool) -> None:
+    """Turn by turn until the input ends; `shown`: prompts for a person who types."""
+    if shown:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() then knows arrow keys
+    while True:
+        try:
+            text = input("> " if shown else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            chat.forget()
+        elif text:
+            reply(chat, text)
+
+
+def reply(chat: Chat, text: str) -> None:
+    """Print one reply as it comes; Ctrl-C ends it, and what was said stays said."""
+    pieces = chat.say(text)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [interrupted]", end="")
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, end="")
+    finally:
+        pieces.close()
+    print(flush=True)
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """The lm-evaluation-harness with `--model llama_fast`; all arguments are its own."""
+    try:
+        from llama_fast.lm_eval_model import main
+    except ImportError as error:
+        raise ValueError(f"the harness is not there ({error}): pip install lm_eval") from error
+    main(context.args)
 
 
 @app.command()

@@ -11,11 +11,13 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama_fast.build import Runner
+from llama_fast.logprobs import Logprobs
 from llama_fast.plan import KVCache
 from llama_fast.sampling import Chooser, Sampling
 from llama_fast.speculation import Speculation, Statistics
@@ -96,25 +98,36 @@ def stream(
     sampling: Sampling = Sampling(),
     eos_ids: Collection[int] = (),
     cache: KVCache | None = None,
+    logprobs: Logprobs | None = None,
+    held: int = 0,
 ) -> Iterator[list[int | None]]:
     """One list per step with each row's new token; None for a row that has ended. Ends when every row has.
 
-    Row b draws with seed `sampling.seed + b`, so its text does not depend on the rows beside it.
+    Row b draws with the b-th of `sampling.seeds`, so its text does not depend on the rows beside it. `logprobs` is filled
+    as the tokens come. `held`: the first tokens of every prompt whose keys and values `cache` holds already.
     """
     length = check(runner, prompts, max_new_tokens)
+    if held and (cache is None or held >= min(len(prompt) for prompt in prompts)):
+        raise ValueError(f"held={held}: the cache must be given, and every prompt longer")
     cache = cache if cache is not None else runner.allocate(len(prompts), length)
-    choose = Chooser(sampling, [(sampling.seed + b) % 2**64 for b in range(len(prompts))], runner.device)
-    tokens_BT, position_B = pad(prompts, runner.device)
+    seeds, vocabulary = sampling.seeds(len(prompts)), runner.config.vocab_size
+    choose = Chooser(sampling, seeds, runner.device, prompts, vocabulary)
+    tokens_BT, position_B = pad([prompt[held:] for prompt in prompts], runner.device)
     token_B1 = torch.empty(len(prompts), 1, dtype=torch.int64, device=runner.device)
 
     def launch(step: int) -> Tensor:
-        if step == 0:
-            token_B, _ = runner.start(tokens_BT, position_B, cache, choose)
+        if step == 0 and held:
+            token_B, logits_BV = runner.extend(tokens_BT, torch.full_like(position_B, held), position_B, cache, choose)
+            position_B.add_(held)
+        elif step == 0:
+            token_B, logits_BV = runner.start(tokens_BT, position_B, cache, choose)
         else:
-            token_B, _ = runner.step(token_B1, position_B, cache, choose)
+            token_B, logits_BTV = runner.step(token_B1, position_B, cache, choose)
+            logits_BV = logits_BTV[:, -1]
             position_B.add_(1)
         token_B1.copy_(token_B[:, None])  # a CUDA graph overwrites its outputs at the next replay
-        return token_B1
+        choose.note(token_B1[:, 0])
+        return token_B1 if logprobs is None else logprobs.columns(token_B1, logits_BV)
 
     ended = [False] * len(prompts)
     readback = Readback(runner.device)
@@ -122,16 +135,22 @@ def stream(
         if step < max_new_tokens:
             readback.push(launch(step))
         if step >= readback.depth:
-            tokens = [token for (token,) in readback.pop()]
+            arrived = readback.pop()
+            tokens = [int(columns[0]) for columns in arrived]
+            if logprobs is not None:
+                logprobs.take(arrived, ended)
             yield [None if done else token for token, done in zip(tokens, ended, strict=True)]
             ended = [done or token in eos_ids for token, done in zip(tokens, ended, strict=True)]
             if all(ended):
                 return
 
 
-def check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """The positions that a request needs; ValueError, with the numbers, if it cannot be served."""
-    if max_new_tokens < 1:
+def check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int, scoring: bool = False) -> int:
+    """The positions that a request needs; ValueError, with the numbers, if it cannot be served.
+
+    `scoring`: no new tokens are wanted.
+    """
+    if max_new_tokens < 1 and not scoring:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
@@ -174,7 +193,7 @@ class Readback:
         arrived.record()
         self._pending.append((host_BN, arrived))
 
-    def pop(self) -> list[list[int]]:
+    def pop(self) -> list[list[Any]]:
         rows_BN, arrived = self._pending.popleft()
         if arrived is not None:
             arrived.synchronize()

@@ -8,7 +8,7 @@ print(llama.generate("Hello, my name is", max_new_tokens=20).text)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -17,19 +17,25 @@ import torch
 
 from llama_fast.build import Runner, build, default_dtype, where
 from llama_fast.generate import check, pad, stream
+from llama_fast.logprobs import Logprobs, TokenLogprob
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import KVCache, Plan
 from llama_fast.presets import encoding_named, optimised
 from llama_fast.sampling import Sampling
 from llama_fast.speculation import Speculation, Statistics
 from llama_fast.text import TextStream
+from llama_ref.chat import chat_ids
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or a conversation [{"role": "user", "content": "Hi"}, ...], whose reply is wanted."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One prompt's continuation.
+    """One prompt's continuation: the text that follows the prompt, leading space and all.
 
     `finish_reason`: "stop" (an EOS id, or a stop string, which `text` leaves out) or "length". The two times belong to
     the whole call: a batch shares them.
@@ -42,6 +48,35 @@ class Output:
     first_token_seconds: float
     total_seconds: float
     speculation: Statistics | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The new tokens' ids."""
+        return self.tokens
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """This row's tokens after the first, per second after the first token came; 0 where there is none."""
+        seconds = self.total_seconds - self.first_token_seconds
+        return (len(self.tokens) - 1) / seconds if len(self.tokens) > 1 and seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A text's tokens after the first: natural log-probabilities, and whether each was the likeliest at its place."""
+
+    logprobs: list[float]
+    greedy: list[bool]
+
+
+def is_one(prompts: Any) -> bool:
+    """Whether this is one prompt, not several: "text", [1, 2, 3], [{"role": ...}] -> True; ["text"], [[1, 2]] -> False."""
+    return isinstance(prompts, str) or bool(len(prompts) and isinstance(prompts[0], (int, Mapping)))
 
 
 @dataclass
@@ -99,33 +134,42 @@ class Llama:
     def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> Output: ...
 
     @overload
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[Output]: ...
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int = ..., **options: Any) -> Any: ...
 
     def generate(  # type: ignore[misc]  # the overloads leave the options to this signature
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         max_new_tokens: int = 200,
         *,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
         on_text: Callable[[int, str], None] | None = None,
         draft: Speculation | None = None,
     ) -> Output | list[Output]:
         """Continue one prompt, or several as a batch in which each row answers as it would alone.
 
-        Temperature 0 is greedy. Row b draws with seed + b. A row ends at an EOS id of the checkpoint, before one of the
-        `stop` strings, or after `max_new_tokens`. `on_text(row, piece)` is told the text as it comes.
-        `draft` proposes tokens that are checked several at a time: `Draft(runner)`, `Ngram()`.
+        A prompt is text, token ids, or a conversation, which its checkpoint's template makes text. Temperature 0 is
+        greedy. Row b draws with seed + b, or with the b-th of several seeds. A row ends at an EOS id of the checkpoint,
+        before one of the `stop` strings, or after `max_new_tokens`. `logprobs`: tell each token's log-probability under
+        the model, and those of as many of the likeliest. `on_text(row, piece)` is told the text as it comes. `draft`
+        proposes tokens that are checked several at a time: `Draft(runner)`, `Ngram()`; it excludes a repetition penalty
+        and logprobs. Raises ValueError for what cannot be served.
         """
-        ids = [self.tokenizer.encode(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
-        rows = [Row(TextStream(self.tokenizer.decode, stop)) for _ in ids]
+        one = is_one(prompts)
+        ids = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]  # type: ignore[arg-type]
+        rows = [Row(self.writer(prompt, stop)) for prompt in ids]
+        told = None if logprobs is None else Logprobs(len(ids), logprobs)
         eos_ids = self.runner.config.eos_ids
         began, first = time.perf_counter(), 0.0
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        steps, counted = self._steps(ids, max_new_tokens, sampling, eos_ids, draft)
+        seeds = seed if isinstance(seed, int) else tuple(seed)
+        sampling = Sampling(temperature, top_k, top_p, seeds, min_p, repetition_penalty)
+        steps, counted = self._steps(ids, max_new_tokens, sampling, eos_ids, draft, told)
         for step in steps:
             first = first or time.perf_counter() - began
             for b, (row, token) in enumerate(zip(rows, step, strict=True)):
@@ -142,27 +186,33 @@ class Llama:
             rest = row.finish()
             if rest and on_text is not None:
                 on_text(b, rest)
-            reason = "stop" if row.ended else "length"
-            outputs.append(Output("".join(row.pieces), row.tokens, reason, len(ids[b]), first, total, counted))
-        return outputs[0] if isinstance(prompts, str) else outputs
+            reason, text = "stop" if row.ended else "length", "".join(row.pieces)
+            of_row = None if told is None else told.rows[b][: len(row.tokens)]
+            outputs.append(Output(text, row.tokens, reason, len(ids[b]), first, total, counted, of_row))
+        return outputs[0] if one else outputs
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         max_new_tokens: int = 200,
         *,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         draft: Speculation | None = None,
     ) -> Iterator[str]:
-        """The continuation's text in pieces as they come; joined, they are the text that `generate` returns."""
-        ids = [self.tokenizer.encode(prompt)]
-        row = Row(TextStream(self.tokenizer.decode, stop))
+        """The continuation's text in pieces as they come; joined, they are the text that `generate` returns.
+
+        No piece splits a character, and none shows a part of a stop string.
+        """
+        ids = [self.encode(prompt)]
+        row = Row(self.writer(ids[0], stop))
         eos_ids = self.runner.config.eos_ids
-        sampling = Sampling(temperature, top_k, top_p, seed)
+        sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         for (token,) in self._steps(ids, max_new_tokens, sampling, eos_ids, draft)[0]:
             if token is not None and (piece := row.take(token, eos_ids)):
                 yield piece
@@ -171,16 +221,37 @@ class Llama:
         if rest := row.finish():
             yield rest
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt's ids: text by the tokenizer, a conversation by its template, ids as they are."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return chat_ids(self.tokenizer, [message for message in prompt if not isinstance(message, int)])
+        ids = [token for token in prompt if isinstance(token, int)]
+        if len(ids) != len(prompt):
+            raise ValueError(f"a prompt is text, token ids, or messages, not {prompt!r:.80}")
+        return ids
+
+    def writer(self, ids: Sequence[int], stop: str | Sequence[str] = ()) -> TextStream:
+        """What makes text of the tokens that follow `ids`."""
+        return TextStream(self.tokenizer.decode, (stop,) if isinstance(stop, str) else stop, before=ids)
+
+    def score(self, texts: Prompt | Sequence[Prompt]) -> list[list[float]]:
+        """The log-probability of every token after the first, for each text (or ids, or conversation)."""
+        return [row.logprobs for row in self.score_ids([self.encode(t) for t in ([texts] if is_one(texts) else texts)])]  # type: ignore[arg-type]
+
     @torch.no_grad()
-    def score(self, texts: str | Sequence[str]) -> list[list[float]]:
-        """The log-probability of every token after the first, for each text."""
-        ids = [self.tokenizer.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        tokens_BT, lengths_B = pad(ids, self.runner.device)
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[Score]:
+        """Every token after the first of each row: its log-probability, and whether it is the likeliest."""
+        check(self.runner, rows, 0, scoring=True)
+        tokens_BT, lengths_B = pad(rows, self.runner.device)
         logits_BTV = self.runner.score(tokens_BT)
         scores = []
         for row, length, logits_TV in zip(tokens_BT, lengths_B.tolist(), logits_BTV, strict=True):
-            logprob_TV = logits_TV[: length - 1].float().log_softmax(-1)
-            scores.append(logprob_TV.gather(-1, row[1:length, None])[:, 0].tolist())
+            logits_TV, wanted_T1 = logits_TV[: length - 1].float(), row[1:length, None]
+            logprobs_T = logits_TV.log_softmax(-1).gather(-1, wanted_T1)[:, 0]
+            greedy_T = logits_TV.argmax(-1) == wanted_T1[:, 0]
+            scores.append(Score(logprobs_T.tolist(), greedy_T.tolist()))
         return scores
 
     def _steps(
@@ -190,12 +261,15 @@ class Llama:
         sampling: Sampling,
         eos_ids: Sequence[int],
         draft: Speculation | None,
+        logprobs: Logprobs | None = None,
     ) -> tuple[Iterator[list[int | None]], Statistics | None]:
         """The steps, and the counts that they fill in if there is a draft."""
         needed = check(self.runner, ids, max_new_tokens)
         if draft is None:
             cache = self._reusable_cache(len(ids), needed)
-            return stream(self.runner, ids, max_new_tokens, sampling, eos_ids, cache), None
+            return stream(self.runner, ids, max_new_tokens, sampling, eos_ids, cache, logprobs), None
+        if logprobs is not None:
+            raise ValueError("logprobs are not told with a draft: score() the text afterwards")
         cache = self._reusable_cache(len(ids), min(needed + draft.slack, self.runner.config.max_context))
         session = draft.begin(self.runner, ids, max_new_tokens, sampling, eos_ids, cache)
         return session.steps(), session.statistics

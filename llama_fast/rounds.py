@@ -196,7 +196,7 @@ class Rounds:
         self.pace = Pace(self.ks, Costs(), max_new_tokens)
         self.statistics = Statistics(source.name)
         device = target.device
-        seeds = [(sampling.seed + b) % 2**64 for b in range(len(prompts))]
+        seeds = sampling.seeds(len(prompts))
         self.choose = Chooser(sampling, seeds, device)
         self.greedy = Chooser(Sampling(), seeds, device)  # what the target's own step chooses is not looked at
         self.compilations = compilations

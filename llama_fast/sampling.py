@@ -19,12 +19,20 @@ MASK_32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. Temperature 0 is the argmax; `top_k` None and `top_p` 1.0 keep everything."""
+    """How a token is chosen. Temperature 0 is the argmax; `top_k` None, `top_p` 1.0 and `min_p` 0.0 keep everything.
+
+    In this order: the logits of tokens that the row already holds are divided by `repetition_penalty` where they are
+    positive and multiplied by it where they are negative (Keskar et al. 2019); temperature; `top_k` likeliest; fewest that
+    sum to `top_p`; those at least `min_p` times as likely as the likeliest. `seed`: row b draws with seed + b, or with the
+    b-th of several.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -33,8 +41,21 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be at least 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2^64)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be a positive number")
+        for seed in (self.seed,) if isinstance(self.seed, int) else self.seed:
+            if not 0 <= seed < 2**64:
+                raise ValueError(f"seed={seed} must lie in [0, 2^64)")
+
+    def seeds(self, rows: int) -> list[int]:
+        """One seed per row: (seed=7, 3 rows) -> [7, 8, 9]; ValueError where several are given, and not as many."""
+        if isinstance(self.seed, int):
+            return [(self.seed + row) % 2**64 for row in range(rows)]
+        if len(self.seed) != rows:
+            raise ValueError(f"{len(self.seed)} seeds for {rows} prompts: one for each, or a single one")
+        return list(self.seed)
 
 
 class Chooser:
@@ -44,11 +65,26 @@ class Chooser:
     tensor, so that another temperature or seed does not recompile.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device):
-        """`seeds`: one per row."""
-        self.greedy = sampling.temperature == 0
+    def __init__(
+        self,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        device: torch.device,
+        written: Sequence[Sequence[int]] | None = None,
+        vocab_size: int = 0,
+    ):
+        """`seeds`: one per row. A repetition penalty also needs what is `written` in each row, of `vocab_size` tokens."""
+        penalised = sampling.repetition_penalty != 1
+        if penalised and written is None:
+            raise ValueError("repetition_penalty looks at the tokens before each; it cannot be had with a draft")
+        self.greedy = sampling.temperature == 0 and not penalised
+        self.coldest = sampling.temperature == 0
         self.top_k = sampling.top_k
         self.nucleus = sampling.top_p < 1
+        self.floored = sampling.min_p > 0
+        self.min_p = torch.tensor(sampling.min_p, dtype=torch.float32, device=device)
+        self.penalty = torch.tensor(sampling.repetition_penalty, dtype=torch.float32, device=device)
+        self.seen_BV = seen(written, vocab_size).to(device) if penalised and written is not None else None
         self.temperature = torch.tensor(max(sampling.temperature, 1e-6), dtype=torch.float32, device=device)
         self.top_p = torch.tensor(sampling.top_p, dtype=torch.float32, device=device)
         words = [[seed & MASK_32, (seed >> 32) & MASK_32] for seed in seeds]
@@ -56,9 +92,18 @@ class Chooser:
 
     def __call__(self, logits_BV: Tensor, position_B: Tensor) -> Tensor:
         """The token [B] that stands at `position_B`; on equal logits the lowest id."""
-        if self.greedy:
+        if self.seen_BV is not None:
+            logits_BV = logits_BV.float()
+            lowered_BV = torch.where(logits_BV > 0, logits_BV / self.penalty, logits_BV * self.penalty)
+            logits_BV = torch.where(self.seen_BV, lowered_BV, logits_BV)
+        if self.coldest:
             return logits_BV.argmax(-1)
         return draw(self.probabilities(logits_BV), uniform(self.key_B2, position_B))
+
+    def note(self, token_B: Tensor) -> None:
+        """The token that each row now also holds. Apart from choosing, so that no compiled graph writes to its inputs."""
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, token_B[:, None], True)
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """The distribution that tokens are drawn from, float32 [B, V]."""
@@ -67,7 +112,22 @@ class Chooser:
             least_B1 = scaled_BV.topk(self.top_k, -1).values[:, -1:]
             scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, -torch.inf)
         p_BV = scaled_BV.softmax(-1)
-        return keep_nucleus(p_BV, self.top_p) if self.nucleus else p_BV
+        p_BV = keep_nucleus(p_BV, self.top_p) if self.nucleus else p_BV
+        return keep_likely(p_BV, self.min_p) if self.floored else p_BV
+
+
+def seen(written: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    """Which tokens each row holds, bool [B, V]: ([[2, 0], [2]], 3) -> [[T, F, T], [F, F, T]]."""
+    seen_BV = torch.zeros(len(written), vocab_size, dtype=torch.bool)
+    for row, ids in zip(seen_BV, written, strict=True):
+        row[list(ids)] = True
+    return seen_BV
+
+
+def keep_likely(p_BV: Tensor, min_p: Tensor) -> Tensor:
+    """Tokens at least `min_p` times as likely as the likeliest, renormalised: [.5, .3, .2], 0.5 -> [.625, .375, 0]."""
+    kept_BV = torch.where(p_BV >= min_p * p_BV.amax(-1, keepdim=True), p_BV, 0.0)
+    return kept_BV / kept_BV.sum(-1, keepdim=True)
 
 
 def keep_nucleus(p_BV: Tensor, top_p: Tensor) -> Tensor:

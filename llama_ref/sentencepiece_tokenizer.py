@@ -36,7 +36,7 @@ class SentencePieceTokenizer:
 
         try:
             self._model: Any = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError, TypeError) as error:
+        except (RuntimeError, OSError, TypeError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{path}: neither a sentencepiece model nor a tiktoken file") from error
         self._path = path
         settings, added = path.with_name(SETTINGS_FILE), path.with_name("added_tokens.json")

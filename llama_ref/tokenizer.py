@@ -6,9 +6,10 @@ for text that continues another.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,10 +71,9 @@ class JsonTokenizer:
 
         from llama_ref.chat import template_of
 
-        try:
+        self._where = where
+        with _in_our_words(where):
             self._backend = Backend.from_str(files[JSON_FILE])
-        except Exception as error:  # `tokenizers` raises bare Exception
-            raise TokenizerError(f"{where}: not a readable tokenizer.json ({' '.join(str(error).split())})") from error
         self._files = dict(files)
         self._backend.no_truncation()  # a file may carry the lengths of its training run
         self._backend.no_padding()
@@ -102,11 +102,14 @@ class JsonTokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        with _in_our_words(self._where):
+            ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        with _in_our_words(self._where):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def save(self, directory: Path) -> None:
         for name, text in self._files.items():
@@ -119,8 +122,9 @@ class JsonTokenizer:
 
     def _template_lead(self) -> int | None:
         """The special token that tokenizer.json itself puts before a text, which is BOS where no setting speaks."""
-        plain = self._backend.encode("a", add_special_tokens=False).ids
-        dressed = self._backend.encode("a", add_special_tokens=True).ids
+        with _in_our_words(self._where):
+            plain = self._backend.encode("a", add_special_tokens=False).ids
+            dressed = self._backend.encode("a", add_special_tokens=True).ids
         return None if dressed[: len(plain)] == plain else dressed[0]
 
 
@@ -217,6 +221,18 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 def _ggufs(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.gguf"))
+
+
+@contextlib.contextmanager
+def _in_our_words(where: object) -> Iterator[None]:
+    """A damaged file makes the `tokenizers` library raise bare Exception, or panic, which is not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        told = " ".join(str(error).split())[:200]
+        raise TokenizerError(f"{where}: not a readable tokenizer.json ({told})") from error
 
 
 def _content(token: Any) -> str | None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHASES = {"generate", "sampling", "acceptance", "pace", "speculation", "rounds"}
+PHASES = {"generate", "sampling", "logprobs", "acceptance", "pace", "speculation", "rounds"}
 TRUNK = {"matvec", "plan", "model", "build", "text", "roofline"} | PHASES
 FACE = {
     "presets",
     "llama",
+    "chat",
     "bandwidth",
     "profiling",
     "rungs",
@@ -84,7 +85,7 @@ def test_kernels_stand_alone(path: Path) -> None:
 
 
 def test_every_file_has_its_place() -> None:
-    assert {path.stem for path in files("llama_fast/*.py")} == TRUNK | FACE | {"cli"}
+    assert {path.stem for path in files("llama_fast/*.py")} == TRUNK | FACE | {"cli", "lm_eval_model"}
 
 
 def test_the_comparison_knows_torch_alone() -> None:

@@ -194,7 +194,7 @@ class DraftSource:
     def __init__(self, runner: Runner, cache: KVCache, sampling: Sampling, batch: int, compilations: Compilations):
         self.name = f"draft {runner.plan}"
         self.runner, self.cache = runner, cache
-        seeds = [(sampling.seed + b) % 2**64 for b in range(batch)]
+        seeds = sampling.seeds(batch)
         self.choose = Chooser(sampling, seeds, runner.device)  # the target's own transforms, so that q is like p
         self.greedy = Chooser(Sampling(), seeds, runner.device)
         kind = (self.choose.top_k, self.choose.nucleus)

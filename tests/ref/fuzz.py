@@ -10,6 +10,7 @@ more than SECONDS, or memory beyond MEMORY_BYTES and GROWTH times the file. Exit
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -183,7 +184,7 @@ def _odd_json(data: bytes, draw: random.Random) -> bytes:
                 places.append((value, key))
                 stack.append(inner)
         if not places:
-            return json.dumps(draw.choice(ODD_VALUES)).encode()
+            return json.dumps(copy.deepcopy(draw.choice(ODD_VALUES))).encode()
         # deep lists (a vocabulary) would else be all that is ever hit
         holder, key = draw.choice(places[: draw.choice((8, 40, len(places)))])
         if draw.random() < 0.15:
@@ -191,7 +192,7 @@ def _odd_json(data: bytes, draw: random.Random) -> bytes:
         elif draw.random() < 0.15 and isinstance(holder, dict):
             holder[draw.choice(("x", "", "type", f"{key}2"))] = holder.pop(key)
         else:
-            holder[key] = draw.choice(ODD_VALUES)
+            holder[key] = copy.deepcopy(draw.choice(ODD_VALUES))  # a later change must not reach the next case
     return json.dumps(content).encode()
 
 

@@ -1,0 +1,87 @@
+"""A conversation with a model: every turn adds to what the cache holds, and only what is new is read.
+
+The template makes the whole conversation text again each time, and its ids are compared with those that the cache holds;
+keys and values of the common beginning are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from llama_fast.generate import stream
+from llama_fast.llama import Llama, Row
+from llama_fast.plan import GrowingCache, KVCache
+from llama_fast.sampling import Sampling
+from llama_ref.chat import chat_ids
+
+
+class Chat:
+    """What was said so far, and the cache that holds it."""
+
+    def __init__(
+        self,
+        llama: Llama,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+    ):
+        """`system`: what the model is told before the first turn. A reply is at most `max_new_tokens` long."""
+        self.llama, self.max_new_tokens, self.sampling, self.stop = llama, max_new_tokens, sampling, tuple(stop)
+        self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        self.reused_tokens = 0
+        """How many tokens of the last turn's prompt the cache already held."""
+        self.prompt_tokens = 0
+        self._cache: KVCache | None = None
+        self._held: list[int] = []
+
+    def say(self, text: str) -> Generator[str, None, None]:
+        """The reply in pieces. Whoever stops listening, or is interrupted, keeps what was said until then.
+
+        Raises ValueError, and forgets the turn, where the conversation leaves no room for a reply.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        runner = self.llama.runner
+        ids = chat_ids(self.llama.tokenizer, messages)
+        room = runner.config.max_context - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens, the model's context is {runner.config.max_context}: start anew"
+            )
+        new_tokens = min(self.max_new_tokens, room)
+        cache = self._room_for(len(ids) + new_tokens)
+        held = min(common(ids, self._held), len(ids) - 1)
+        self.reused_tokens, self.prompt_tokens = held, len(ids)
+        self._held = self._held[:held]  # what stands behind it is about to be written over
+        row = Row(self.llama.writer(ids, self.stop))
+        eos_ids = runner.config.eos_ids
+        try:
+            for (token,) in stream(runner, [ids], new_tokens, self.sampling, eos_ids, cache, held=held):
+                if token is not None and (piece := row.take(token, eos_ids)):
+                    yield piece
+                if row.ended:
+                    break
+            if rest := row.finish():
+                yield rest
+        finally:
+            if row.tokens:
+                self._held = [*ids, *row.tokens[:-1]]  # the last one was chosen, and not yet read
+                self.messages = [*messages, {"role": "assistant", "content": "".join(row.pieces).strip()}]
+
+    def forget(self) -> None:
+        """Back to before the first turn; what the model was told at the start stays."""
+        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+
+    def _room_for(self, length: int) -> KVCache:
+        """The conversation's cache; a longer one, empty, where it is too short."""
+        runner = self.llama.runner
+        grows = isinstance(self._cache, GrowingCache)
+        if self._cache is None or (not grows and self._cache.length < length):
+            self._cache, self._held = runner.allocate(1, min(2 * length, runner.config.max_context)), []
+        return self._cache
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How long two sequences are the same: ([1, 2, 3], [1, 2, 4, 5]) -> 2."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
