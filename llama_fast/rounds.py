@@ -24,7 +24,7 @@ from llama_fast.acceptance import accept, accept_greedy
 from llama_fast.build import Runner
 from llama_fast.generate import Readback, pad
 from llama_fast.pace import DRAFT, PLAIN, Costs, Pace
-from llama_fast.plan import Eager, KVCache, Whole
+from llama_fast.plan import KVCache, Whole
 from llama_fast.sampling import Chooser, Sampling, uniform
 from llama_fast.speculation import Statistics
 
