@@ -71,9 +71,9 @@ H100_FUSED = System("ours, fused, H100", 3074, 2.4, {}, int8_share=0.89)
 """Bandwidth as measured by itself; fixed time from the row in bf16, int8 from its own."""
 
 H200_FUSED = System("ours, fused, H200", 4500, 8.1, {2: 1.8, 4: 2.2, 8: 3.0, 16: 35.0, 32: 40.0}, int8_share=0.77)
-"""Bandwidth (the most seen) and the sum on two GPUs as measured by themselves; fixed time from the row 7B bf16 on one GPU, int8
-from its own. Beyond two GPUs the sums are assumed: on one host the exchange kernel's with more to send and to wait for, over hosts
-NCCL's on InfiniBand."""
+"""Bandwidth (the most seen) and the sum on two GPUs as measured by themselves; fixed time from the row 7B bf16 on one GPU,
+int8 from its own. Beyond two GPUs the sums are assumed: on one host the exchange kernel's with more to send and to wait for,
+over hosts NCCL's on InfiniBand."""
 
 ROWS = (
     (A100, "7B", "bf16", 1, 104.9),
