@@ -7,20 +7,24 @@ same rules as plain decoding: each token the argmax of the logits shown, each di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from llama_fast.build import Runner
+from llama_fast.acceptance import accept
+from llama_fast.build import Runner, build
 from llama_fast.generate import Generation, generate
+from llama_fast.plan import Plan
 from llama_fast.speculation import Speculation
 from llama_ref.checkpoint import Checkpoint
 from oracle.adapters import FastSubject, Rows
 from oracle.cases import random_row
-from oracle.compare import Verdict, empty
+from oracle.certificate import Certificate
+from oracle.compare import Check, Verdict, empty
 from oracle.judge import Bench
+from oracle.rejection import Tables, worst_error
 from oracle.verify import references
 
 
@@ -91,3 +95,41 @@ def judge_speculation(
     truth, yardstick = references(runner, checkpoint)
     subject = SpeculativeSubject(runner, draft, batch, cache_length)
     return Bench(truth, yardstick).greedy(subject, rows, new_tokens)
+
+
+def verify_speculation(
+    certificate: Certificate,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    proposers: Callable[[torch.dtype], Sequence[Speculation]],
+    prompts: Sequence[Sequence[int]] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Add to a certificate: the law of `accept` by enumeration, and greedy streams with every proposer, in both types."""
+    certificate.parts["acceptance law"] = judge_acceptance()
+    for of_type in dict.fromkeys((torch.float32, dtype)):
+        name = str(of_type).removeprefix("torch.")
+        progress(f"{name}: speculation")
+        runner = build(checkpoint, plan, device, of_type)
+        for draft in proposers(of_type):
+            verdict = judge_speculation(runner, checkpoint, draft, prompts)
+            kind = type(draft).__name__.lower()
+            certificate.parts[f"{name} {kind}"] = verdict
+
+
+def judge_acceptance() -> Verdict:
+    """What `accept` emits has the target's joint law: three tokens of vocabulary, two proposals, impossible tokens too."""
+    generator = torch.Generator().manual_seed(1)
+
+    def law(*shape: int) -> Tensor:
+        weight = torch.rand(shape, dtype=torch.float64, generator=generator)
+        weight = torch.where(weight < 0.3, 0.0, weight) + torch.eye(3, dtype=torch.float64)[0] * 1e-3
+        return weight / weight.sum(-1, keepdim=True)
+
+    worst = 0.0
+    for _ in range(2):
+        tables = Tables([law(3), law(3, 3), law(3, 3, 3)], [law(3), law(3, 3)])
+        worst = max(worst, worst_error(accept, tables))
+    return Verdict((Check("largest error of a probability", worst, 1e-12, "", 2 * 27),))

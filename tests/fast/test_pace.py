@@ -1,0 +1,134 @@
+"""The choice of k: the formula, what is tried, what it may cost to find out, and that a group decides as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llama_fast import rounds
+from llama_fast.build import Runner, build
+from llama_fast.generate import generate
+from llama_fast.optimisations.speculative import Draft, Ngram
+from llama_fast.optimisations.static_cache import Static
+from llama_fast.optimisations.tensor_parallel import TensorParallel
+from llama_fast.pace import DRAFT, PLAIN, Costs, Pace, expected_tokens, speedup
+from llama_fast.plan import Plan
+from llama_ref.checkpoint import Checkpoint
+
+
+@given(st.floats(0, 1), st.integers(1, 9))
+def test_expected_tokens_is_the_sum_over_accepted_lengths(a: float, k: int) -> None:
+    lengths = [a**n * (1 - a) for n in range(k)] + [a**k]
+    assert expected_tokens(a, k) == pytest.approx(sum((n + 1) * p for n, p in enumerate(lengths)), abs=1e-9)
+
+
+def test_the_formula() -> None:
+    assert speedup(0.9, 5, 0.25) == pytest.approx((1 - 0.9**6) / (0.1 * 2.25))
+    assert speedup(1.0, 7, 0.571, 1.19) == pytest.approx(8 / (1.19 + 7 * 0.571))
+    assert all(speedup(a, k, 0.9) < 1.06 for a in (0.5, 0.9, 1.0) for k in (1, 2, 5, 8)), (
+        "a draft as slow as its target"
+    )
+
+
+def paced(c: float, v: float, ks: tuple[int, ...] = (1, 2, 4, 7), new_tokens: int = 200) -> Pace:
+    costs = Costs()
+    for kind, seconds in ((PLAIN, 1.0), (DRAFT, c), *((k, v) for k in ks)):
+        for _ in range(2):
+            costs.add(kind, seconds)
+    return Pace(ks, costs, new_tokens)
+
+
+def play(pace: Pace, stood: int | None, rounds: int = 200) -> list[int]:
+    """The ks chosen where `stood` proposals stand in every round; None: all."""
+    chosen = []
+    for _ in range(rounds):
+        k = pace.choose([0], 1000)
+        chosen.append(k)
+        if k:
+            n = k if stood is None else min(stood, k)
+            pace.record(k, [0], [n], [n + 1])
+        else:
+            pace.rest()
+    return chosen
+
+
+def test_it_takes_the_best_k_and_none_where_none_wins() -> None:
+    assert set(play(paced(0.1, 1.1), None)[20:]) == {7}
+    assert set(play(paced(0.1, 1.1), 2)[20:]) <= {2, 4}, "where two stand, seven are too many"
+    assert set(play(paced(0.9, 1.2), None)) == {0}, "no k can win: it is not even tried"
+    failing = play(paced(0.0, 2.5, (7,)), 0)
+    assert 1 <= sum(k > 0 for k in failing) <= 5 and failing[-1] == 0
+
+
+@given(st.floats(1.0, 6.0), st.floats(0.0, 1.0), st.integers(50, 400))
+def test_finding_out_costs_a_bounded_share(v: float, c: float, new_tokens: int) -> None:
+    """However long nothing stands: two per cent of the request, and at most one round beyond."""
+    pace = paced(c, v, (7,), new_tokens)
+    play(pace, 0, new_tokens)
+    assert pace.balance >= -max(1.0, 0.02 * new_tokens) - (v + 7 * c)
+
+
+def test_costs_are_medians_without_the_first_sample() -> None:
+    costs = Costs()
+    for seconds in (100.0, 1.0, 3.0, 2.0):
+        costs.add(PLAIN, seconds)
+    costs.add(5, 3.0)
+    assert costs.medians[PLAIN] == 2.0 and costs.v(5) == costs.v(2) == 1.5 and costs.c is None
+    for _ in range(50):
+        costs.add(PLAIN, 4.0)
+    assert costs.medians[PLAIN] == 4.0 and costs.count(PLAIN) < 12
+
+
+def test_a_member_that_is_slower_decides_as_the_others() -> None:
+    """What `agree` gives to all is what counts, not what a member measured."""
+    told = {}
+    for rank, slow in enumerate((1.0, 5.0)):
+        costs = Costs(agree=lambda seconds: 2.0)
+        for kind in (PLAIN, DRAFT, 4):
+            costs.add(kind, slow * (1 if kind == PLAIN else 3))
+        told[rank] = (costs.c, costs.v(4))
+    assert told[0] == told[1] == (1.0, 1.0)
+
+
+def test_a_group_agrees_through_its_sum(untied: Checkpoint) -> None:
+    runner = build(untied, Plan(cache=Static()), "cpu")
+    assert rounds.agreement(runner)(1.5) == 1.5
+    of_two = dataclasses.replace(runner, plan=Plan(shard=TensorParallel(0, 2, all_reduce=lambda x: x + 2.5)))
+    assert rounds.agreement(of_two)(1.5) == 4.0
+
+
+class Slow:
+    """A runner whose every step takes a while."""
+
+    def __init__(self, runner: Runner, seconds: float):
+        self._runner, self._seconds = runner, seconds
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._runner, name)
+
+    def step(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        time.sleep(self._seconds)
+        return self._runner.step(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_draft_that_cannot_win_is_given_up_with_a_notice(untied: Checkpoint) -> None:
+    target = build(untied, Plan(cache=Static()), "cpu")
+    slow, quick = Slow(target, 0.03), Slow(target, 0.02)
+    plain = generate(target, [[5, 17, 3], [88]], 60).completions
+    done = generate(quick, [[5, 17, 3], [88]], 60, draft=Draft(slow))  # type: ignore[arg-type]
+    counted = done.speculation
+    assert done.completions == plain and counted is not None
+    assert counted.plain_steps > 40 and "no k up to 7 wins" in counted.notice
+    fast = generate(slow, [[5, 17, 3], [88]], 60, draft=Draft(target)).speculation  # type: ignore[arg-type]
+    assert fast is not None and not fast.notice and fast.plain_steps < 10 and fast.tokens_per_round > 4
+
+
+def test_a_lookup_is_tried_where_something_repeats(untied: Checkpoint) -> None:
+    slow = Slow(build(untied, Plan(cache=Static()), "cpu"), 0.005)
+    done = generate(slow, [[5, 17, 3] * 8, [88]], 60, draft=Ngram())  # type: ignore[arg-type]
+    assert done.speculation is not None and done.speculation.rounds > 0
