@@ -30,9 +30,8 @@ def test_expected_tokens_is_the_sum_over_accepted_lengths(a: float, k: int) -> N
 def test_the_formula() -> None:
     assert speedup(0.9, 5, 0.25) == pytest.approx((1 - 0.9**6) / (0.1 * 2.25))
     assert speedup(1.0, 7, 0.571, 1.19) == pytest.approx(8 / (1.19 + 7 * 0.571))
-    assert all(speedup(a, k, 0.9) < 1.06 for a in (0.5, 0.9, 1.0) for k in (1, 2, 5, 8)), (
-        "a draft as slow as its target"
-    )
+    for k in (1, 2, 4, 7):
+        assert speedup(0.97, k, 0.9, 1.19) < 1, "a draft nearly as slow as its target"
 
 
 def paced(c: float, v: float, ks: tuple[int, ...] = (1, 2, 4, 7), new_tokens: int = 200) -> Pace:
