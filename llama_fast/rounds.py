@@ -113,7 +113,8 @@ def uniform_at(choose: Chooser, position_BN: Tensor, stream: int) -> Tensor:
 
 
 class Compilations:
-    """Small functions, compiled for fixed shapes where a runner's plan compiles anything at all; kept by their shapes.
+    """Small functions, compiled for fixed shapes where a runner's plan compiles its own; kept by their shapes. Beside a step of
+    ready-made kernels they are short as they are, and would take longer to compile than all of them.
 
     Each shape gets a copy of the function's code: a compiler keeps its results with the code, and no more than a few.
     """
@@ -123,7 +124,7 @@ class Compilations:
 
     def of(self, function: Callable[..., Any], runner: Runner, *shape: object) -> Callable[..., Any]:
         """`function`, or its compiled form for calls that are alike in `shape`."""
-        if isinstance(runner.plan.compiler, Eager):
+        if not runner.plan.compiler.compiles_each_shape:
             return function
         key = (function, *shape)
         if key not in self._known:
