@@ -21,8 +21,8 @@ from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
 
 JOINED = {"qkv": ("attention.wq", "attention.wk", "attention.wv"), "gate_up": ("feed_forward.w1", "feed_forward.w3")}
-STRIPE_BYTES = 64 << 20
-"""Rows that are read at once where whole rows are needed to keep some of their columns."""
+STRIPE_BYTES = 8 << 20
+"""Rows of a file that are held at once to be encoded: the host's memory is for this process's part, and little more."""
 ALONE = {"wo": "attention.wo", "w2": "feed_forward.w2"}
 
 
@@ -86,13 +86,15 @@ def encode_one(
     kept = dtype or source.dtype
     if not is_encoded(stem, config):
         return {"weight": read(source, part).to(device).to(kept)}
-    if encoding.name == "dense" or is_whole(part[1], source.shape[1]):
+    if encoding.name == "dense":
         return encoding.encode(read(source, part).to(device), kept)
     # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
-    rows = max(1, STRIPE_BYTES // (source.shape[1] * source.dtype.itemsize))
+    first, stop, _ = part[0].indices(source.shape[0])
+    on_file = not hasattr(source, "device")  # what has a device is in its memory, or drawn there whole
+    rows = max(1, STRIPE_BYTES // (source.shape[1] * source.dtype.itemsize)) if on_file else max(1, stop)
     stripes = []
-    for first in range(0, source.shape[0], rows):
-        stripe = encoding.encode(source[first : first + rows].to(device), kept)
+    for row in range(first, stop, rows):
+        stripe = encoding.encode(source[row : min(row + rows, stop)].to(device), kept)
         stripes.append({name: tensor.contiguous() for name, tensor in cut(stripe, (slice(None), part[1])).items()})
     return {name: torch.cat([stripe[name] for stripe in stripes]) for name in stripes[0]}
 
@@ -134,10 +136,6 @@ def rescaled(part: slice, size: int, length: int) -> slice:
     if start * length % size or stop * length % size:
         raise ValueError(f"columns {start} to {stop} of {size} part one of {length} groups")
     return slice(start * length // size, stop * length // size)
-
-
-def is_whole(part: slice, size: int) -> bool:
-    return part.indices(size) == (0, size, 1)
 
 
 def is_encoded(stem: str, config: LlamaConfig) -> bool:
