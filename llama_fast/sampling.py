@@ -90,6 +90,11 @@ class Chooser:
         words = [[seed & MASK_32, (seed >> 32) & MASK_32] for seed in seeds]
         self.key_B2 = torch.tensor(words, dtype=torch.int64, device=device)
 
+    @property
+    def code(self) -> tuple[object, ...]:
+        """What of it changes the code: two choosers with equal values here run the same compiled graph."""
+        return (self.greedy, self.coldest, self.top_k, self.nucleus, self.floored, self.seen_BV is not None)
+
     def __call__(self, logits_BV: Tensor, position_B: Tensor) -> Tensor:
         """The token [B] that stands at `position_B`; on equal logits the lowest id."""
         if self.seen_BV is not None:

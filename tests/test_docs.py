@@ -52,7 +52,9 @@ def commands() -> dict[str, set[str]]:
 
 def test_every_command_and_flag_has_its_line() -> None:
     sections = re.split(r"^## llama-fast ", (DOCS / "cli.md").read_text(), flags=re.M)[1:]
-    told = {section.split("\n", 1)[0].split()[0]: set(re.findall(r"[|,] `(--[a-z-]+)`", section)) for section in sections}
+    told = {
+        section.split("\n", 1)[0].split()[0]: set(re.findall(r"[|,] `(--[a-z-]+)`", section)) for section in sections
+    }
     real = commands()
     assert told.keys() == real.keys()
     for name, flags in real.items():

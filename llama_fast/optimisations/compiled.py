@@ -11,6 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -44,21 +45,37 @@ class Compiled:
         assert isinstance(model, Llama)
         on_gpu = next(model.buffers()).device.type == "cuda"
         shell = with_regions(model) if self.regions else model
-        run_decode = torch.compile(
-            decode, dynamic=False, fullgraph=True, options=GPU_OPTIONS if on_gpu else CPU_OPTIONS
-        )
-        run_prefill = torch.compile(prefill, dynamic=True, fullgraph=True) if on_gpu else prefill
+        options = GPU_OPTIONS if on_gpu else CPU_OPTIONS
+        steps: dict[tuple[object, ...], Phase] = {}
+        prefills: dict[tuple[object, ...], Phase] = {}
         marked: weakref.WeakSet[KVCache] = weakref.WeakSet()
 
-        def step(
+        def compiled_prefill(
+            unused: nn.Module, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser
+        ) -> tuple[Tensor, Tensor]:
+            if choose.code not in prefills:
+                prefills[choose.code] = torch.compile(own_code(prefill), dynamic=True, fullgraph=True)
+            return prefills[choose.code](model, tokens_BT, lengths_B, cache, choose)
+
+        def compiled_step(
             unused: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser
         ) -> tuple[Tensor, Tensor]:
             if cache not in marked:
                 mark_addresses(cache)
                 marked.add(cache)
-            return run_decode(shell, tokens_BT, start_B, cache, choose)
+            shape = (tokens_BT.shape, cache.length, choose.code)
+            if shape not in steps:
+                steps[shape] = torch.compile(own_code(decode), dynamic=False, fullgraph=True, options=options)
+            return steps[shape](shell, tokens_BT, start_B, cache, choose)
 
-        return run_prefill, step
+        return compiled_prefill if on_gpu else prefill, compiled_step
+
+
+def own_code(phase: Phase) -> Phase:
+    """The same function with a code object of its own: the compiler keeps its results with the code, at most eight, and a
+    program with nine lengths of cache would else end in an error."""
+    assert isinstance(phase, FunctionType)
+    return FunctionType(phase.__code__.replace(), phase.__globals__, phase.__name__)
 
 
 def mark_addresses(cache: KVCache) -> None:

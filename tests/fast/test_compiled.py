@@ -66,3 +66,13 @@ def test_compiled_is_eager_and_nothing_recompiles(
         greedy = generate(runner, [prompt], 20, cache=runner.allocate(1, 96)).completions[0].tokens
         assert all(token < 50 or token == 100 for token in greedy), "of two equal logits the lower id is taken"
     assert counters["stats"]["unique_graphs"] == warm, "something was compiled again after warm-up"
+
+
+def test_lengths_beyond_the_compilers_limit(untied: Checkpoint) -> None:
+    """PyTorch gives up on a function after eight compilations; here after one."""
+    torch._dynamo.reset()
+    plan = Plan(cache=Static(multiple=16), compiler=Compiled(), fuse_projections=True)
+    runner = build(untied, plan, "cpu", torch.float32)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        short, long = (generate(runner, [[3, 1, 4]], n).completions[0].tokens for n in (10, 20))
+    assert long[:10] == short
