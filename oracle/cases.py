@@ -40,15 +40,18 @@ def random_row(vocab_size: int, length: int, seed: int) -> tuple[int, ...]:
     return tuple(draw.randrange(vocab_size) for _ in range(length))
 
 
-def text_rows(encode: Callable[[str], list[int]], lengths: Sequence[int], skip: int = 0) -> list[tuple[int, ...]]:
-    """Consecutive stretches of the shipped text, each encoded as a text of its own (with BOS, if texts have one)."""
-    text = TEXT.read_text(encoding="utf-8")
-    rows, at = [], skip
+def text_rows(
+    encode: Callable[[str], list[int]], lengths: Sequence[int], text: str | None = None
+) -> list[tuple[int, ...]]:
+    """Consecutive stretches of the shipped text, or of another, each encoded as a text of its own (with BOS, if texts
+    have one). Another text may be too short: rows are then shorter, and those without a second token left out."""
+    text = TEXT.read_text(encoding="utf-8") if text is None else text
+    rows, at = [], 0
     for length in lengths:
         row = encode(text[at : at + 6 * length])[:length]
         rows.append(tuple(row))
         at += 6 * length
-    return rows
+    return [row for row in rows if len(row) > 1]
 
 
 def standard_case(

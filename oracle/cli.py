@@ -1,12 +1,11 @@
-"""`llama-oracle verify`: exit 0 AGREE, 1 DIFFER or EMPTY, 2 could not run (one line on stderr)."""
+"""`llama-oracle verify`, `record-cases`, `judge`: exit 0 AGREE, 1 DIFFER or EMPTY, 2 could not run (one line on stderr)."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,64 +18,187 @@ if TYPE_CHECKING:
 
     from llama_fast.plan import Plan
     from llama_fast.speculation import Speculation
+    from llama_ref.models import Model
+    from oracle.certificate import Certificate
+    from oracle.tokens import Encode
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+ModelFlag = Annotated[str, typer.Option(help="directory, GGUF file, hub id, smollm2-135m or random:NAME[:SEED]")]
+DeviceFlag = Annotated[str | None, typer.Option(help="cpu or cuda")]
+JsonFlag = Annotated[Path | None, typer.Option(help="write the certificate here")]
+HtmlFlag = Annotated[Path | None, typer.Option(help="write the certificate as a page with pictures here")]
 
 
 @app.callback()
 def _group() -> None:
-    """Judge a fast Llama against the reference: float64 truth, budgets from the reference's own rounding."""
+    """Judge a Llama against the reference: float64 truth, budgets from rounding and a stated false-alarm rate."""
 
 
 @app.command()
 def verify(
-    model: Annotated[
-        str, typer.Option(help="directory, GGUF file, hub id, smollm2-135m or random:NAME[:SEED]")
-    ] = "smollm2-135m",
+    model: ModelFlag = "smollm2-135m",
+    subject: Annotated[
+        str, typer.Option(help="ours, transformers, or package.module:function of tokens [B, T] to logits [B, T, V]")
+    ] = "ours",
     encoding: Annotated[
         str | None, typer.Option(help="how weights are stored; the checkpoint's own by default")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="judge the compiled phases")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="judge our own kernels; needs a GPU")] = False,
     draft: Annotated[
         str | None, typer.Option(help="judge speculation too: a model with the same vocabulary, or ngram")
     ] = None,
     draft_encoding: Annotated[str | None, typer.Option(help="how the draft's weights are stored")] = None,
     speculate: Annotated[int, typer.Option(help="tokens proposed in a round")] = 5,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    device: DeviceFlag = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16")] = None,
-    json: Annotated[Path | None, typer.Option(help="write the certificate here")] = None,
+    text: Annotated[Path | None, typer.Option(help="measure drift on this text instead of the shipped one")] = None,
+    json: JsonFlag = None,
+    html: HtmlFlag = None,
 ) -> None:
-    """Judge prefill, decoding, greedy tokens and every stage of a model; for a lossy encoding also its cost."""
-    import torch
+    """Judge prefill, decoding, every stage, text, sampling, stop rules, files; for a lossy encoding also its cost."""
 
+    from llama_fast import presets
     from llama_fast.build import default_dtype, where
-    from llama_fast.presets import encoding_named, optimised
     from llama_ref.models import resolve
     from oracle.cases import text_rows
     from oracle.speculation import verify_speculation
+    from oracle.verify import Extras, verify_other
     from oracle.verify import verify as run
 
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype is not None and dtype not in named:
-        raise ValueError(f"unknown dtype {dtype!r} (known: {', '.join(named)})")
-    if json is not None and not json.parent.is_dir():
-        raise ValueError(f"{json.parent}: no such directory, the certificate could not be written")
+    in_type = None if dtype is None else dtype_named(dtype, ("float32", "bfloat16"))
+    writable(json, html)
+    if fused and compile:
+        raise ValueError("--fused and --compile are two ways to decode: choose one")
+    if subject != "ours" and (fused or compile or encoding or draft):
+        raise ValueError(f"--encoding, --compile, --fused and --draft are for our own models, not for {subject!r}")
     on = where(device)
-    in_type = default_dtype(on) if dtype is None else named[dtype]
+    if fused and on.type != "cuda":
+        raise ValueError("--fused needs a CUDA device: on a CPU judge --compile")
+    in_type = in_type or default_dtype(on)
+    other = None if text is None else text.read_text(encoding="utf-8")
     found = resolve(model)
     checkpoint = found.open(device=on, dtype=in_type)
-    plan = optimised(encoding_named(encoding or checkpoint.encoding), compile)
-    encode = found.tokenizer().encode if found.has_tokenizer else None
+    encode, witness = texts(found)
+    if subject != "ours":
+        other_subject = other_named(subject, found, checkpoint.config.vocab_size, in_type, on)
+        finish(verify_other(other_subject, checkpoint, on, encode, model, say), json, html)
+    kept = presets.encoding_named(encoding or checkpoint.encoding)
+    plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
+    words = ["--model", model, "--encoding", kept.name, "--device", on.type, "--dtype", str(in_type)[6:]]
+    extras = Extras(
+        tokenizer=found.tokenizer() if found.has_tokenizer else None,
+        witness=witness,
+        text=other,
+        again=None if compile else [*words, *(["--fused"] if fused else [])],
+    )
     proposers = proposers_named(draft, draft_encoding, speculate, plan, on)
-    said = partial(print, "·", file=sys.stderr, flush=True)
-    certificate = run(checkpoint, plan, on, in_type, encode, model, said)
+    certificate = run(checkpoint, plan, on, in_type, encode, model, say, extras)
     if proposers is not None:
         prompts = text_rows(encode, [7, 12]) if encode is not None else ()
-        verify_speculation(certificate, checkpoint, plan, on, in_type, proposers, prompts, said)
-    print(certificate.to_text(), end="")
-    if json is not None:
-        json.write_text(certificate.to_json(), encoding="utf-8")
-    raise typer.Exit(0 if certificate.outcome is Outcome.AGREE else 1)
+        verify_speculation(certificate, checkpoint, plan, on, in_type, proposers, prompts, say)
+    finish(certificate, json, html)
+
+
+@app.command("record-cases")
+def record_cases(
+    model: ModelFlag = "smollm2-135m",
+    out: Annotated[Path, typer.Option(help="the file to write")] = Path("cases.json"),
+) -> None:
+    """Write the tokens that another engine is to be judged on."""
+    from llama_ref.models import resolve
+    from oracle.cases import standard_case
+    from oracle.recorded import Cases
+
+    writable(out)
+    found = resolve(model)
+    config = found.open().config
+    case = standard_case(config.vocab_size, config.max_context, texts(found)[0])
+    out.write_text(Cases.of(case, model, config.vocab_size).to_json(), encoding="utf-8")
+    rows = ", ".join(f"row.{i} [{len(row)}, {config.vocab_size}]" for i, row in enumerate(case.rows))
+    print(f"{out}: write the logits of these rows to a .safetensors file: {rows}")
+
+
+@app.command("judge")
+def judge_file(
+    cases: Annotated[Path, typer.Option(help="what record-cases wrote")],
+    logits: Annotated[Path, typer.Option(help=".safetensors with row.0, row.1, ... [T, V]; greedy.0, ... [n]")],
+    model: Annotated[str | None, typer.Option(help="the model; by default the one named in the cases")] = None,
+    device: DeviceFlag = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="the arithmetic's type: float32, bfloat16 or float16; by default the logits' own")
+    ] = None,
+    json: JsonFlag = None,
+    html: HtmlFlag = None,
+) -> None:
+    """Judge logits that were computed elsewhere, and if they are there, greedy tokens and stages."""
+    from llama_fast.build import where
+    from llama_ref.models import resolve
+    from oracle.certificate import Certificate
+    from oracle.recorded import Cases, Recorded, judge_recorded, traces
+    from oracle.verify import add_stages, bench_for, subject_of
+
+    writable(json, html)
+    in_type = None if dtype is None else dtype_named(dtype, ("float32", "bfloat16", "float16"))
+    asked, recorded = Cases.read(cases), Recorded.read(logits)
+    in_type, on = in_type or recorded.dtype, where(device)
+    checkpoint = resolve(model or asked.model).open(device=on, dtype=in_type)
+    if checkpoint.config.vocab_size != asked.vocab_size:
+        raise ValueError(f"{cases}: made for a vocabulary of {asked.vocab_size}, not {checkpoint.config.vocab_size}")
+    if max(map(len, asked.rows), default=0) > checkpoint.config.max_context:
+        raise ValueError(f"{cases}: a row exceeds the model's context of {checkpoint.config.max_context}")
+    certificate = Certificate(subject_of(model or asked.model, str(logits.name), None, on, in_type))
+    bench = bench_for(checkpoint, in_type, on)
+    certificate.parts.update(judge_recorded(bench, asked, recorded))
+    certificate.positions[str(in_type)[6:]] = bench.curves
+    rows, shown = traces(asked, recorded)
+    if rows:
+        add_stages(certificate, str(in_type)[6:], rows, shown, bench)
+    if certificate.outcome is Outcome.DIFFER and dtype is None:
+        told = f"judged as {str(in_type)[6:]}, the logits' own type: if the arithmetic was narrower, say --dtype"
+        certificate.notes.append(told)
+    finish(certificate, json, html)
+
+
+def dtype_named(name: str, known: Sequence[str]) -> torch.dtype:
+    import torch
+
+    if name not in known:
+        raise ValueError(f"unknown dtype {name!r} (known: {', '.join(known)})")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def writable(*files: Path | None) -> None:
+    """Raise ValueError for a file whose directory is not there: better now than after a minute."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file.parent}: no such directory, {file.name} could not be written")
+
+
+def texts(found: Model) -> tuple[Encode | None, Encode | None]:
+    """How a model's texts become ids: by its tokenizer, and by an independent reader of the same directory, if any."""
+    if not found.has_tokenizer:
+        return None, None
+    ours = found.tokenizer().encode
+    assert found.path is not None
+    if not (found.path / "tokenizer.json").is_file():
+        return ours, None
+    from transformers import AutoTokenizer
+
+    return ours, AutoTokenizer.from_pretrained(found.path).encode
+
+
+def other_named(name: str, found: Model, vocab_size: int, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
+    """ "transformers" or "package.module:function" as a Subject."""
+    from oracle.others import callable_named, open_transformers
+
+    if name != "transformers":
+        return callable_named(name, vocab_size, dtype, device)
+    if found.path is None:
+        raise ValueError("transformers reads files: a random model has none")
+    return open_transformers(found.path, dtype, device)
 
 
 def proposers_named(
@@ -103,6 +225,22 @@ def proposers_named(
         return [Draft(build(checkpoint, plan, device, dtype), k)]
 
     return of_type
+
+
+def say(step: str) -> None:
+    print(f"· {step}", file=sys.stderr, flush=True)
+
+
+def finish(certificate: Certificate, json: Path | None, html: Path | None) -> None:
+    """Print, write, end with the exit code."""
+    print(certificate.to_text(), end="")
+    if json is not None:
+        json.write_text(certificate.to_json(), encoding="utf-8")
+    if html is not None:
+        from oracle.page import page
+
+        html.write_text(page(certificate), encoding="utf-8")
+    raise typer.Exit(0 if certificate.outcome is Outcome.AGREE else 1)
 
 
 def main() -> None:

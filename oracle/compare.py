@@ -1,20 +1,20 @@
 """Logits judged by what their own number type costs. Pure functions on tensors; nothing here knows a Llama.
 
 Three sets of logits of the same tokens come in: the subject's, the truth's (float64) and a yardstick's (a plain
-implementation in the subject's own type). What the type costs is the yardstick's error against the truth; a subject
-agrees if its error, divided by the yardstick's, stays below a factor, in four statistics:
+implementation in the subject's own type, best in several orders of summation). What the type costs is the yardstick's
+error against the truth; a subject agrees if its error, divided by the yardstick's, stays below a factor, in four
+statistics: the RMS over the whole run, over any window of 32 positions, over the vocabulary at any position, and the
+largest error at any position. The fewer numbers a statistic averages, the wider two innocent roundings scatter.
+The factors follow from a stated false-alarm rate (budget.py); for 225 positions of logits they are
 
                                                             bfloat16   float32
-    whole           RMS over all positions                  1.3        2
-    window          RMS over any 32 positions of a row      1.6        2.5
-    position RMS    RMS over the vocabulary, any position   4          6
-    position max    largest error, any position             5          8
+    whole           RMS over all positions                  1.27       3.2
+    window          RMS over any 32 positions of a row      1.5        3.9
+    position RMS    RMS over the vocabulary, any position   3.6        13
+    position max    largest error, any position             5.9        17
 
-The fewer numbers a statistic averages, the wider two innocent roundings scatter, hence the growing factors; fewer
-positions than usual get a factor in between. Legal variants (fused attention, permuted sums, split sums; 30 seeds)
-reached 1.13, 1.28, 2.3 and 3.2 in bfloat16, where one rounding of each result is most of the error. In float32 it is the
-order of summation, which differs from kernel to kernel (a sum in 16 lanes errs 1.8 times less than one in a row), and
-faults stand out 17 times and more: so the factors are wider there.
+In float32 the order of summation is all of the error, which differs from kernel to kernel (a sum in 16 lanes errs 1.8
+times less than one in a row); faults stand out there 17 times and more.
 
 Logits are compared up to one constant per position, which neither softmax nor sampling sees (so log-probabilities may
 be judged as well). It must go: a trained model's rounding error is mostly such a shift of all logits together. On
@@ -38,9 +38,9 @@ position shows there, or in its stage.
 Parts of a block are compared by another measure: each number's error is divided by its own size plus the median size
 at its position. A trained model has single activations a thousand times the others, and without this the rounding of
 one number would be all that is compared. What cancels to a small number there keeps a large error, so a position's
-largest error gets a wide factor; and of a single sum the order matters most, so in float32 all factors are doubled.
+largest error gets a wide factor.
 
-Shapes: T positions, V vocabulary.
+Shapes: T positions, V vocabulary, O orders of the yardstick.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from oracle.budget import Factors
+from oracle.budget import factors as factors_of
+
 ROUNDING_RMS = 0.39  # RMS of one rounding / (unit x RMS of the rounded): 1/sqrt(3) over a binade's RMS of 1.47
 ROUNDING_MAX = 0.5  # least bound of one rounding / (unit x value), just below a power of two
-NARROW = 1e-5  # a unit roundoff above this is that of bfloat16 or float16
 FEW = 8  # positions too few to set one aside
 TINY = 1e-290  # what a denominator is at least
 UNLIKE = 0.7  # relative error of logits that no longer resemble the truth
@@ -68,37 +70,6 @@ class Outcome(str, Enum):
     AGREE = "AGREE"
     DIFFER = "DIFFER"
     EMPTY = "EMPTY"
-
-
-@dataclass(frozen=True)
-class Factors:
-    """How much larger than the yardstick's error the subject's may be; `window_positions` is a window's length."""
-
-    whole: float = 1.3
-    window: float = 1.6
-    position_rms: float = 4.0
-    position_max: float = 5.0
-    window_positions: int = 32
-    set_aside: float = 0.0
-    """Share of the positions that may be chaotic."""
-
-    @classmethod
-    def of_unit(cls, unit: float) -> Factors:
-        """Those for logits of a type with this unit roundoff."""
-        return cls(set_aside=1 / 64) if unit > NARROW else cls(2.0, 2.5, 6.0, 8.0)
-
-    @classmethod
-    def of_stage(cls, unit: float) -> Factors:
-        """Those for a part of a block."""
-        return cls(position_max=16.0) if unit > NARROW else cls(3.0, 4.0, 8.0, 32.0)
-
-    def of_average(self, positions: int) -> float:
-        """The factor for an RMS over so many positions, in bfloat16: 1 -> 4.0, 32 -> 1.6, 200 and more -> 1.3.
-
-        The excess over 1 falls as a power of the number of positions, as the scatter of an average does.
-        """
-        power = math.log((self.position_rms - 1) / (self.window - 1)) / math.log(self.window_positions)
-        return max(self.whole, 1 + (self.position_rms - 1) * math.pow(positions, -power))
 
 
 @dataclass(frozen=True)
@@ -177,11 +148,11 @@ def compare_logits(
 ) -> Verdict:
     """The four statistics over rows of logits [T_b, V], up to a constant per position.
 
-    `unit` is `unit_roundoff` of the subject's type; `starts` are the rows' first positions. Truth and yardstick must be
-    finite; a subject that is not DIFFERs at the position named. Rows or positions missing, or another vocabulary, are
-    DIFFER too.
+    `unit` is `unit_roundoff` of the subject's type; `starts` are the rows' first positions. A yardstick in several
+    orders is [O, T_b, V]: its squared error is the mean over them. Truth and yardstick must be finite; a subject that is
+    not DIFFERs at the position named. Rows or positions missing, or another vocabulary, are DIFFER too.
     """
-    factors = Factors.of_unit(unit) if factors is None else factors
+    factors = factors_of("logits", unit, orders_of(yardstick)) if factors is None else factors
     return _compare(subject, truth, yardstick, unit, starts, factors, centred=True)
 
 
@@ -191,20 +162,90 @@ def compare_stage(
     yardstick: Sequence[Tensor],
     unit: float,
     factors: Factors | None = None,
+    kind: str = "product",
 ) -> Verdict:
-    """The same for rows [T_b, features] of a part of a block, each error relative to the size of its number."""
+    """The same for rows [T_b, features] of a part of a block, each error relative to the size of its number.
+
+    `kind`: product, attention, gate or pointwise, which scatter unlike.
+    """
+    factors = factors_of(kind, unit, orders_of(yardstick)) if factors is None else factors
     wrong = misfit(subject, truth)
     if wrong:
         return Verdict((Check("shape", 1.0, 0.0, wrong),))
+    return _compare(*_scaled(subject, truth, yardstick), unit, None, factors, centred=False)
+
+
+def ratios(
+    subject: Sequence[Tensor], truth: Sequence[Tensor], yardstick: Sequence[Tensor], unit: float, stage: bool = False
+) -> dict[str, Tensor]:
+    """The ratios behind a verdict, for who measures their spread: whole [1], window [W], position_rms and _max [T].
+
+    Nothing is set aside in them but what a verdict sets aside too.
+    """
+    factors = factors_of("product" if stage else "logits", unit, orders_of(yardstick))
+    three = _scaled(subject, truth, yardstick) if stage else (subject, truth, yardstick)
+    rows = [
+        _Errors.of(s, t, y, unit, row, 0, not stage)
+        for row, (s, t, y) in enumerate(zip(*three, strict=True))
+        if t.numel()
+    ]
+    positions = sum(len(row.square) for row in rows)
+    rows, _ = _set_aside(rows, math.ceil(factors.set_aside * positions) if positions >= FEW else 0)
+    measured = _Ratios.of(rows, factors)
+    counted = [row.counted for row in rows]
+    return {
+        "whole": torch.tensor([measured.whole]),
+        "window": torch.tensor([check.measured for check in measured.windows]),
+        "position_rms": torch.cat([r[c] for r, c in zip(measured.rms, counted)]),
+        "position_max": torch.cat([r[c] for r, c in zip(measured.largest, counted)]),
+    }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One row's relative error (RMS over the vocabulary / the truth's RMS) at every position, and what was allowed."""
+
+    subject: list[float]
+    yardstick: list[float]
+    budget: list[float]
+
+
+def curves(subject: Sequence[Tensor], truth: Sequence[Tensor], yardstick: Sequence[Tensor], unit: float) -> list[Curve]:
+    """The pictures of a comparison of logits; empty where it could not be made."""
+    if misfit(subject, truth) or not truth:
+        return []
+    three = zip(subject, truth, yardstick, strict=True)
+    rows = [_Errors.of(s, t, y, unit, row, 0, True) for row, (s, t, y) in enumerate(three) if t.numel()]
+    factors = factors_of("logits", unit, orders_of(yardstick))
+    factor, _ = factors.of_position(sum(len(row.square) for row in rows))
+    blunt = _Ratios.of(rows, factors).blunt
+    found = []
+    for row in rows:
+        size = row.truth_square.clamp(min=TINY)
+        own, plain = (row.square / size).sqrt(), (row.yardstick_floored / size).sqrt()
+        allowed = factor * (row.typical_square(blunt) / size).sqrt()
+        found.append(Curve(own.tolist(), plain.tolist(), allowed.tolist()))
+    return found
+
+
+def orders_of(yardstick: Sequence[Tensor]) -> int:
+    """In how many orders a yardstick was run: rows are [T, V] or [O, T, V]."""
+    return yardstick[0].shape[0] if yardstick and yardstick[0].dim() == 3 else 1
+
+
+def _scaled(
+    subject: Sequence[Tensor], truth: Sequence[Tensor], yardstick: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Stages divided by the sizes of their numbers."""
     own: list[Tensor] = []
     true: list[Tensor] = []
     plain: list[Tensor] = []
     for s_TF, t_TF, y_TF in zip(subject, truth, yardstick, strict=True):
-        t_TF = t_TF.double().flatten(1)
+        t_TF = t_TF.double()
         scale_TF = _size(t_TF) if t_TF.numel() else t_TF
         for rows, value in ((own, s_TF), (true, t_TF), (plain, y_TF)):
-            rows.append(value.to(t_TF.device).double().flatten(1) / scale_TF)
-    return _compare(own, true, plain, unit, None, factors or Factors.of_stage(unit), centred=False)
+            rows.append(value.to(t_TF.device).double() / scale_TF)
+    return own, true, plain
 
 
 def _size(truth_TF: Tensor) -> Tensor:
@@ -240,26 +281,47 @@ def _compare(
     positions = finite.compared
     rows, aside = _set_aside(rows, math.ceil(factors.set_aside * positions) if positions >= FEW else 0)
     checks = [finite, *([aside] if aside else [])]
-    yardstick_square, truth_square = (
-        _total(part) for part in zip(*((r.yardstick_square, r.truth_square) for r in rows))
-    )
-    blunt = math.sqrt(yardstick_square / max(truth_square, 1e-300))
-    if not blunt <= UNINFORMATIVE:
-        return empty("yardstick", f"a relative error of {blunt:.2g} in the plain implementation: no conclusion")
-
-    square, floored = (_total(part) for part in zip(*((r.square, r.yardstick_floored) for r in rows)))
-    windows = [window for row in rows for window in row.windows(factors, blunt)]
-    rms = [(row.square / row.typical_square(blunt)).sqrt() for row in rows]
-    largest = [row.largest / row.typical_largest(blunt) for row in rows]
+    measured = _Ratios.of(rows, factors)
+    if not measured.blunt <= UNINFORMATIVE:
+        return empty(
+            "yardstick", f"a relative error of {measured.blunt:.2g} in the plain implementation: no conclusion"
+        )
+    rms, largest = factors.of_position(positions)
     return Verdict(
         (
             *checks,
-            Check("whole", math.sqrt(square / floored), factors.of_average(positions), "", positions),
-            replace(max(windows, key=_use_of_budget), compared=positions),
-            _worst("position RMS", rows, rms, factors.position_rms, positions),
-            _worst("position max", rows, largest, factors.position_max, positions),
+            Check("whole", measured.whole, factors.of_average(positions), "", positions),
+            replace(max(measured.windows, key=_use_of_budget), compared=positions),
+            _worst("position RMS", rows, measured.rms, rms, positions),
+            _worst("position max", rows, measured.largest, largest, positions),
         )
     )
+
+
+@dataclass(frozen=True)
+class _Ratios:
+    """The subject's errors as ratios to the yardstick's; `blunt` is the yardstick's own relative error."""
+
+    blunt: float
+    whole: float
+    windows: list[Check]
+    rms: list[Tensor]  # [T] of each row
+    largest: list[Tensor]
+
+    @classmethod
+    def of(cls, rows: Sequence[_Errors], factors: Factors) -> _Ratios:
+        sums = zip(*((r.square, r.yardstick_square, r.yardstick_floored, r.truth_square) for r in rows))
+        square, yardstick, floored, truth = (_total(part) for part in sums)
+        blunt = math.sqrt(yardstick / max(truth, 1e-300))
+        if not blunt <= UNINFORMATIVE:
+            return cls(blunt, math.nan, [], [], [])
+        return cls(
+            blunt,
+            math.sqrt(square / floored),
+            [window for row in rows for window in row.windows(factors, blunt, sum(len(r.square) for r in rows))],
+            [(row.square / row.typical_square(blunt)).sqrt() for row in rows],
+            [row.largest / row.typical_largest(blunt) for row in rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -295,14 +357,16 @@ class _Errors:
         rounding_largest = truth_TV.abs().amax(-1) * (ROUNDING_MAX * unit)
         if centred:
             own_TV, other_TV, truth_TV = centred_rows(own_TV), centred_rows(other_TV), centred_rows(truth_TV)
-        other_square = other_TV.square().sum(-1)
+        other_square, other_largest = other_TV.square().sum(-1), other_TV.abs().amax(-1)
+        if other_TV.dim() == 3:  # several orders: one number that stands for all
+            other_square, other_largest = other_square.mean(0), other_largest.square().mean(0).sqrt()
         return cls(
             square=own_TV.square().sum(-1).cpu(),
             yardstick_square=other_square.cpu(),
             yardstick_floored=other_square.maximum(rounding_square).clamp(min=TINY).cpu(),
             truth_square=truth_TV.square().sum(-1).cpu(),
             largest=own_TV.abs().amax(-1).cpu(),
-            yardstick_largest=other_TV.abs().amax(-1).maximum(rounding_largest).clamp(min=TINY).cpu(),
+            yardstick_largest=other_largest.maximum(rounding_largest).clamp(min=TINY).cpu(),
             truth_largest=truth_TV.abs().amax(-1).cpu(),
             row=row,
             start=start,
@@ -332,9 +396,10 @@ class _Errors:
     def typical_largest(self, relative: float) -> Tensor:
         return self.yardstick_largest.maximum(self.truth_largest * relative)
 
-    def windows(self, factors: Factors, relative: float) -> list[Check]:
+    def windows(self, factors: Factors, relative: float, positions: int) -> list[Check]:
         """Every window of the row; the last one reaches back so as to be full, a shorter row is one shorter window."""
         T, length = len(self.square), factors.window_positions
+        among = max(1, positions // length)
         allowed = self.yardstick_floored if length <= T else self.typical_square(relative)
         begins = sorted({*range(0, max(T - length, 0) + 1, length), max(T - length, 0)})
         checks = []
@@ -344,7 +409,7 @@ class _Errors:
             if counted:
                 ratio = math.sqrt(float(self.square[begin:end].sum() / allowed[begin:end].sum()))
                 place = f"row {self.row}, positions {self.start + begin}-{self.start + end - 1}"
-                checks.append(Check("window", ratio, factors.of_average(counted), place))
+                checks.append(Check("window", ratio, factors.of_average(counted, among), place))
         return checks
 
     def at(self, index: int) -> str:

@@ -19,18 +19,21 @@ from oracle.greedy import first_argmax
 
 BLOCK_POSITIONS = 32
 RESAMPLES = 400
+QUANTILES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
 SURE = 2.0  # standard errors: a budget counts as exceeded where the whole interval lies beyond it
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic and its standard error."""
+    """A statistic, its standard error, and the interval that holds 95% of what resampling gives."""
 
     value: float
     error: float
+    low: float = math.nan
+    high: float = math.nan
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} +- {self.error:.1g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Drift:
 
     positions: int
     kld_mean: Estimate
+    kld_median: Estimate
     kld_p99: Estimate
+    kld_p999: Estimate
     top1_agreement: Estimate
     perplexity_ratio: Estimate
 
@@ -85,6 +90,11 @@ class Tally:
                 excess.append(torch.cat([surprise, surprise.new_full((len(log_p) - len(following),), math.nan)]))
         return cls(torch.cat(kld), torch.cat(same), torch.cat(excess)) if kld else cls(*[torch.zeros(0)] * 3)
 
+    def histogram(self) -> list[int]:
+        """How many positions have a divergence of 10^-12 to 10^2, in 28 half decades; what is outside goes to the ends."""
+        half_decades = ((self.kld.clamp(min=1e-12).log10() + 12) * 2).long().clamp(0, 27)
+        return torch.bincount(half_decades, minlength=28).tolist()  # type: ignore[no-any-return]
+
     def __add__(self, other: Tally) -> Tally:
         pairs = ((self.kld, other.kld), (self.same, other.same), (self.excess, other.excess))
         return Tally(*(torch.cat(pair) for pair in pairs))
@@ -94,7 +104,7 @@ def measure(tally: Tally) -> Drift:
     """The statistics and their standard errors by a block bootstrap with a fixed seed: same numbers in, same out."""
     T = len(tally.kld)
     if not T:
-        return Drift(0, *[Estimate(math.nan, math.nan)] * 4)
+        return Drift(0, *[Estimate(math.nan, math.nan)] * 6)
     blocks = max(1, T // BLOCK_POSITIONS)
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(blocks, (RESAMPLES, blocks), generator=generator)
@@ -103,16 +113,20 @@ def measure(tally: Tally) -> Drift:
 
     def estimate(values_T: Tensor, statistic: str) -> Estimate:
         def of(v: Tensor) -> Tensor:
-            if statistic == "p99":
-                return v.quantile(0.99, dim=-1)
+            if statistic in QUANTILES:
+                return v.quantile(QUANTILES[statistic], dim=-1)
             return v.nanmean(-1).exp() if statistic == "ratio" else v.nanmean(-1)
 
-        return Estimate(float(of(values_T)), float(of(values_T[index_RT]).std()))
+        again_R = of(values_T[index_RT])
+        low, high = again_R.quantile(0.025), again_R.quantile(0.975)
+        return Estimate(float(of(values_T)), float(again_R.std()), float(low), float(high))
 
     return Drift(
         T,
         estimate(tally.kld, "mean"),
+        estimate(tally.kld, "median"),
         estimate(tally.kld, "p99"),
+        estimate(tally.kld, "p999"),
         estimate(tally.same, "mean"),
         estimate(tally.excess, "ratio"),
     )

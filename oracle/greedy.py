@@ -20,15 +20,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from oracle.budget import Factors
+from oracle.budget import factors as factors_of
 from oracle.compare import (
     ROUNDING_MAX,
     ROUNDING_RMS,
     Check,
-    Factors,
     Verdict,
     centred_rows,
     empty,
     misfit,
+    orders_of,
     peak,
 )
 
@@ -50,7 +52,8 @@ class Continuation:
 
 def compare_greedy(runs: Sequence[Continuation], unit: float, factors: Factors | None = None) -> Verdict:
     """The three checks: own argmax, margin of every disagreement, number of ties."""
-    factors = Factors.of_unit(unit) if factors is None else factors
+    orders = orders_of([run.yardstick for run in runs])
+    factors = factors_of("logits", unit, orders) if factors is None else factors
     total = sum(len(run.tokens) for run in runs)
     if not total:
         return empty("tokens", "nothing was compared")
@@ -72,7 +75,8 @@ def _unfit(run: Continuation) -> str:
     outside = [token for token in run.tokens if not 0 <= token < V]
     if outside:
         return f"{outside[0]} is outside the vocabulary of {V}"
-    compared = [run.yardstick] if run.logits is None else [run.yardstick, run.logits]
+    one_order = run.yardstick[0] if run.yardstick.dim() == 3 else run.yardstick
+    compared = [one_order] if run.logits is None else [one_order, run.logits]
     return misfit(compared, [run.truth] * len(compared))
 
 
@@ -93,8 +97,9 @@ def _margin(runs: Sequence[tuple[int, Continuation]], unit: float, factors: Fact
     for row, run in runs:
         truth_nV, error_nV, behind_nV = _in_float64(run)
         largest_n = error_nV.abs().amax(-1).maximum(truth_nV.abs().amax(-1) * (ROUNDING_MAX * unit))
+        _, factor = factors.of_position(total)
         behind_n = _of_chosen(run, behind_nV)
-        share, at = peak(torch.where(behind_n > 0, behind_n / (2 * factors.position_max * largest_n), 0.0))
+        share, at = peak(torch.where(behind_n > 0, behind_n / (2 * factor * largest_n), 0.0))
         if share > worst.measured:
             place = f"row {row}, token {at}: {run.tokens[at]} where truth has {int(truth_nV[at].argmax())}"
             place += f", behind by {float(behind_n[at]):.3g}"
@@ -109,7 +114,7 @@ def _ties(runs: Sequence[tuple[int, Continuation]], unit: float, factors: Factor
         rounding_n = truth_nV.square().mean(-1).sqrt() * (ROUNDING_RMS * unit)
         rms_n = error_nV.square().mean(-1).sqrt().maximum(rounding_n)
         count += int((_of_chosen(run, behind_nV) > 0).sum())
-        expected += float(chance_of_tie(behind_nV, rms_n * factors.window).sum())
+        expected += float(chance_of_tie(behind_nV, rms_n * factors.of_average(factors.window_positions)).sum())
     cap = poisson_quantile(expected, FALSE_ALARM)
     return Check("ties", count, cap, f"{expected:.2g} expected at most", total)
 
@@ -118,6 +123,8 @@ def _in_float64(run: Continuation) -> tuple[Tensor, Tensor, Tensor]:
     """Truth's logits, the yardstick's errors and how far every token is behind truth's best, all [n, V]."""
     truth_nV = run.truth.double()
     error_nV = centred_rows(run.yardstick.to(truth_nV.device).double() - truth_nV)
+    if error_nV.dim() == 3:  # several orders: the RMS of their errors stands for all
+        error_nV = error_nV.square().mean(0).sqrt()
     return truth_nV, error_nV, truth_nV.amax(-1, keepdim=True) - truth_nV
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from oracle.budget import Factors
 from oracle.cases import Case
-from oracle.compare import Check, Factors, Verdict, compare_logits, empty, unit_roundoff
+from oracle.compare import Check, Curve, Verdict, compare_logits, curves, empty, unit_roundoff
 from oracle.greedy import Continuation, compare_greedy
-from oracle.subject import Subject
+from oracle.subject import ManyRoutes, Route, Subject
 
 
 class Bench:
@@ -22,11 +23,13 @@ class Bench:
         self.truth = truth
         self.yardstick = yardstick
         self.unit = unit_roundoff(yardstick.dtype)
-        self.factors = Factors.of_unit(self.unit) if factors is None else factors
+        self.factors = factors  # None: what the unit and the yardstick's number of orders give
+        self.curves: list[Curve] = []
+        """Of the last prefill that was judged: error against position."""
         self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, rows: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
-        """(truth, yardstick) logits [T_b, V] of each row, those not yet known in one padded pass."""
+        """(truth [T_b, V], yardstick [T_b, V] or [O, T_b, V]) of each row, those not yet known in one padded pass."""
         keys = [tuple(row) for row in rows]
         fresh = [key for key in dict.fromkeys(keys) if key not in self._known]
         if fresh:
@@ -40,18 +43,24 @@ class Bench:
             return empty("prefill", "no rows")
         known = self.of(rows)
         found = subject.prefill_logits(rows)
-        return compare_logits(found, [t for t, _ in known], [y for _, y in known], self.unit, factors=self.factors)
+        truths, plains = [t for t, _ in known], [y for _, y in known]
+        self.curves = curves(found, truths, plains, self.unit)
+        return compare_logits(found, truths, plains, self.unit, factors=self.factors)
 
     def decode(
         self, subject: Subject, rows: Sequence[Sequence[int]], splits: Sequence[int], ends: Sequence[int]
     ) -> Verdict:
         """Token by token after a prefill of `splits` tokens; rows are cut to `ends`."""
+        return self.route(subject.decode_logits, rows, splits, ends)
+
+    def route(self, route: Route, rows: Sequence[Sequence[int]], splits: Sequence[int], ends: Sequence[int]) -> Verdict:
+        """Logits from `splits` on, by whatever way the subject takes."""
         if not rows:
             return empty("decode", "no rows")
         known = self.of(rows)
-        found = subject.decode_logits([row[:end] for row, end in zip(rows, ends, strict=True)], splits)
+        found = route([row[:end] for row, end in zip(rows, ends, strict=True)], splits)
         wanted = [
-            (truth[split - 1 : end], plain[split - 1 : end])
+            (truth[split - 1 : end], plain[..., split - 1 : end, :])
             for (truth, plain), split, end in zip(known, splits, ends, strict=True)
         ]
         truths, plains = [t for t, _ in wanted], [y for _, y in wanted]
@@ -67,7 +76,7 @@ class Bench:
         if any(not 0 <= token < self.truth.vocab_size for row in continued for token in row):
             return Verdict((Check("tokens outside the vocabulary", 1.0, 0.0),))
         starts = [len(prompt) - 1 for prompt in prompts]
-        known = [(t[at:-1], y[at:-1]) for (t, y), at in zip(self.of(continued), starts, strict=True)]
+        known = [(t[at:-1], y[..., at:-1, :]) for (t, y), at in zip(self.of(continued), starts, strict=True)]
         truths, plains = [t for t, _ in known], [y for _, y in known]
         logits = compare_logits([shown for _, shown in done], truths, plains, self.unit, starts, self.factors)
         if not logits.checks[0].ok:  # not even comparable: shapes or NaN
@@ -82,4 +91,8 @@ def judge(subject: Subject, bench: Bench, case: Case) -> Verdict:
     for split in case.splits:
         cut = bench.decode(subject, case.rows, split.starts, split.ends)
         verdict += cut.named(f"decode from {'/'.join(map(str, split.starts))}")
+    if isinstance(subject, ManyRoutes) and case.rows:
+        split = case.splits[0]
+        for name, route in subject.routes().items():
+            verdict += bench.route(route, case.rows, split.starts, split.ends).named(name)
     return verdict + bench.greedy(subject, case.prompts, case.new_tokens).named("greedy")

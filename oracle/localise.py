@@ -19,7 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from oracle.compare import Check, Factors, Outcome, Verdict, compare_logits, compare_stage, empty
+from oracle.budget import Factors, kind_of
+from oracle.budget import factors as factors_of
+from oracle.compare import Check, Outcome, Verdict, compare_logits, compare_stage, empty, orders_of
 
 Trace = dict[str, Tensor]
 """What one row's stages showed: name -> [T, features], names as in the reference ("layers.3.q_rope")."""
@@ -64,18 +66,21 @@ def judge_stages(
         for carried, reference in ((a, truth), (b, yardstick)):
             carried.setdefault("embedding", reference.stages_of_ends(tokens, {})["embedding"])
     stages: list[Stage] = []
+    among = max(1, len(traces[0]))
     for layer in range(n_layers):
         true = truth.stages_of_block(layer, carried_truth)
         plain = yardstick.stages_of_block(layer, carried_yardstick)
         for rows_seen, rows_given in ((carried_truth, true), (carried_yardstick, plain)):
             for seen, given in zip(rows_seen, rows_given, strict=True):
                 seen.setdefault(f"layers.{layer}", given[f"layers.{layer}"])
-        stages += [_stage(name, traces, true, plain, unit, factors) for name in true[0] if name in traces[0]]
+        stages += [_stage(name, traces, true, plain, unit, factors, among) for name in true[0] if name in traces[0]]
     for tokens, a, b in zip(rows, carried_truth, carried_yardstick, strict=True):
         ends_truth.append(truth.stages_of_ends(tokens, a))
         ends_yardstick.append(yardstick.stages_of_ends(tokens, b))
     ends = [
-        _stage(name, traces, ends_truth, ends_yardstick, unit, factors) for name in ends_truth[0] if name in traces[0]
+        _stage(name, traces, ends_truth, ends_yardstick, unit, factors, among)
+        for name in ends_truth[0]
+        if name in traces[0]
     ]
     return [s for s in ends if s.name == "embedding"] + stages + [s for s in ends if s.name != "embedding"]
 
@@ -87,13 +92,19 @@ def _stage(
     yardstick: Sequence[Trace],
     unit: float,
     factors: Factors | None,
+    among: int,
 ) -> Stage:
+    """One stage's verdict; `among`: so many stages share the rate of false alarms."""
     seen, true, plain = ([row[name] for row in rows] for rows in (traces, truth, yardstick))
     if not all(torch.isfinite(row).all() for row in true):
         return Stage(name, empty(name, "the subject's own inputs hold NaN or infinity"))
-    verdict = (
-        compare_logits(seen, true, plain, unit) if name == "logits" else compare_stage(seen, true, plain, unit, factors)
-    )
+    kind = kind_of(name)
+    if factors is None:
+        factors = factors_of(kind, unit, orders_of(plain)).shared_by(among)
+    if name == "logits":
+        verdict = compare_logits(seen, true, plain, unit, None, factors)
+    else:
+        verdict = compare_stage(seen, true, plain, unit, factors)
     if verdict.outcome is Outcome.AGREE:
         return Stage(name, verdict)
     return Stage(name, verdict, _statistics(seen), _statistics(true))
@@ -123,6 +134,18 @@ def summary(stages: Sequence[Stage]) -> Verdict:
     return Verdict(
         tuple(max(checks, key=lambda c: (not c.ok, c.measured / max(c.budget, 1e-300))) for checks in kinds.values())
     )
+
+
+def layer_curve(stages: Sequence[Stage]) -> list[tuple[str, float]]:
+    """Per block (and embedding, norm, logits): the largest share of its budget that any of its parts uses."""
+    curve: dict[str, float] = {}
+    for stage in stages:
+        place = ".".join(stage.name.split(".")[:2])
+        told = stage.verdict.failures[0] if stage.verdict.failures else stage.verdict.closest
+        if told is not None:
+            used = told.measured / told.budget if told.budget > 0 else float(told.measured > 0) * 1e6
+            curve[place] = max(curve.get(place, 0.0), used)
+    return list(curve.items())
 
 
 def judge_rope_table(table_Td2: Tensor, angle_Td: Tensor, radius: float = 1.0) -> Verdict:

@@ -13,19 +13,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llama_fast.acceptance import accept
+from llama_fast.acceptance import accept, accept_greedy
 from llama_fast.build import Runner, build
 from llama_fast.generate import Generation, generate
 from llama_fast.plan import Plan
 from llama_fast.speculation import Speculation
 from llama_ref.checkpoint import Checkpoint
-from oracle.adapters import FastSubject, Rows
+from oracle.adapters import Rows
 from oracle.cases import random_row
 from oracle.certificate import Certificate
 from oracle.compare import Check, Verdict, empty
+from oracle.fast import FastSubject
 from oracle.judge import Bench
-from oracle.rejection import Tables, worst_error
-from oracle.verify import references
+from oracle.questions import references
+from oracle.rejection import Accept, Tables, worst_error
+
+AcceptGreedy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Watched:
@@ -119,17 +122,53 @@ def verify_speculation(
             certificate.parts[f"{name} {kind}"] = verdict
 
 
-def judge_acceptance() -> Verdict:
-    """What `accept` emits has the target's joint law: three tokens of vocabulary, two proposals, impossible tokens too."""
-    generator = torch.Generator().manual_seed(1)
+def judge_acceptance(sampled: Accept | None = None, greedy: AcceptGreedy | None = None) -> Verdict:
+    """The law of what is emitted, enumerated, on tables where proposals are good, bad, certain, and impossible.
 
-    def law(*shape: int) -> Tensor:
-        weight = torch.rand(shape, dtype=torch.float64, generator=generator)
-        weight = torch.where(weight < 0.3, 0.0, weight) + torch.eye(3, dtype=torch.float64)[0] * 1e-3
-        return weight / weight.sum(-1, keepdim=True)
+    At temperature 0: the proposals up to the first that is not the target's best, and then that best, for every pattern.
+    """
+    sampled, greedy = sampled or accept, greedy or accept_greedy
+    worst, where, asked = 0.0, "", 0
+    for name, tables in law_tables().items():
+        error = worst_error(sampled, tables)
+        asked += 1
+        if not error <= worst:
+            worst, where = error, name
+    wrong = []
+    for K in (1, 3):
+        patterns = torch.cartesian_prod(*[torch.tensor([0, 1])] * K).view(-1, K)
+        best_RT = torch.arange(K + 1) + 10 * torch.arange(1, len(patterns) + 1)[:, None]
+        draft_RK = torch.where(patterns == 1, best_RT[:, :K], 5)
+        tokens_RT, count_R = greedy(draft_RK, best_RT)
+        for row, pattern in enumerate(patterns.tolist()):
+            count = (pattern + [0]).index(0) + 1
+            if int(count_R[row]) != count or tokens_RT[row, :count].tolist() != best_RT[row, :count].tolist():
+                wrong.append(f"k {K}, {pattern}: {tokens_RT[row].tolist()}, {int(count_R[row])} of them")
+    return Verdict(
+        (
+            Check("error of the emitted law", worst, LAW_ERROR, where, asked),
+            Check("greedy rounds that emit something else", len(wrong), 0, wrong[0] if wrong else "", 10),
+        )
+    )
 
-    worst = 0.0
-    for _ in range(2):
-        tables = Tables([law(3), law(3, 3), law(3, 3, 3)], [law(3), law(3, 3)])
-        worst = max(worst, worst_error(accept, tables))
-    return Verdict((Check("largest error of a probability", worst, 1e-12, "", 2 * 27),))
+
+LAW_ERROR = 1e-12
+"""Thresholds are found to 2^-53, and a probability is the sum of less than a hundred products of them."""
+
+
+def law_tables() -> dict[str, Tables]:
+    """Conditional laws of three tokens by name: one and two proposals, alike and unlike, with zeros and certainties."""
+
+    def laws(K: int, seed: int, sharp: float) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [[3] * (i + 1) for i in range(K)]
+        return [(sharp * torch.randn(s, generator=generator, dtype=torch.float64)).softmax(-1) for s in shapes]
+
+    certain, holes = torch.tensor([0.0, 1.0, 0.0]).double(), torch.tensor([0.5, 0.0, 0.5]).double()
+    return {
+        "one proposal": Tables(laws(2, 1, 1.0), laws(1, 2, 1.0)),
+        "two proposals": Tables(laws(3, 3, 1.5), laws(2, 4, 1.5)),
+        "the target itself": Tables(laws(3, 5, 1.0), laws(2, 5, 1.0)),
+        "certain proposals": Tables(laws(3, 6, 1.0), [certain, certain.expand(3, 3).contiguous()]),
+        "impossible tokens": Tables([holes, *laws(3, 7, 2.0)[1:]], laws(2, 8, 0.5)),
+    }

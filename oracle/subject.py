@@ -1,12 +1,16 @@
-"""Who can be judged: anything that turns tokens into logits."""
+"""Who can be judged: anything that turns tokens into logits. What more a subject can do is asked of it if it offers it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+Route = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Tensor]]
+"""Rows and splits -> logits [T_b - split_b + 1, V] for each row, as `decode_logits`, by another way."""
 
 
 class Subject(Protocol):
@@ -37,3 +41,35 @@ class Subject(Protocol):
 
     def greedy(self, prompts: Sequence[Sequence[int]], n: int) -> list[tuple[list[int], Tensor]]:
         """n tokens after each prompt by the largest logit, never stopping, and the logits [n, V] they came from."""
+
+
+@runtime_checkable
+class ManyRoutes(Protocol):
+    """A subject with more ways to the same logits: several tokens a step, a cache used before, rows one by one."""
+
+    def routes(self) -> Mapping[str, Route]: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How tokens are drawn: softmax(logits / temperature) restricted to the top k, then to the top p."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __str__(self) -> str:
+        return f"temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}"
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A subject with a generation loop of its own: it can draw, and it can stop."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], n: int, setting: Setting, seed: int
+    ) -> list[tuple[list[int], Tensor]]:
+        """n drawn tokens after each prompt, and the logits [n, V] they came from."""
+
+    def until(self, prompts: Sequence[Sequence[int]], n: int, eos_ids: Collection[int]) -> list[tuple[list[int], str]]:
+        """At most n greedy tokens after each prompt, ended by one of `eos_ids` (kept); "stop" or "length"."""

@@ -8,25 +8,46 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from llama_fast.build import Runner, build
-from llama_fast.plan import Plan
+from llama_fast.optimisations.compiled import Compiled
+from llama_fast.plan import Eager, Plan
 from llama_ref.checkpoint import Checkpoint
-from oracle.adapters import FastSubject, RefSubject, Weights, angles, radius
+from llama_ref.config import LlamaConfig
+from llama_ref.tokenizer import Tokenizer
+from oracle.adapters import RefSubject, Weights, Yardstick, angles, radius
 from oracle.cases import Case, random_row, standard_case, text_rows
 from oracle.certificate import Certificate
 from oracle.compare import Outcome, Verdict, empty, unit_roundoff
 from oracle.drift import BUDGETS, Drift, Tally, judge_drift, measure
+from oracle.fast import FastSampler, FastSubject
+from oracle.generation import judge_draws, judge_stopping
 from oracle.judge import Bench, judge
-from oracle.localise import Stage, first_beyond, judge_rope_table, judge_stages, judge_weights, summary
+from oracle.localise import Stage, first_beyond, judge_rope_table, judge_stages, judge_weights, layer_curve, summary
+from oracle.questions import OtherProcess, judge_repetition, judge_round_trip, judge_text, judge_window, references
+from oracle.sampling import judge_sampling
+from oracle.subject import Subject
+from oracle.tokens import Encode
 
-Encode = Callable[[str], list[int]]
 DRIFT_ROWS, DRIFT_TOKENS = 4, 256
 STAGE_TOKENS, STAGE_STEPS = 64, 8
+TOKENS_A_STEP = 5
+SHORT = 12  # new tokens where many runs are needed
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What more there may be to ask with: a tokenizer, its witness, another text, the words for another process."""
+
+    tokenizer: Tokenizer | None = None
+    witness: Encode | None = None
+    text: str | None = None
+    again: Sequence[str] | None = None
 
 
 def verify(
@@ -37,30 +58,72 @@ def verify(
     encode: Encode | None = None,
     model_name: str = "",
     progress: Callable[[str], None] = lambda _: None,
+    extras: Extras = Extras(),
 ) -> Certificate:
     """Everything that can be asked of `plan` here. `encode` turns text into ids; without it tokens are random."""
-    subject = {
-        "model": model_name or str(checkpoint.path or "random"),
-        "encoding": plan.encoding.name,
-        "plan": str(plan),
+    certificate = Certificate(
+        subject_of(model_name or str(checkpoint.path or "random"), str(plan), plan, device, dtype)
+    )
+    config = checkpoint.config
+    case = standard_case(config.vocab_size, config.max_context, encode)
+    beside = (
+        None
+        if extras.again is None
+        else OtherProcess([*extras.again, "--cache-length", str(case.longest)], case.prompts, SHORT)
+    )
+    try:
+        progress("sampling, text")
+        certificate.parts["sampling"] = judge_sampling(FastSampler(device), device)
+        if extras.tokenizer is not None:
+            certificate.parts["text"] = judge_text(extras.tokenizer, checkpoint, extras.witness)
+        for of_type in dict.fromkeys((torch.float32, dtype)):
+            name = str(of_type).removeprefix("torch.")
+            progress(f"{name}: building")
+            runner = build(checkpoint, plan, device=device, dtype=of_type)
+            subject = _verify_runner(certificate, runner, checkpoint, case, name, progress)
+            if of_type is torch.float32:
+                _verify_window(certificate, checkpoint, plan, device, progress)
+            if of_type is dtype:
+                _verify_loop(certificate, subject, case, beside, progress)
+                _verify_encoding(certificate, runner, checkpoint, encode, progress, extras.text)
+            del runner, subject
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        no_file = has_no_file(checkpoint)
+        if no_file:
+            certificate.notes.append(f"round trip not asked: {no_file}")
+        else:
+            progress("saving and opening again")
+            uncompiled = replace(plan, compiler=Eager())
+            certificate.parts["round trip"] = judge_round_trip(checkpoint, uncompiled, device, dtype)
+    finally:
+        if beside is not None:
+            beside.end()
+    return certificate
+
+
+def has_no_file(checkpoint: Checkpoint) -> str:
+    """Why a checkpoint cannot be encoded and saved; empty if it can."""
+    if checkpoint.encoding != "dense":
+        return f"it is stored as {checkpoint.encoding} already"
+    try:
+        LlamaConfig.from_hf(checkpoint.config.to_hf())
+    except ValueError as error:
+        return f"no config.json says what this config says ({error})"
+    return ""
+
+
+def subject_of(model: str, how: str, plan: Plan | None, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The head of a certificate."""
+    return {
+        "model": model,
+        "encoding": "dense" if plan is None else plan.encoding.name,
+        "plan": how,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
-    certificate = Certificate(subject)
-    case = standard_case(checkpoint.config.vocab_size, checkpoint.config.max_context, encode)
-    for of_type in dict.fromkeys((torch.float32, dtype)):
-        name = str(of_type).removeprefix("torch.")
-        progress(f"{name}: building")
-        runner = build(checkpoint, plan, device=device, dtype=of_type)
-        _verify_runner(certificate, runner, checkpoint, case, name, progress)
-        if of_type is dtype:
-            _verify_encoding(certificate, runner, checkpoint, encode, progress)
-        del runner
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return certificate
 
 
 def _verify_runner(
@@ -70,10 +133,11 @@ def _verify_runner(
     case: Case,
     name: str,
     progress: Callable[[str], None],
-) -> None:
+) -> FastSubject:
     """Stages, then logits and tokens, of one runner in its own type."""
     truth, yardstick = references(runner, checkpoint)
-    subject = FastSubject(runner, batch=len(case.rows), cache_length=case.longest)
+    width = None if isinstance(runner.plan.compiler, Compiled) else TOKENS_A_STEP  # another width compiles anew
+    subject = FastSubject(runner, len(case.rows), case.longest, used_cache=True, tokens_a_step=width)
     table = getattr(runner.model, "rope_table", None)
     if table is not None:
         angle_Td = angles(checkpoint.config, table.shape[0])
@@ -83,30 +147,104 @@ def _verify_runner(
     progress(f"{name}: every stage on its own inputs")
     stages = stage_reports(subject, truth, yardstick, case.rows)
     certificate.parts[f"{name} stages"] = summary(stages)
+    certificate.layers[name] = layer_curve(stages)
     certificate.first_fault = certificate.first_fault or first_beyond(stages)
     progress(f"{name}: prefill, decoding, greedy")
-    certificate.parts[f"{name} logits"] = judge(subject, Bench(truth, yardstick), case)
+    bench = Bench(truth, yardstick)
+    certificate.parts[f"{name} logits"] = judge(subject, bench, case)
+    certificate.positions[name] = bench.curves
+    return subject
 
 
-def references(runner: Runner, checkpoint: Checkpoint) -> tuple[RefSubject, RefSubject]:
-    """Truth and yardstick for a runner, on the weights that it means to compute with.
+def _verify_window(
+    certificate: Certificate, checkpoint: Checkpoint, plan: Plan, device: torch.device, progress: Callable[[str], None]
+) -> None:
+    """The whole window; compiled code is left aside, since its shapes would be compiled for this alone."""
+    progress("float32: the whole window")
+    uncompiled = replace(plan, compiler=Eager()) if isinstance(plan.compiler, Compiled) else plan
+    verdict, length = judge_window(checkpoint, uncompiled, device, torch.float32)
+    certificate.parts["float32 window"] = verdict
+    if length < checkpoint.config.max_context:
+        told = f"positions of the window judged to {length} of {checkpoint.config.max_context}; its angles to the end"
+        certificate.notes.append(told)
 
-    Dense weights come from the checkpoint and not from the runner, so that a fault of its loading is one.
-    """
-    dense = runner.plan.encoding.name == "dense"
-    source = checkpoint.weights if dense else runner.reference_weights()
-    weights = Weights(source, runner.dtype if dense else None, runner.device)
+
+def _verify_loop(
+    certificate: Certificate,
+    subject: FastSubject,
+    case: Case,
+    beside: OtherProcess | None,
+    progress: Callable[[str], None],
+) -> None:
+    """The generation loop: ends, draws, repetition, another process."""
+    progress("stop rules, draws, repetition")
+    short = min(SHORT, case.new_tokens)
+    certificate.parts["stop rules"] = judge_stopping(subject, case.prompts, short)
+    certificate.parts["draws"] = judge_draws(subject, case.prompts, short)
+    certificate.parts["repetition"] = judge_repetition(subject, case.prompts, short)
+    if beside is None:
+        certificate.notes.append("other processes not asked: the model has no name, or would be compiled there again")
+    else:
+        certificate.parts["other process"] = beside.judge(subject)
+
+
+def verify_other(
+    subject: Subject,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    encode: Encode | None = None,
+    model_name: str = "",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Certificate:
+    """A subject that is not ours, in the type it runs in: logits by all its routes, and the stages that it shows."""
     config = checkpoint.config
-    truth = RefSubject(config, weights, torch.float64, runner.device, "truth")
-    return truth, RefSubject(config, weights, runner.dtype, runner.device, "yardstick")
+    certificate = Certificate(subject_of(model_name, subject.name, None, device, subject.dtype))
+    if subject.vocab_size != config.vocab_size:
+        raise ValueError(f"the subject's vocabulary of {subject.vocab_size} is not the model's of {config.vocab_size}")
+    case = standard_case(config.vocab_size, config.max_context, encode)
+    bench = bench_for(checkpoint, subject.dtype, device)
+    progress("prefill, decoding, greedy")
+    name = str(subject.dtype).removeprefix("torch.")
+    trace = getattr(subject, "trace", None)
+    if trace is not None:
+        rows = [row[: STAGE_TOKENS - 17 * i] for i, row in enumerate(case.rows)]
+        add_stages(certificate, name, rows, trace(rows, [len(row) for row in rows]), bench)
+    certificate.parts[f"{name} logits"] = judge(subject, bench, case)
+    certificate.positions[name] = bench.curves
+    return certificate
+
+
+def bench_for(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Bench:
+    """Truth and yardstick on a checkpoint's weights, each rounded once to `dtype`."""
+    weights = Weights(checkpoint.weights, dtype, device)
+    truth = RefSubject(checkpoint.config, weights, torch.float64, device, "truth")
+    return Bench(truth, Yardstick(checkpoint.config, weights, dtype, device))
+
+
+def add_stages(
+    certificate: Certificate, name: str, rows: Sequence[Sequence[int]], traces: list[dict[str, Tensor]], bench: Bench
+) -> None:
+    """Judge what a subject showed of its stages, and add it."""
+    truth, yardstick = cast(RefSubject, bench.truth), cast(RefSubject, bench.yardstick)
+    stages = judge_stages(rows, traces, truth, yardstick, truth.config.n_layers, bench.unit)
+    certificate.parts[f"{name} stages"] = summary(stages)
+    certificate.layers[name] = layer_curve(stages)
+    certificate.first_fault = certificate.first_fault or first_beyond(stages)
+
+
+def edge_row(vocab_size: int) -> tuple[int, ...]:
+    """Ids at which tables and integers end: 0, the last ones, and both sides of powers of two."""
+    ids = {0, vocab_size - 1, vocab_size - 2, *(2**k + d for k in range(1, 18) for d in (-1, 0))}
+    return tuple(sorted((token for token in ids if 0 <= token < vocab_size), key=lambda token: -token))
 
 
 def stage_reports(
     subject: FastSubject, truth: RefSubject, yardstick: RefSubject, rows: Sequence[Sequence[int]]
 ) -> list[Stage]:
-    """Stages of prefill and of a few decode steps."""
+    """Stages of prefill and of a few decode steps, of a case's rows and of ids at edges."""
     longest = STAGE_TOKENS + STAGE_STEPS
     cut = [row[: max(2, longest - 17 * index)] for index, row in enumerate(rows)]  # unequal, so that rows cannot mix
+    cut.append(edge_row(truth.vocab_size)[: min(40, truth.config.max_context)])
     traces = subject.trace(cut, [max(1, len(row) - STAGE_STEPS) for row in cut])
     unit = unit_roundoff(subject.dtype)
     return judge_stages(cut, traces, truth, yardstick, truth.config.n_layers, unit)
@@ -118,6 +256,7 @@ def _verify_encoding(
     checkpoint: Checkpoint,
     encode: Encode | None,
     progress: Callable[[str], None],
+    text: str | None = None,
 ) -> None:
     """The second question: what the encoding costs, in its weights and on a text."""
     name = runner.plan.encoding.name
@@ -126,26 +265,30 @@ def _verify_encoding(
             f"drift not asked: stored as {checkpoint.encoding}, the original weights are not at hand"
         )
         return
-    if name == "dense":
-        original = Weights(checkpoint.weights, runner.dtype, runner.device)
-        certificate.parts["weights"] = judge_weights(runner.reference_weights(), original, 0.0)
-        return
+    lossy = name != "dense"
     budget = BUDGETS.get(name)
-    if budget is None:
+    if lossy and budget is None:
         certificate.parts["drift"] = empty("drift", f"no budget is written down for the encoding {name!r}")
         return
     progress("weights against the original ones")
-    original = Weights(checkpoint.weights, None, runner.device)
-    certificate.parts["weights"] = judge_weights(runner.reference_weights(), original, budget.weight_step)
+    original = Weights(checkpoint.weights, None if lossy else runner.dtype, runner.device)
+    step = 0.0 if budget is None else budget.weight_step
+    certificate.parts["weights"] = judge_weights(runner.reference_weights(), original, step)
     if encode is None:
         certificate.notes.append("drift not asked: random weights predict nothing that could drift")
         return
+    if not lossy and runner.dtype is torch.float32:
+        certificate.notes.append("drift not asked: dense weights in float32 are the original model")
+        return
     progress("drift on a text")
-    certificate.drift, certificate.plain_drift = drifts(runner, checkpoint, encode)
-    certificate.parts["drift"] = judge_drift(certificate.drift, certificate.plain_drift, budget)
+    certificate.drift, certificate.plain_drift, certificate.histogram = drifts(runner, checkpoint, encode, text)
+    if budget is not None:
+        certificate.parts["drift"] = judge_drift(certificate.drift, certificate.plain_drift, budget)
 
 
-def drifts(runner: Runner, checkpoint: Checkpoint, encode: Encode) -> tuple[Drift, Drift]:
+def drifts(
+    runner: Runner, checkpoint: Checkpoint, encode: Encode, text: str | None = None
+) -> tuple[Drift, Drift, dict[str, list[int]]]:
     """What the runner's predictions, and those of plain bf16, are away from the original weights' in float32."""
     weights = Weights(checkpoint.weights, None, runner.device)
     length = min(DRIFT_TOKENS, checkpoint.config.max_context)
@@ -153,11 +296,12 @@ def drifts(runner: Runner, checkpoint: Checkpoint, encode: Encode) -> tuple[Drif
     plain = RefSubject(checkpoint.config, weights, torch.bfloat16, runner.device)
     subject = FastSubject(runner)
     of_subject = of_plain = Tally.of([], [], [])
-    for row in text_rows(encode, [length] * DRIFT_ROWS):
+    for row in text_rows(encode, [length] * DRIFT_ROWS, text=text):
         true = truth.prefill_logits([row])
         of_subject += Tally.of(subject.prefill_logits([row]), true, [row])
         of_plain += Tally.of(plain.prefill_logits([row]), true, [row])
-    return measure(of_subject), measure(of_plain)
+    histogram = {"subject": of_subject.histogram(), "plain bf16": of_plain.histogram()}
+    return measure(of_subject), measure(of_plain), histogram
 
 
 def judge_runner(
@@ -183,7 +327,7 @@ def judge_runner(
     start = max(1, len(long) - 32)
     if new_tokens < 1:
         return empty("room", f"a cache of {room} leaves none after {len(prompt)} tokens")
-    truth, yardstick = references(runner, checkpoint)
+    truth, yardstick = references(runner, checkpoint, orders=1)
     bench = Bench(truth, yardstick)
     subject = FastSubject(runner, batch, cache_length)
     done = subject.greedy([prompt], new_tokens)
@@ -208,4 +352,4 @@ class _Done:
         return self._done
 
 
-__all__ = ["Outcome", "drifts", "judge_runner", "references", "stage_reports", "verify"]
+__all__ = ["Outcome", "drifts", "judge_runner", "references", "stage_reports", "verify", "verify_other"]

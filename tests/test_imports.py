@@ -89,13 +89,25 @@ def test_every_file_has_its_place() -> None:
 
 
 def test_the_comparison_knows_torch_alone() -> None:
-    assert not ours(ROOT / "oracle/compare.py")
+    """And the factors, which know nothing of ours themselves."""
+    assert not outside(ours(ROOT / "oracle/compare.py"), "oracle.budget")
+    assert not ours(ROOT / "oracle/budget.py")
 
 
 @pytest.mark.parametrize("path", files("oracle/*.py"), ids=lambda p: p.stem)
 def test_judging_knows_no_llama(path: Path) -> None:
     """The adapters make subjects of the Llamas; `verify` and `cli` put checkpoints, plans and words together."""
-    composition = path.stem in ("adapters", "verify", "speculation", "cli")
+    composition = path.stem in (
+        "adapters",
+        "fast",
+        "questions",
+        "again",
+        "speculation",
+        "threads",
+        "verify",
+        "cli",
+        "spread",
+    )
     allowed = ("oracle", "llama_ref", "llama_fast") if composition else ("oracle",)
     assert not outside(ours(path), *allowed)
 

@@ -11,11 +11,13 @@ from llama_fast.presets import optimised
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.generate import greedy
 from llama_ref.model import Llama
-from oracle.adapters import CallableSubject, FastSubject, RefSubject, Weights
+from oracle.adapters import RefSubject, Weights
 from oracle.cases import Case, random_row, standard_case, text_rows
 from oracle.compare import Outcome
+from oracle.fast import FastSubject
 from oracle.judge import Bench, judge
 from oracle.localise import first_beyond, judge_stages
+from oracle.others import CallableSubject
 from oracle.subject import Subject
 
 CPU = torch.device("cpu")

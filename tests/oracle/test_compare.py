@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from oracle.compare import Check, Factors, Outcome, Verdict, compare_logits, compare_stage, empty, unit_roundoff
+from oracle.budget import LEAST, Tail, factors
+from oracle.compare import Check, Outcome, Verdict, compare_logits, compare_stage, empty, unit_roundoff
 
 UNIT = unit_roundoff(torch.float32)
 NARROW = unit_roundoff(torch.bfloat16)
@@ -55,7 +56,7 @@ def test_noise_of_the_yardsticks_size_agrees(seed: int, size: float, length: int
     )
 
 
-@given(seeds, st.sampled_from([(UNIT, 2.2), (NARROW, 1.5)]))
+@given(seeds, st.sampled_from([(UNIT, 4.0), (NARROW, 1.5)]))
 def test_larger_noise_differs(seed: int, case: tuple[float, float]) -> None:
     unit, factor = case
     truth = rows_of(seed)
@@ -78,7 +79,7 @@ def test_one_wrong_position_differs_and_is_named(seed: int, position: int) -> No
 def test_a_window_of_larger_noise_differs_where_a_run_would_hide_it(seed: int) -> None:
     truth = rows_of(seed, (400,))
     subject = noisy(truth, 1e-5, seed + 1)
-    subject[0][64:96] = truth[0][64:96] + 3 * (subject[0][64:96] - truth[0][64:96])
+    subject[0][64:96] = truth[0][64:96] + 6 * (subject[0][64:96] - truth[0][64:96])
     failures = compare_logits(subject, truth, noisy(truth, 1e-5, seed + 2), UNIT).failures
     assert [check.name for check in failures] == ["window"]
     assert failures[0].where == "row 0, positions 64-95"
@@ -174,13 +175,23 @@ def test_one_huge_activation_neither_hides_a_fault_nor_makes_one(seed: int, size
     assert compare_stage(subject, truth, rounded(seed + 2), UNIT).outcome is Outcome.DIFFER
 
 
-def test_factors_shrink_with_the_number_of_positions() -> None:
-    factors = Factors()
-    assert factors.of_average(1) == pytest.approx(4.0)
-    assert factors.of_average(32) == pytest.approx(1.6)
-    assert factors.of_average(10_000) == 1.3
-    found = [factors.of_average(n) for n in range(1, 400)]
+@pytest.mark.parametrize("unit", [UNIT, NARROW])
+@pytest.mark.parametrize("what", ["logits", "product", "attention", "gate", "pointwise"])
+def test_factors_shrink_with_the_positions_averaged_and_grow_with_those_compared(what: str, unit: float) -> None:
+    found = [factors(what, unit).of_average(n) for n in range(1, 400)]
     assert found == sorted(found, reverse=True)
+    for few, many in ((1, 225), (225, 10_000)):
+        for a, b in zip(factors(what, unit).of_position(few), factors(what, unit).of_position(many), strict=True):
+            assert 1 < a <= b
+    many, more = factors(what, unit).of_position(10_000), factors(what, unit).of_position(10**12)
+    assert many[1] < more[1] or more[1] == LEAST["position_max"]
+
+
+def test_a_tail_is_extrapolated_by_its_exponential() -> None:
+    tail = Tail(worst=0.1, start=0.2, share=0.01, scale=0.05)
+    assert tail.factor(0.01) == pytest.approx(math.exp(0.3))
+    assert tail.factor(0.01 / math.e) == pytest.approx(math.exp(0.35))
+    assert tail.factor(0.5) == tail.factor(0.01)  # inside the measured part nothing is extrapolated
 
 
 def test_verdicts_add_up() -> None:

@@ -30,7 +30,7 @@ def test_divergence_is_positive_and_grows_with_the_noise(seed: int, noise: float
 
 def test_no_noise_is_no_drift() -> None:
     drift = measure(tally(0.0, 0))
-    assert drift.kld_mean == drift.kld_p99 == Estimate(0.0, 0.0)
+    assert drift.kld_mean == drift.kld_median == drift.kld_p999 == Estimate(0.0, 0.0, 0.0, 0.0)
     assert drift.top1_agreement.value == drift.perplexity_ratio.value == 1.0
 
 
@@ -64,8 +64,23 @@ def test_the_same_numbers_give_the_same_errors() -> None:
     assert measure(tally(0.3, 5)) == measure(tally(0.3, 5))
 
 
+def test_intervals_hold_the_estimate_and_quantiles_stand_in_order() -> None:
+    drift = measure(tally(0.3, 7))
+    for estimate in (drift.kld_mean, drift.kld_median, drift.kld_p99, drift.top1_agreement, drift.perplexity_ratio):
+        assert estimate.low <= estimate.value <= estimate.high
+        assert estimate.high - estimate.low == pytest.approx(4 * estimate.error, rel=0.5)
+    assert drift.kld_median.value < drift.kld_mean.value < drift.kld_p99.value < drift.kld_p999.value
+
+
+def test_the_histogram_counts_every_position() -> None:
+    found = tally(0.3, 7)
+    assert sum(found.histogram()) == len(found.kld) == 256
+    assert tally(0.0, 0).histogram()[0] == 256
+
+
 def drift_of(kld: float, top1: float, error: float) -> Drift:
-    return Drift(512, Estimate(kld, error), Estimate(kld * 5, error), Estimate(top1, error), Estimate(1.0, error))
+    tail = Estimate(kld * 5, error)
+    return Drift(512, Estimate(kld, error), tail, tail, tail, Estimate(top1, error), Estimate(1.0, error))
 
 
 def test_budgets_convict_on_evidence_only() -> None:

@@ -13,8 +13,8 @@ from llama_fast.optimisations.int8 import Int8
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig, RopeScaling
-from oracle.adapters import FastSubject
 from oracle.compare import Outcome
+from oracle.fast import FastSubject
 from oracle.localise import first_beyond
 from oracle.verify import references, stage_reports, verify
 

@@ -27,8 +27,8 @@ from llama_fast.sampling import Sampling
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.models import resolve
-from oracle.adapters import FastSubject
 from oracle.cases import standard_case
+from oracle.fast import FastSubject
 from oracle.judge import Bench, judge
 from oracle.verify import judge_runner, references
 

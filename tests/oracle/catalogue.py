@@ -1,0 +1,706 @@
+"""Faults that the oracle must find, each one replaced function or method, and lawful variations that it must let pass.
+
+A fault says how it is tried (`trial`: the part of a verification that can see it) and where it must be found: `first` is
+the exact stage that is named, or words of the check that fails. Many are small: some show only past position 100, only
+in the second row, only in bfloat16, only where a step has several tokens, only in a cache that was used before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_fast import acceptance, rounds, sampling, text
+from llama_fast import model as fast
+from llama_fast import plan as plan_module
+from llama_fast.optimisations import int8, static_cache, tensor_parallel
+from llama_fast.plan import Plan
+from llama_fast.presets import encoding_named, optimised
+from llama_fast.sampling import Chooser
+from llama_ref import huggingface, saved, tokenizer
+from llama_ref.checkpoint import Checkpoint
+
+Patch = pytest.MonkeyPatch
+BUILD: Any = importlib.import_module("llama_fast.build")  # the package exports functions under these names
+GENERATE: Any = importlib.import_module("llama_fast.generate")
+DENSE, INT8 = optimised(), optimised(encoding_named("int8"))
+GROWING = Plan()
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is broken, how it is tried, and where it must be found."""
+
+    name: str
+    family: str
+    plant: Callable[[Patch], None]
+    first: str
+    trial: str = "model"
+    plan: Plan = DENSE
+    dtype: torch.dtype = torch.float32
+
+
+def around(module: Any, name: str, change: Callable[..., Any]) -> Callable[[Patch], None]:
+    """Replace module.name by (...) -> change(original, ...)."""
+
+    def plant(patch: Patch) -> None:
+        original = getattr(module, name)
+        patch.setattr(module, name, lambda *args, **kwargs: change(original, *args, **kwargs))
+
+    return plant
+
+
+def both(*plants: Callable[[Patch], None]) -> Callable[[Patch], None]:
+    def plant(patch: Patch) -> None:
+        for one in plants:
+            one(patch)
+
+    return plant
+
+
+# --- rotary positions
+
+
+def table(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    return around(fast, "rope_table", lambda make, config: change(make(config)))
+
+
+def with_config(**changes: Any) -> Callable[[Patch], None]:
+    return around(fast, "rope_table", lambda make, config: make(replace(config, **changes)))
+
+
+def rotation(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
+    return around(fast, "rotate", change)
+
+
+def half_split(rotate: Any, x_BThd: Tensor, turns: Tensor) -> Tensor:
+    cos, sin = turns[:, :, None, :, 0], turns[:, :, None, :, 1]
+    a, b = x_BThd.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def nan_at_77(rotate: Any, x_BThd: Tensor, turns: Tensor) -> Tensor:
+    out: Tensor = rotate(x_BThd, turns)
+    if out.shape[1] > 77:
+        out[:, 77] = torch.nan
+    return out
+
+
+def late_position(forward: Any, self: Any, tokens: Tensor, start: Tensor | None, *rest: Any, **more: Any) -> Tensor:
+    return forward(self, tokens, None if start is None else start - 1, *rest, **more)  # type: ignore[no-any-return]
+
+
+# --- attention, masks, groups of heads
+
+
+def attention(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
+    return around(fast, "attend", change)
+
+
+def masked(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Another mask, wherever there is one."""
+    return attention(lambda attend, q, k, v, mask: attend(q, k, v, None if mask is None else change(mask)))
+
+
+def sees_next(attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        mask = torch.ones(q.shape[1], k.shape[2], dtype=torch.bool).tril(1)[None, None]
+    return attend(q, k, v, mask)  # type: ignore[no-any-return]
+
+
+def forgets_first(mask: Tensor) -> Tensor:
+    return mask & ~((torch.arange(mask.shape[-1]) == 0) & mask[..., 60:].any(-1, keepdim=True))
+
+
+def one_step_sees_itself(mask: Tensor) -> Tensor:
+    return mask[:, :, -1:].expand_as(mask)  # the tokens of a step see those after them
+
+
+def tiled_groups(attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    order = torch.arange(q.shape[2]).view(k.shape[1], -1).T.flatten()  # head h reads kv head h % K
+    return attend(q[:, :, order], k, v, mask)[:, :, order.argsort()]  # type: ignore[no-any-return]
+
+
+def reversed_groups_in_decode(attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if q.shape[1] == 1:
+        k, v = k.flip(1), v.flip(1)
+    return attend(q, k, v, mask)  # type: ignore[no-any-return]
+
+
+def silent_last_head(attend: Any, q: Tensor, *rest: Any) -> Tensor:
+    out = attend(q, *rest).clone()
+    out[:, :, -1] = 0
+    return out  # type: ignore[no-any-return]
+
+
+# --- caches
+
+
+def writing(change: Callable[..., Tensor], module: Any = static_cache) -> Callable[[Patch], None]:
+    return around(module, "write_at", change)
+
+
+def first_write_wins(write: Any, slots: Tensor, new: Tensor, position_BT: Tensor) -> Tensor:
+    kept = slots.clone()
+    write(slots, new, position_BT)
+    slots.copy_(torch.where(kept != 0, kept, slots))
+    return slots
+
+
+def wraps_at(count: int) -> Callable[[Patch], None]:
+    return writing(lambda write, slots, new, at: write(slots, new, torch.where(at == count, at - 1, at)))
+
+
+# --- norms, residuals, feed-forward
+
+
+def norm(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
+    return around(fast.RMSNorm, "forward", change)
+
+
+def norm_eps(factor: float) -> Callable[[Patch], None]:
+    return around(fast.RMSNorm, "__init__", lambda init, self, weight, eps: init(self, weight, eps * factor))
+
+
+def coarse_norm(forward: Any, self: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def block(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
+    """Another Block.forward: change(self, x, rest of the attention's arguments, observe, name)."""
+
+    def forward(
+        _: Any, self: Any, x: Tensor, turns: Tensor, at: Tensor, mask: Any, cache: Any, see: Any = None, name: str = ""
+    ) -> Tensor:
+        return change(self, x, lambda y: self.attention(y, turns, at, mask, cache, see, name), see, name)
+
+    return around(fast.Block, "forward", forward)
+
+
+def no_second_residual(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
+    x = x + self.all_reduce(attend(x))
+    return self.all_reduce(self.feed_forward(x, see, name))  # type: ignore[no-any-return]
+
+
+def coarse_residual(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
+    x = (x + self.all_reduce(attend(x))).half().float()
+    return x + self.all_reduce(self.feed_forward(x, see, name))  # type: ignore[no-any-return]
+
+
+def parallel_block(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
+    return x + self.all_reduce(attend(x)) + self.all_reduce(self.feed_forward(x, see, name))  # type: ignore[no-any-return]
+
+
+def slightly_short_residual(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
+    x = x + self.all_reduce(attend(x))
+    y: Tensor = self.all_reduce(self.feed_forward(x, see, name))
+    return x + (y * 0.9999 if name.endswith("1") else y)
+
+
+def swapped_gate(forward: Any, self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    parts = forward(self, x)
+    return tuple(reversed(parts)) if len(parts) == 2 else parts
+
+
+# --- weights as loaded and as encoded
+
+
+def scaled_weights(name: str, factor: float) -> Callable[[Patch], None]:
+    def change(encode: Any, checkpoint: Checkpoint, stem: str, *rest: Any, **more: Any) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = encode(checkpoint, stem, *rest, **more)
+        return {part: value * factor for part, value in parts.items()} if stem == name else parts
+
+    return around(BUILD, "encode_one", change)
+
+
+def swapped_weights(one: str, other: str) -> Callable[[Patch], None]:
+    def change(encode: Any, checkpoint: Checkpoint, stem: str, *rest: Any) -> dict[str, Tensor]:
+        other_stem = {one: other, other: one}.get(stem, stem)
+        there = f"{other_stem}.weight" in checkpoint.weights  # a model cut to its first block has not both
+        return encode(checkpoint, other_stem if there else stem, *rest)  # type: ignore[no-any-return]
+
+    return around(BUILD, "encode_one", change)
+
+
+def embedding(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    return around(plan_module.DenseEmbedding, "forward", lambda forward, self, ids: forward(self, change(ids)))
+
+
+def encode_with(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Patch], None]:
+    return around(int8.Int8, "encode", lambda original, *args: change(original(*args)))
+
+
+def towards_zero(encode: Any, self: Any, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    parts = encode(self, weight, dtype)
+    return {**parts, "weight": (weight.float() / parts["scale"].float()).trunc().to(torch.int8)}
+
+
+def rolled_scale(forward: Any, self: Any, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight.to(x.dtype)) * self.scale.view(-1).roll(1).to(x.dtype)
+
+
+def scale_of_columns(forward: Any, self: Any, x: Tensor) -> Tensor:
+    columns = self.scale.view(-1).to(x.dtype).repeat(1 + x.shape[-1] // len(self.scale))[: x.shape[-1]]
+    return F.linear(x * columns, self.weight.to(x.dtype))
+
+
+def unsigned(forward: Any, self: Any, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight.view(torch.uint8).to(x.dtype)) * self.scale.view(-1).to(x.dtype)
+
+
+# --- logits
+
+
+def shown(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
+    """What Llama.forward returns, changed; stages are seen as they were."""
+    return around(fast.Llama, "forward", lambda forward, *args, **more: change(forward(*args, **more)))
+
+
+def last_ids_lost(logits: Tensor) -> Tensor:
+    return torch.cat([logits[..., :-2], logits[..., -3:-2], logits[..., -3:-2]], -1)
+
+
+def logits_of_the_padding(forward: Any, *args: Any, last_B: Tensor | None = None, **more: Any) -> Tensor:
+    last_B = None if last_B is None else last_B.max().expand_as(last_B)
+    return forward(*args, last_B=last_B, **more)  # type: ignore[no-any-return]
+
+
+# --- the generation loop
+
+
+def loop(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    return around(GENERATE, "stream", change)
+
+
+def all_end_together(stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None) -> Any:
+    for step in stream(runner, prompts, n, how, (), cache):
+        yield step
+        if any(token in eos for token in step):
+            return
+
+
+def first_token_may_not_end(
+    stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None
+) -> Any:
+    done = [False] * len(prompts)
+    for i, step in enumerate(stream(runner, prompts, n, how, (), cache)):
+        yield [None if ended else token for token, ended in zip(step, done)]
+        done = [ended or (i > 0 and token in eos) for token, ended in zip(step, done)]
+        if all(done):
+            return
+
+
+def only_the_first_end_id(
+    stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None
+) -> Any:
+    return stream(runner, prompts, n, how, tuple(eos)[:1], cache)
+
+
+def one_token_more(stream: Any, runner: Any, prompts: Any, n: int, *rest: Any) -> Any:
+    return stream(runner, prompts, n + 1, *rest)
+
+
+def second_best(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor) -> Tensor:
+    best = logits_BV.topk(2).indices
+    return torch.where(position_B % 10 == 9, best[:, 1], best[:, 0])
+
+
+def same_position(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor) -> Tensor:
+    return choose(self, logits_BV, position_B // 2)  # type: ignore[no-any-return]
+
+
+# --- sampling
+
+
+def chosen_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    """Another Chooser: change(self) after it is made."""
+
+    def init(original: Any, self: Any, *args: Any) -> None:
+        original(self, *args)
+        change(self)
+
+    return around(Chooser, "__init__", init)
+
+
+def one_more_of_k(self: Any) -> None:
+    self.top_k = None if self.top_k is None else self.top_k + 1
+
+
+def low_seed_bits(self: Any) -> None:
+    self.key_B2 = self.key_B2 * torch.tensor([1, 0])
+
+
+def first_seed(self: Any) -> None:
+    self.key_B2 = self.key_B2[:1].expand_as(self.key_B2)
+
+
+def inverse_temperature(self: Any) -> None:
+    self.temperature = 1 / self.temperature
+
+
+def without_the_last(keep: Any, p_BV: Tensor, top_p: Tensor) -> Tensor:
+    sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+    kept_BV = torch.where((sorted_BV.cumsum(-1) <= top_p) | (torch.arange(p_BV.shape[-1]) == 0), sorted_BV, 0.0)
+    p_BV = torch.zeros_like(p_BV).scatter(-1, order_BV, kept_BV)
+    return p_BV / p_BV.sum(-1, keepdim=True)
+
+
+def highest_id(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor) -> Tensor:
+    if not self.greedy:
+        return choose(self, logits_BV, position_B)  # type: ignore[no-any-return]
+    return logits_BV.shape[-1] - 1 - logits_BV.flip(-1).argmax(-1)
+
+
+def not_renormalised(keep: Any, p_BV: Tensor, top_p: Tensor) -> Tensor:
+    kept: Tensor = keep(p_BV, top_p)
+    return torch.where(kept > 0, p_BV, 0.0)
+
+
+# --- speculation
+
+
+def accepting(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    return both(around(acceptance, "accept", change), around(rounds, "accept", change))
+
+
+def always(accept: Any, draft: Tensor, q: Tensor, p: Tensor, u: Tensor) -> Any:
+    return accept(draft, q, p, torch.cat([torch.zeros_like(u[:, :-1]), u[:, -1:]], 1))
+
+
+def swapped_laws(accept: Any, draft: Tensor, q: Tensor, p: Tensor, u: Tensor) -> Any:
+    n = p.shape[1] - 1
+    tokens, count = accept(draft, p[:, :n], torch.cat([q, p[:, n:]], 1), u)
+    return tokens, count
+
+
+def same_uniform(accept: Any, draft: Tensor, q: Tensor, p: Tensor, u: Tensor) -> Any:
+    return accept(draft, q, p, u[:, -1:].expand_as(u))  # the same number judges and draws
+
+
+def from_the_target(accept: Any, draft: Tensor, q: Tensor, p: Tensor, u: Tensor) -> Any:
+    tokens, count = accept(draft, q, p, u)  # after a rejection: p, not what p has beyond q
+    at = (count - 1)[:, None, None].expand(-1, 1, p.shape[-1])
+    again = sampling.draw(p.gather(1, at)[:, 0], u[:, -1])
+    place = torch.arange(tokens.shape[1])
+    return torch.where(place < (count - 1)[:, None], tokens, again[:, None]), count
+
+
+def last_unverified(accept: Any, draft: Tensor, q: Tensor, p: Tensor, u: Tensor) -> Any:
+    u = u.clone()
+    u[:, -2] = 0.0  # the last proposal always stands
+    return accept(draft, q, p, u)
+
+
+def greedy_accepting(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    return both(around(acceptance, "accept_greedy", change), around(rounds, "accept_greedy", change))
+
+
+def bonus_of_the_first(accept: Any, draft: Tensor, best: Tensor) -> Any:
+    tokens, count = accept(draft, best)
+    place = torch.arange(tokens.shape[1])
+    return torch.where(place == (count - 1)[:, None], best[:, :1], tokens), count
+
+
+def one_too_many(accept: Any, draft: Tensor, best: Tensor) -> Any:
+    tokens, count = accept(draft, best)
+    return tokens, (count + 1).clamp(max=tokens.shape[1])
+
+
+def never_the_last(accept: Any, draft: Tensor, best: Tensor) -> Any:
+    tokens, count = accept(draft, best)  # after full acceptance the token after all is forgotten, and another put in
+    return torch.where((count == tokens.shape[1])[:, None], tokens.roll(1, 1), tokens), count
+
+
+# --- ranks
+
+
+def reduced(change: Callable[[Any, Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Every all-reduce of a block replaced by change(all_reduce, x)."""
+
+    def init(original: Any, self: Any, config: Any, norms: Any, projections: Any, all_reduce: Any) -> None:
+        original(self, config, norms, projections, lambda x: change(all_reduce, x))
+
+    return around(fast.Block, "__init__", init)
+
+
+def row_0_alone(all_reduce: Any, x: Tensor) -> Tensor:
+    out, total = x.clone(), all_reduce(x)
+    out[0] = total[0]
+    return out
+
+
+def last_token_alone(all_reduce: Any, x: Tensor) -> Tensor:
+    total: Tensor = all_reduce(x)
+    return torch.cat([total[:, :-1] * 0.5, total[:, -1:]], 1) if x.shape[1] > 100 else total
+
+
+def unreduced_feed_forward(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
+    x = x + self.all_reduce(attend(x))
+    return x + self.feed_forward(x, see, name)  # type: ignore[no-any-return]
+
+
+def shares(change: Callable[[Any, int, slice], slice]) -> Callable[[Patch], None]:
+    return around(
+        tensor_parallel.TensorParallel, "_share", lambda share, self, count: change(self, count, share(self, count))
+    )
+
+
+def neighbours_keys(heads: Any, self: Any, rows: int, n_kv_heads: int) -> slice:
+    other = replace(self, rank=(self.rank + 1) % self.size)
+    return heads(other, rows, n_kv_heads)  # type: ignore[no-any-return]
+
+
+# --- text and files
+
+
+def encoding(change: Callable[..., list[int]]) -> Callable[[Patch], None]:
+    return around(tokenizer.JsonTokenizer, "encode", change)
+
+
+def decoding(change: Callable[[str], str]) -> Callable[[Patch], None]:
+    return around(tokenizer.JsonTokenizer, "decode", lambda decode, self, ids: change(decode(self, ids)))
+
+
+def saving(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Patch], None]:
+    return around(saved, "unshared", lambda unshared, tensors: change(unshared(tensors)))
+
+
+def f(name: str, family: str, plant: Callable[[Patch], None], first: str, **more: Any) -> Fault:
+    return Fault(name, family, plant, first, **more)
+
+
+Q, K, A, AO = "layers.0.q_rope", "layers.0.k_rope", "layers.0.attention", "layers.0.attention_out"
+MODEL_FAULTS = [
+    f("theta x 2", "rope", with_config(rope_theta=20000.0), Q),
+    f("theta off by 0.01%", "rope", with_config(rope_theta=10001.0), Q),
+    f("theta off by 0.01% in bf16", "rope", with_config(rope_theta=10001.0), "rope table", dtype=BF16),
+    f("table in bf16", "rope", table(lambda t: t.bfloat16().float()), Q),
+    f("table wrong beyond 100", "rope", table(lambda t: torch.cat([t[:100], t[101:], t[-1:]])), "rope table"),
+    f("table's last position", "rope", table(lambda t: torch.cat([t[:-1], t[-2:-1]])), "rope table"),
+    f("pairs in the other order", "rope", table(lambda t: t.flip(1)), Q),
+    f(
+        "sine lost of the slowest pair",
+        "rope",
+        table(lambda t: t * torch.ones(t.shape[1:]).index_put((torch.tensor(-1), torch.tensor(1)), torch.tensor(0.0))),
+        Q,
+    ),
+    f("on halves", "rope", rotation(half_split), Q),
+    f("the other way", "rope", rotation(lambda rotate, x, t: rotate(x, t * torch.tensor([1.0, -1.0]))), Q),
+    f("keys not rotated", "rope", rotation(lambda rotate, x, t: x if x.shape[2] == 2 else rotate(x, t)), K),
+    f("second row at the first row's angles", "rope", rotation(lambda rotate, x, t: rotate(x, t[:1].expand_as(t))), Q),
+    f("NaN at position 77", "rope", rotation(nan_at_77), "NaN"),
+    f("decode one position early", "rope", around(fast.Llama, "forward", late_position), Q),
+    f("prefill sees one ahead", "mask", attention(sees_next), A),
+    f("decode sees one slot ahead", "mask", masked(lambda mask: mask | mask.roll(1, -1)), A),
+    f("position 0 forgotten from 60 on", "mask", masked(forgets_first), A),
+    f("the tokens of a step see each other", "mask", masked(one_step_sees_itself), "tokens a step"),
+    f(
+        "the newest slot hidden",
+        "mask",
+        masked(
+            lambda mask: (
+                mask & (mask.roll(-1, -1) | ~mask.any(-1, keepdim=True).expand_as(mask)) if mask.shape[-1] > 1 else mask
+            )
+        ),
+        A,
+    ),
+    f("mask of row 0", "mask", masked(lambda mask: mask[:1].expand_as(mask)), A),
+    f(
+        "written one slot later",
+        "cache",
+        writing(lambda write, slots, new, at: write(slots, new, (at + 1).clamp(max=slots.shape[2] - 1))),
+        A,
+    ),
+    f(
+        "row 0's keys in every row",
+        "cache",
+        writing(lambda write, slots, new, at: write(slots, new[:1].expand_as(new), at)),
+        A,
+    ),
+    f(
+        "growing: row 0's keys in every row",
+        "cache",
+        writing(lambda write, slots, new, at: write(slots, new[:1].expand_as(new), at), plan_module),
+        A,
+        plan=GROWING,
+    ),
+    f("row 0's positions", "cache", writing(lambda write, slots, new, at: write(slots, new, at[:1].expand_as(at))), A),
+    f("the first write wins", "cache", writing(first_write_wins), "decode"),
+    f("slot 110 written to 109", "cache", wraps_at(110), "decode"),
+    f(
+        "the last slot never written",
+        "cache",
+        writing(lambda write, slots, new, at: write(slots, new, at.clamp(max=slots.shape[2] - 2))),
+        "window",
+    ),
+    f(
+        "kept in bf16",
+        "cache",
+        writing(lambda write, slots, new, at: write(slots, new.bfloat16().to(new.dtype), at)),
+        A,
+    ),
+    f("q x 1.002", "attention", attention(lambda attend, q, *rest: attend(q * 1.002, *rest)), A),
+    f(
+        "scale of another width",
+        "attention",
+        attention(lambda attend, q, *rest: attend(q * (24 / 23) ** 0.5, *rest)),
+        A,
+    ),
+    f(
+        "row 0 for the batch",
+        "attention",
+        attention(lambda attend, q, k, v, mask: attend(q, k[:1].expand_as(k), v[:1].expand_as(v), mask)),
+        A,
+    ),
+    f("the last head is silent", "attention", attention(silent_last_head), A),
+    f(
+        "values in bf16",
+        "attention",
+        attention(lambda attend, q, k, v, mask: attend(q, k, v.bfloat16().to(v.dtype), mask)),
+        A,
+    ),
+    f("kv heads tiled", "GQA", attention(tiled_groups), A),
+    f("kv heads reversed in decode", "GQA", attention(reversed_groups_in_decode), A),
+    f("eps x 10", "norm", norm_eps(10.0), "layers.0.attention_norm"),
+    f("in bf16", "norm", norm(coarse_norm), "layers.0.attention_norm", dtype=BF16),
+    f(
+        "mean subtracted",
+        "norm",
+        norm(lambda forward, self, x: forward(self, x - x.mean(-1, keepdim=True))),
+        "layers.0.attention_norm",
+    ),
+    f(
+        "weight rounded to bf16",
+        "norm",
+        norm(lambda forward, self, x: forward(self, x) / self.weight * self.weight.bfloat16()),
+        "layers.0.attention_norm",
+    ),
+    f(
+        "attention's norm before the feed-forward",
+        "norm",
+        swapped_weights("layers.1.ffn_norm", "layers.1.attention_norm"),
+        "layers.1.attention_norm",
+    ),
+    f("second residual missing", "residual", block(no_second_residual), "layers.0"),
+    f("in float16", "residual", block(coarse_residual), "layers.0.ffn_norm"),
+    f("feed-forward beside attention", "residual", block(parallel_block), "layers.0.ffn_norm"),
+    f("last addition x 0.9999", "residual", block(slightly_short_residual), "layers.1"),
+    f("gelu for silu", "ffn", around(fast.F, "silu", lambda silu, x: F.gelu(x)), "layers.0.ffn_hidden"),
+    f("gate and up swapped", "ffn", around(fast.Joined, "forward", swapped_gate), "layers.0.ffn_hidden"),
+    f(
+        "gate clipped at 3",
+        "ffn",
+        around(fast.F, "silu", lambda silu, x: silu(x.clamp(max=3.0))),
+        "layers.0.ffn_hidden",
+    ),
+    f("wk of one layer x 1.001", "weights", scaled_weights("layers.1.attention.wk", 1.001), "layers.1.k"),
+    f("w2 of one layer x 1.001", "weights", scaled_weights("layers.0.feed_forward.w2", 1.001), "layers.0.ffn_out"),
+    f(
+        "w1 and w3 swapped in the file",
+        "weights",
+        swapped_weights("layers.1.feed_forward.w1", "layers.1.feed_forward.w3"),
+        "layers.1.ffn_hidden",
+    ),
+    f(
+        "wv of the other layer",
+        "weights",
+        swapped_weights("layers.0.attention.wv", "layers.1.attention.wv"),
+        "layers.0.v",
+    ),
+    f("embedding of the highest id", "weights", embedding(lambda ids: ids.clamp(max=255)), "embedding"),
+    f("embedding of ids as bytes", "weights", embedding(lambda ids: ids.to(torch.uint8).long()), "embedding"),
+    f("prefill's last token is padding", "logits", around(fast.Llama, "forward", logits_of_the_padding), "decode"),
+    f("rounded to bf16", "logits", shown(lambda logits: logits.bfloat16().float()), "prefill"),
+    f("the last two ids lost", "logits", shown(last_ids_lost), "prefill"),
+    f("capped at 30", "logits", shown(lambda logits: 30 * torch.tanh(logits / 30)), "prefill"),
+    f("temperature applied twice", "logits", shown(lambda logits: logits * 1.0001), "prefill"),
+    f("scale of the next row", "int8", around(int8.Int8Linear, "forward", rolled_scale), "layers.0.q", plan=INT8),
+    f("scale along columns", "int8", around(int8.Int8Linear, "forward", scale_of_columns), "layers.0.q", plan=INT8),
+    f("integers without sign", "int8", around(int8.Int8Linear, "forward", unsigned), "layers.0.q", plan=INT8),
+    f(
+        "integers without sign in bf16",
+        "int8",
+        around(int8.Int8Linear, "forward", unsigned),
+        "layers.0.q",
+        plan=INT8,
+        dtype=BF16,
+    ),
+    f(
+        "scales stored one row off",
+        "int8",
+        encode_with(lambda p: p | {"scale": p["scale"].roll(1, 0)}),
+        "weights",
+        plan=INT8,
+    ),
+    f("rounded towards zero", "int8", around(int8.Int8, "encode", towards_zero), "weights", plan=INT8),
+    f(
+        "clipped at 120",
+        "int8",
+        encode_with(lambda p: p | {"weight": p["weight"].clamp(-120, 120)}),
+        "weights",
+        plan=INT8,
+    ),
+]
+LOOP_FAULTS = [
+    f("sometimes the second best", "loop", around(Chooser, "__call__", second_best), "own logits"),
+    f("all rows end together", "stop rules", loop(all_end_together), "end elsewhere", trial="loop"),
+    f("the first token may not end", "stop rules", loop(first_token_may_not_end), "end elsewhere", trial="loop"),
+    f("only the first end id", "stop rules", loop(only_the_first_end_id), "end elsewhere", trial="loop"),
+    f("one token more", "stop rules", loop(one_token_more), "as long as asked", trial="loop"),
+    f("two steps share a position", "loop", around(Chooser, "__call__", same_position), "neighbouring", trial="loop"),
+    f("temperature x 0.5", "loop", chosen_with(lambda self: setattr(self, "temperature", self.temperature * 0.5)), "distribution", trial="loop"),
+    f("seed forgotten", "loop", chosen_with(lambda self: setattr(self, "key_B2", torch.randint(2**31, self.key_B2.shape))), "same seed", trial="loop"),
+    f("seed ignored", "loop", chosen_with(lambda self: setattr(self, "key_B2", self.key_B2 * 0)), "another seed", trial="loop"),
+    f("k + 1 kept", "sampling", chosen_with(one_more_of_k), "probability", trial="sampling"),
+    f("upper half of the seed lost", "sampling", chosen_with(low_seed_bits), "draw alike", trial="sampling"),
+    f("seed of row 0", "sampling", chosen_with(first_seed), "draws over seeds", trial="sampling"),
+    f("temperature inverted", "sampling", chosen_with(inverse_temperature), "probability", trial="sampling"),
+    f("nucleus without its last token", "sampling", around(sampling, "keep_nucleus", without_the_last), "probability", trial="sampling"),
+    f("nucleus not renormalised", "sampling", around(sampling, "keep_nucleus", not_renormalised), "probability", trial="sampling"),
+    f("uniforms of 4 bits", "sampling", around(sampling, "uniform", lambda u, *args: (u(*args) * 16).floor() / 16), "draws over", trial="sampling"),
+    f("position ignored", "sampling", around(sampling, "uniform", lambda u, key, at, *rest: u(key, at * 0, *rest)), "draws over positions", trial="sampling"),
+    f("highest id on a tie", "sampling", around(Chooser, "__call__", highest_id), "argmax", trial="sampling"),
+    f("always accepted", "acceptance", accepting(always), "emitted law", trial="speculation"),
+    f("p and q swapped", "acceptance", accepting(swapped_laws), "emitted law", trial="speculation"),
+    f("one uniform for all", "acceptance", accepting(same_uniform), "emitted law", trial="speculation"),
+    f("rest drawn from p", "acceptance", accepting(from_the_target), "emitted law", trial="speculation"),
+    f("the last proposal unverified", "acceptance", accepting(last_unverified), "emitted law", trial="speculation"),
+    f("bonus of the first place", "acceptance", greedy_accepting(bonus_of_the_first), "greedy", trial="speculation"),
+    f("one token too many", "acceptance", greedy_accepting(one_too_many), "greedy", trial="speculation"),
+    f("token after full acceptance wrong", "acceptance", greedy_accepting(never_the_last), "greedy", trial="speculation"),
+    f("rejected keys stay in the cache", "acceptance", writing(first_write_wins), "speculation", trial="speculation"),
+    f("row 0 alone", "all-reduce", reduced(row_0_alone), "prefill", trial="ranks"),
+    f("the mean for the sum", "all-reduce", reduced(lambda all_reduce, x: all_reduce(x) / 2), "prefill", trial="ranks"),
+    f("none after the feed-forward", "all-reduce", block(unreduced_feed_forward), "prefill", trial="ranks"),
+    f("long prompts by halves", "all-reduce", reduced(last_token_alone), "prefill", trial="ranks"),
+    f("sum in bf16", "all-reduce", reduced(lambda all_reduce, x: all_reduce(x.bfloat16()).to(x.dtype)), "prefill", trial="ranks"),
+    f("keys of the neighbour", "shard", around(tensor_parallel.TensorParallel, "_key_heads", neighbours_keys), "prefill", trial="ranks"),
+    f("one unit twice", "shard", shares(lambda self, n, s: slice(s.start - 1, s.stop - 1) if n == 96 and self.rank else s), "prefill", trial="ranks"),
+    f("halves of the logits swapped", "shard", around(tensor_parallel.Gather, "__call__", lambda gather, self, part: gather(replace(self, first=self.columns - self.first - part.shape[-1]), part)), "prefill", trial="ranks"),
+    f("BOS twice", "tokenizer", encoding(lambda encode, self, text, bos=True: [0] * bos + encode(self, text, bos)), "special ids", trial="text"),
+    f("spaces stripped", "tokenizer", encoding(lambda encode, self, text, bos=True: encode(self, text.strip().replace("  ", " "), bos)), "come back", trial="text"),
+    f("lower case", "tokenizer", encoding(lambda encode, self, text, bos=True: encode(self, text.lower(), bos)), "come back", trial="text"),
+    f("long texts cut", "tokenizer", encoding(lambda encode, self, text, bos=True: encode(self, text, bos)[:60]), "come back", trial="text"),
+    f("ids in merges of another order", "tokenizer", encoding(lambda encode, self, text, bos=True: [i for c in text for i in encode(self, c, False)]), "witness", trial="text"),
+    f("carriage returns lost", "tokenizer", decoding(lambda text: text.replace("\r", "")), "come back", trial="text"),
+    f("EOS after a text", "tokenizer", encoding(lambda encode, self, text, bos=True: [*encode(self, text, bos), *self.eos_ids]), "special ids", trial="text"),
+    f("stop string shown", "text", around(text.TextStream, "_release", lambda release, self, piece: release(self, piece) + (self._stop[0] if self.stopped else "")), "stop string", trial="text"),
+    f("half characters shown", "text", lambda patch: patch.setattr(text, "UNFINISHED", "\0"), "pieces", trial="text"),
+    f("stop strings found within a token only", "text", around(text, "overlap", lambda overlap, *args: 0), "stop string", trial="text"),
+    f("q and k left in halves", "checkpoint", around(huggingface, "interleave", lambda interleave, rows, head_dim: rows), "prefill", trial="witness"),
+    f("heads interleaved as one", "checkpoint", around(huggingface, "interleave", lambda interleave, rows, head_dim: interleave(rows, rows.shape[0])), "prefill", trial="witness"),
+    f("eps of a default", "checkpoint", around(huggingface.LlamaConfig, "from_hf", lambda read, data: read(dict(data) | {"rms_norm_eps": 1e-5})), "prefill", trial="witness"),
+    f("theta of a default", "checkpoint", around(huggingface.LlamaConfig, "from_hf", lambda read, data: read({k: v for k, v in data.items() if not k.startswith("rope")})), "prefill", trial="witness"),
+    f("saved in bf16", "checkpoint", saving(lambda t: {k: v.bfloat16() if v.dtype is torch.float32 else v for k, v in t.items()}), "saved", trial="round trip"),
+    f("last row of a matrix not saved", "checkpoint", saving(lambda t: {k: torch.cat([v[:-1], 0 * v[-1:]]) for k, v in t.items()}), "saved", trial="round trip"),
+    f("scales of float16 saved", "checkpoint", saving(lambda t: {k: (v * 1.004).to(v.dtype) if k.endswith("scale") else v for k, v in t.items()}), "saved", trial="round trip", plan=INT8),
+]  # fmt: skip
+FAULTS = MODEL_FAULTS + LOOP_FAULTS

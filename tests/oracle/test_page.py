@@ -1,0 +1,81 @@
+"""The certificate as a page: self-contained, the same bytes, and a picture of everything that was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from llama_fast.presets import encoding_named, optimised
+from llama_ref.checkpoint import Checkpoint
+from oracle.certificate import Certificate
+from oracle.compare import Check, Verdict
+from oracle.page import Line, chart, page
+from oracle.verify import verify
+
+
+@pytest.fixture(scope="module")
+def certificate(tiny: Checkpoint) -> Certificate:
+    def encode(text: str) -> list[int]:
+        return [byte % 257 for byte in text.encode()]
+
+    return verify(tiny, optimised(encoding_named("int8")), torch.device("cpu"), torch.bfloat16, encode)
+
+
+def test_a_page_holds_every_check_and_picture_and_needs_nothing_else(certificate: Certificate) -> None:
+    found = page(certificate, "2000-01-01")
+    assert found == page(certificate, "2000-01-01")
+    assert found.replace("2000-01-01", "x") == page(certificate, "2001-02-03").replace("2001-02-03", "x")
+    assert not re.search(r"https?://|<script|<link|<img|url\(", found)
+    assert all(name in found for name in certificate.parts)
+    rows = sum(len(part.checks) for part in certificate.parts.values())
+    assert found.count('<td class="ok">') + found.count('<td class="FAIL">') == rows
+    titles = (
+        "Error against layer",
+        "Error against position: float32, row 1",
+        "Error against position: bfloat16, row 0",
+    )
+    assert all(title in found for title in (*titles, "Drift"))
+    for picture in re.findall(r"<svg.*?</svg>", found):
+        ElementTree.fromstring(picture)
+    assert len(re.findall(r"<svg", found)) == 6  # layers, two rows in each of two types, drift
+
+
+def test_the_document_holds_the_pictures_numbers(certificate: Certificate) -> None:
+    document = json.loads(certificate.to_json("2000-01-01"))
+    pictures = document["pictures"]
+    assert [place for place, _ in pictures["layers"]["float32"]] == [
+        "embedding",
+        "layers.0",
+        "layers.1",
+        "norm",
+        "logits",
+    ]
+    rows = pictures["positions"]["bfloat16"]
+    assert [len(row["subject"]) for row in rows] == [129, 96]
+    assert all(a <= b for row in rows for a, b in zip(row["yardstick"], row["budget"], strict=True))
+    assert sum(pictures["histogram"]["subject"]) == document["drift"]["subject"]["positions"] == 1024
+    assert document["drift"]["subject"]["kld_mean"].keys() == {"value", "error", "low", "high"}
+    assert 0 < document["false_alarm_rate"] < 1e-2
+
+
+def test_words_of_others_are_shown_as_words() -> None:
+    certificate = Certificate({"model": "<b>x</b>"}, {"a & b": Verdict((Check("<i>", math.nan, 1.0, '"here"'),))})
+    found = page(certificate, "2000-01-01")
+    assert "<b>" not in found and "<i>" not in found
+    assert "&lt;b&gt;x&lt;/b&gt;" in found and "a &amp; b" in found and "nan" in found
+
+
+@pytest.mark.parametrize("values", [[], [math.nan], [0.0], [math.inf, -1.0]])
+def test_what_cannot_be_drawn_is_said(values: list[float]) -> None:
+    assert "<svg" not in chart([Line("x", list(enumerate(values)))], "across", "up")
+
+
+def test_a_line_goes_through_its_points() -> None:
+    picture = chart([Line("x", [(0, 1.0), (1, 100.0)])], "across", "up")
+    (points,) = re.findall(r'points="([^"]*)"', picture)
+    assert points == "70.0,220.0 710.0,16.0"

@@ -1,0 +1,179 @@
+"""How a fault or a variation is tried: the parts of a verification that can see it, with what failed and where."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_fast.build import build
+from llama_fast.optimisations.speculative import Draft, Ngram
+from llama_fast.plan import Plan
+from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
+from llama_ref.config import LlamaConfig
+from llama_ref.tokenizer import JsonTokenizer
+from oracle.adapters import angles, radius
+from oracle.cases import TEXT, Case, random_row, standard_case
+from oracle.compare import Verdict
+from oracle.fast import FastSampler, FastSubject
+from oracle.generation import judge_draws, judge_stopping
+from oracle.judge import Bench, judge
+from oracle.localise import first_beyond, judge_rope_table, judge_weights, summary
+from oracle.others import HFSubject
+from oracle.questions import judge_repetition, judge_round_trip, judge_text, judge_window, references
+from oracle.sampling import judge_sampling
+from oracle.speculation import judge_acceptance, judge_speculation
+from oracle.threads import judge_ranks
+from oracle.verify import bench_for, stage_reports
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a trial found: verdicts by part, and the first stage beyond its budget."""
+
+    parts: dict[str, Verdict]
+    first: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(tuple(check for name, part in self.parts.items() for check in part.named(name).checks))
+
+    @property
+    def words(self) -> str:
+        return " | ".join(f"{check.name} {check.where}" for check in self.verdict.failures)
+
+
+def short_case(case: Case) -> Case:
+    """The case with its first two splits: the middle, and from the first token on."""
+    return replace(case, splits=case.splits[:2], new_tokens=min(12, case.new_tokens))
+
+
+def model(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    """Angles, stages, weights, logits by every route, greedy tokens, the end of the window: of one runner."""
+    config = checkpoint.config
+    runner = build(checkpoint, plan, device="cpu", dtype=dtype)
+    case = short_case(standard_case(config.vocab_size, config.max_context, seed=seed))
+    truth, yardstick = references(runner, checkpoint)
+    subject = FastSubject(runner, len(case.rows), case.longest, used_cache=True, tokens_a_step=5)
+    stages = stage_reports(subject, truth, yardstick, case.rows)
+    table = angles(config, config.max_context)
+    lossy = 0.0 if plan.encoding.name == "dense" else 0.5 / 127 * (1 + 2**-7) * 1.001
+    parts = {
+        "rope table": judge_rope_table(runner.model.rope_table, table, radius(config)),
+        "stages": summary(stages),
+        "weights": judge_weights(
+            runner.reference_weights(),
+            {k: v[:].to(dtype) if not lossy else v[:] for k, v in checkpoint.weights.items()},
+            lossy,
+        ),
+        "logits": judge(subject, Bench(truth, yardstick), case),
+    }
+    if dtype is torch.float32:
+        parts["window"] = judge_window(checkpoint, plan, CPU, dtype)[0]
+    first = first_beyond(stages)
+    return Found(parts, "" if first is None else first.name)
+
+
+def loop(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    config = checkpoint.config
+    subject = FastSubject(build(checkpoint, plan, device="cpu", dtype=dtype), batch=2, cache_length=64)
+    prompts = [random_row(config.vocab_size, length, seed + length) for length in (9, 5)]
+    parts = {
+        "stop rules": judge_stopping(subject, prompts, 12),
+        "draws": judge_draws(subject, prompts, 12, runs=8),
+        "repetition": judge_repetition(subject, prompts, 8),
+    }
+    return Found(parts)
+
+
+def sampling(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"sampling": judge_sampling(FastSampler(CPU), CPU)})
+
+
+def speculation(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    from llama_fast import acceptance
+
+    target = build(checkpoint, plan, device="cpu", dtype=dtype)
+    small = replace(checkpoint.config, n_layers=1)
+    other = build(random_checkpoint(small, seed + 7), plan, device="cpu", dtype=dtype)
+    prompts = [[*random_row(checkpoint.config.vocab_size, 6, seed), 3, 4, 5, 3, 4], [8, 9, 8, 9, 8, 9]]
+    drafts = {"n-gram": Ngram(k=4), "itself": Draft(target, k=3), "another": Draft(other, k=2)}
+    verdicts = {
+        f"speculation by {name}": judge_speculation(target, checkpoint, draft, prompts, 32)
+        for name, draft in drafts.items()
+    }
+    return Found({"acceptance": judge_acceptance(acceptance.accept, acceptance.accept_greedy), **verdicts})
+
+
+def ranks(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"ranks": judge_ranks(checkpoint, plan, dtype, bench_for(checkpoint, dtype, CPU))})
+
+
+def text(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    """A byte-level tokenizer with BOS; its witness is the library that `JsonTokenizer` wraps, asked directly."""
+    from tokenizers import Tokenizer as Backend
+
+    files = tokenizer_files()
+    backend = Backend.from_str(files["tokenizer.json"])
+    ours = JsonTokenizer(files)
+    config = replace(checkpoint.config, vocab_size=400, bos_id=ours.bos_id, eos_ids=ours.eos_ids)
+
+    def witness(words: str) -> list[int]:
+        return [0, *backend.encode(words, add_special_tokens=False).ids]
+
+    return Found({"text": judge_text(ours, replace(checkpoint, config=config), witness)})
+
+
+@cache
+def tokenizer_files() -> dict[str, str]:
+    """A small byte-level BPE learnt from the shipped text."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT.read_text(encoding="utf-8")], trainer)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    return {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(settings)}
+
+
+def round_trip(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"round trip": judge_round_trip(checkpoint, plan, CPU, dtype)})
+
+
+def witness(path: Path) -> Found:
+    """A directory of `transformers`, read by us and by `transformers`."""
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs: Any = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ours = open_checkpoint(path)
+    config: LlamaConfig = ours.config
+    case = short_case(standard_case(config.vocab_size, config.max_context))
+    return Found({"witness": judge(HFSubject(theirs), bench_for(ours, torch.float32, CPU), case)})
+
+
+TRIALS = {
+    "model": model,
+    "loop": loop,
+    "sampling": sampling,
+    "speculation": speculation,
+    "ranks": ranks,
+    "text": text,
+    "round trip": round_trip,
+}
