@@ -15,9 +15,9 @@ from llama_fast.sampling import Sampling
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
-from oracle.adapters import FastSubject
 from oracle.cases import random_row
 from oracle.compare import Outcome
+from oracle.fast import FastSubject
 from oracle.judge import Bench
 from oracle.verify import references
 

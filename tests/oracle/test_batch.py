@@ -11,9 +11,9 @@ from llama_fast.build import build
 from llama_fast.presets import encoding_named, optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
-from oracle.adapters import FastSubject
 from oracle.cases import random_row
 from oracle.compare import Outcome
+from oracle.fast import FastSubject
 from oracle.judge import Bench
 from oracle.verify import references
 
