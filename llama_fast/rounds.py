@@ -94,9 +94,10 @@ def finish(
         p_BTV = choose.probabilities(logits_BTV.reshape(-1, V)).view(B, K + 1, V)
         if q_BKV is None:
             q_BKV = torch.zeros_like(p_BTV[:, :K]).scatter(-1, draft_BK[..., None], 1.0)
-        judge_BK = uniform_at(choose, position_B[:, None] + 1 + step_T[:K], JUDGE)
-        last_B1 = uniform_at(choose, position_B[:, None], LAST)
-        tokens_BT, count_B = accept(draft_BK, q_BKV, p_BTV, torch.cat([judge_BK, last_B1], 1))
+        last_T = step_T == K  # drawn for the newest token's place, as the next place depends on what stands
+        stream_T = torch.where(last_T, LAST, JUDGE)
+        u_BT = uniform_at(choose, position_B[:, None] + torch.where(last_T, 0, 1 + step_T), stream_T)
+        tokens_BT, count_B = accept(draft_BK, q_BKV, p_BTV, u_BT)
     taken_B = torch.minimum(count_B, limit_B - position_B)
     at_BT = position_B[:, None] + 1 + step_T
     written_BT = torch.where(step_T < taken_B[:, None], tokens_BT, history_BL.gather(1, at_BT))
@@ -105,11 +106,11 @@ def finish(
     return torch.cat([taken_B[:, None], count_B[:, None] - 1, tokens_BT], 1)
 
 
-def uniform_at(choose: Chooser, position_BN: Tensor, stream: int) -> Tensor:
-    """The uniforms [B, N] of each row at its positions."""
+def uniform_at(choose: Chooser, position_BN: Tensor, stream_N: Tensor) -> Tensor:
+    """The uniforms [B, N] of each row at its positions, in the streams [N]: one pass of the hash for all."""
     B, N = position_BN.shape
     key_RB2 = choose.key_B2[:, None].expand(B, N, 2).reshape(-1, 2)
-    return uniform(key_RB2, position_BN.reshape(-1), stream).view(B, N)
+    return uniform(key_RB2, position_BN.reshape(-1), stream_N.expand(B, N).reshape(-1)).view(B, N)
 
 
 class Compilations:
@@ -313,7 +314,7 @@ class Rounds:
             draft_BK, logits_BTV = draft_BK[:, :0], logits_BTV[:, :1].contiguous()
         if k == 0 or self.source.blind:
             draft_BK, q_BKV = draft_BK.contiguous(), None
-        kind = (self.choose.greedy, self.choose.top_k, self.choose.nucleus)
+        kind = (self.choose.greedy, self.choose.top_k, self.choose.nucleus, self.choose.floored)
         finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, *kind)
         report_BN = finish_round(
             self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B

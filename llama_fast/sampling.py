@@ -153,7 +153,7 @@ def draw(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.minimum(index_B, last_B)
 
 
-def uniform(key_B2: Tensor, position_B: Tensor, stream: int = 0) -> Tensor:
+def uniform(key_B2: Tensor, position_B: Tensor, stream: int | Tensor = 0) -> Tensor:
     """Numbers in [0, 1) with 53 bits, float64 [B]: one per (seed, position, stream), independent across all three."""
     position_B = position_B.to(torch.int64)
     zero_B = torch.zeros_like(position_B)

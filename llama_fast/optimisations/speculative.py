@@ -120,7 +120,7 @@ class Proposer:
     def is_new(self, cache: KVCache, sampling: Sampling) -> bool:
         """Whether this is the first generation of its kind in that cache; a compiler has then not seen its shapes."""
         known = self._seen.setdefault(cache, set())
-        kind = (sampling.temperature == 0, sampling.top_k, sampling.top_p < 1)
+        kind = (sampling.temperature == 0, sampling.top_k, sampling.top_p < 1, sampling.min_p > 0)
         new = kind not in known
         known.add(kind)
         return new
@@ -197,7 +197,7 @@ class DraftSource:
         seeds = sampling.seeds(batch)
         self.choose = Chooser(sampling, seeds, runner.device)  # the target's own transforms, so that q is like p
         self.greedy = Chooser(Sampling(), seeds, runner.device)
-        kind = (self.choose.top_k, self.choose.nucleus)
+        kind = (self.choose.top_k, self.choose.nucleus, self.choose.floored)
         self.pick = compilations.of(pick, runner, batch, *kind)
 
     def join(self, state: State, width: int) -> None:
@@ -208,13 +208,16 @@ class DraftSource:
         # After full acceptance the last proposal was never fed to the draft: its first step takes two tokens.
         token_BN, at_B = state.newest(2 if behind else 1), state.position_B - int(behind)
         tokens, laws = [], []
+        if not self.choose.greedy:
+            ahead_K = torch.arange(1, k + 1, device=at_B.device)
+            u_BK = uniform_at(self.choose, state.position_B[:, None] + ahead_K, torch.full_like(ahead_K, DRAWN))
         for i in range(k):
             token_B, logits_BTV = self.runner.step(token_BN, at_B, self.cache, self.greedy)
             at_B = state.position_B + (i + 1)
             if self.choose.greedy:
                 token_B = token_B.clone()  # a CUDA graph overwrites its outputs at the next replay
             else:
-                token_B, law_BV = self.pick(self.choose, logits_BTV[:, -1].clone(), at_B)
+                token_B, law_BV = self.pick(self.choose, logits_BTV[:, -1].clone(), u_BK[:, i].clone())
                 laws.append(law_BV)
             tokens.append(token_B)
             token_BN = token_B[:, None]
@@ -224,10 +227,10 @@ class DraftSource:
         return None
 
 
-def pick(choose: Chooser, logits_BV: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The token proposed for `position_B`, and the law [B, V] it was drawn from: one law for both, to the last bit."""
+def pick(choose: Chooser, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The token proposed, and the law [B, V] it was drawn from: one law for both, to the last bit."""
     law_BV = choose.probabilities(logits_BV)
-    return draw(law_BV, uniform_at(choose, position_B[:, None], DRAWN)[:, 0]), law_BV
+    return draw(law_BV, u_B), law_BV
 
 
 class Ngram(Proposer):
