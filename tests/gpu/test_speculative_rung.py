@@ -1,7 +1,7 @@
 """Speculation on a GPU: right under CUDA graphs, one wait a round, and what it wins on a 7B model.
 
-`pytest -m gpu tests/gpu/test_speculative_rung.py -s` prints, for `random:llama-2-7b` in bf16 with its int8 twin as draft, both fused:
-acceptance, cost of a proposal and of a check in plain steps, what the formula promises and what was measured.
+`pytest -m gpu tests/gpu/test_speculative_rung.py -s` prints, for `random:llama-2-7b` in bf16 with its int8 twin as draft, both
+fused: acceptance, cost of a proposal and of a check in plain steps, what the formula promises and what was measured.
 """
 
 from __future__ import annotations
