@@ -44,11 +44,11 @@ class FastSubject:
         self.used_cache = used_cache
         self.tokens_a_step = tokens_a_step
 
-    def routes(self) -> Mapping[str, Route]:
+    def routes(self) -> Mapping[str, tuple[Route, int]]:
         """Rows one by one; and several tokens a step, each step first fed other tokens, as after a rejected draft."""
-        found: dict[str, Route] = {"rows one by one": self._alone}
+        found: dict[str, tuple[Route, int]] = {"rows one by one": (self._alone, -1)}
         if self.tokens_a_step is not None:
-            found[f"{self.tokens_a_step} tokens a step, drafts rejected"] = self._several
+            found[f"{self.tokens_a_step} tokens a step, drafts rejected"] = self._several, 0
         return found
 
     def _alone(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:

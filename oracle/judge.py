@@ -92,7 +92,7 @@ def judge(subject: Subject, bench: Bench, case: Case) -> Verdict:
         cut = bench.decode(subject, case.rows, split.starts, split.ends)
         verdict += cut.named(f"decode from {'/'.join(map(str, split.starts))}")
     if isinstance(subject, ManyRoutes) and case.rows:
-        split = case.splits[0]
-        for name, route in subject.routes().items():
+        for name, (route, at) in subject.routes().items():
+            split = case.splits[at]
             verdict += bench.route(route, case.rows, split.starts, split.ends).named(name)
     return verdict + bench.greedy(subject, case.prompts, case.new_tokens).named("greedy")

@@ -47,7 +47,8 @@ class Subject(Protocol):
 class ManyRoutes(Protocol):
     """A subject with more ways to the same logits: several tokens a step, a cache used before, rows one by one."""
 
-    def routes(self) -> Mapping[str, Route]: ...
+    def routes(self) -> Mapping[str, tuple[Route, int]]:
+        """By name: the way, and the number of a case's split that it is asked at."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from llama_fast.build import build
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from oracle.adapters import RefSubject, Weights
-from oracle.cases import standard_case
+from oracle.cases import Split, standard_case
 from oracle.fast import FastSubject
 from oracle.judge import Bench, judge
 from oracle.localise import summary
@@ -80,7 +80,7 @@ class Variation:
         """Stages and logits by all routes of this variation on a case of its own; the references run without it."""
         config = checkpoint.config
         case = replace(trials.short_case(standard_case(config.vocab_size, config.max_context, seed=seed)), new_tokens=6)
-        case = replace(case, splits=case.splits[:1])
+        case = replace(case, splits=(Split((105, 70), (129, 96)), Split((126, 2), (129, 8))))
         if self.other is not None:
             subject = self.other(checkpoint, dtype)
             return trials.Found({"logits": judge(subject, bench_for(checkpoint, dtype, trials.CPU), case)})
