@@ -340,6 +340,10 @@ def main() -> None:
     ranks.only_first_speaks()
     try:
         app()
+    except SystemExit as end:
+        if ranks.Place.of_environment() is not None:
+            ranks.hard_exit(end.code if isinstance(end.code, int) else 0)
+        raise
     except Exception as error:
         if os.environ.get("LLAMA_FAST_TRACEBACK"):
             raise

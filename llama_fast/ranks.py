@@ -86,7 +86,7 @@ class Member:
         """With all others, when all is done; nobody leaves before everybody is here. After a failure call `fail`."""
         if self.watch is not None:
             meet(self.device)
-            self.watch.stop()
+            self.watch.stop(COLLECTIVE_SECONDS)
             leave_group()
 
 
@@ -126,7 +126,7 @@ def tensor_parallel(
         yield member.shard
     except BaseException:
         if member.watch is not None:
-            member.watch.stop()
+            member.watch.stop(SILENCE_SECONDS)
         raise
     member.leave()
 
@@ -202,6 +202,7 @@ def leave_group() -> None:
     gc.collect()
     dist.destroy_process_group()
     limit.cancel()
+    limit.join()
 
 
 class Watch:
@@ -223,14 +224,15 @@ class Watch:
                 self.before[number] = signal.signal(number, ignore)
         self.thread.start()
 
-    def stop(self) -> None:
+    def stop(self, patience_seconds: float = STORE_SECONDS) -> None:
+        """Be over before Python is: a thread that then still talks to the store would abort the process."""
         self.ended.set()
         if self.before:
             signal.set_wakeup_fd(-1)
             for number, handler in self.before.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
         self.waker.send(b"\0")
-        self.thread.join(STORE_SECONDS)  # it may be at a port where nobody answers
+        self.thread.join(patience_seconds)  # after a failure it may be at a port where nobody answers
 
     def run(self) -> None:
         store: Any | None = None
