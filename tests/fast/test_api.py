@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -290,14 +289,22 @@ def test_chat_answers_line_by_line(model: Path) -> None:
     assert first == third != second and len(first.split()) == 4
 
 
+def listen(process: subprocess.Popen[bytes], count: int) -> None:
+    """Until it has said so many bytes: far more than a prompt, so that it is in the middle of a reply."""
+    assert process.stdout is not None
+    while count > 0:
+        piece = os.read(process.stdout.fileno(), count)
+        assert piece, "it ended"
+        count -= len(piece)
+
+
 def test_chat_survives_an_interrupt_in_a_reply(model: Path) -> None:
     process = subprocess.Popen(
         [*CHAT, str(model), "--max-new-tokens", "90000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
     )
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"hello\n")
-    os.read(process.stdout.fileno(), 100)  # it speaks
-    time.sleep(0.2)
+    listen(process, 200)
     process.send_signal(signal.SIGINT)
     told = b""
     while b"[interrupted]\n" not in told:
@@ -305,7 +312,7 @@ def test_chat_survives_an_interrupt_in_a_reply(model: Path) -> None:
         assert piece, "it ended"
         told += piece
     process.stdin.write(b"go on\n")
-    assert os.read(process.stdout.fileno(), 100)
+    listen(process, 200)
     process.send_signal(signal.SIGINT)
     process.stdin.write(b"/exit\n")
     process.stdout.read()
