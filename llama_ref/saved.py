@@ -85,11 +85,13 @@ def save_checkpoint(
 ) -> None:
     """Write a directory that opens again on its own; it appears whole, or not at all.
 
-    Raises CheckpointError if `directory` exists and is not empty, or if `tensors` are not those of the model.
+    Raises CheckpointError if `directory` exists and is not empty, if `tensors` are not those of the model, or if no
+    config.json says what the model is.
     """
     from safetensors.torch import save_file
 
     directory = Path(directory).expanduser()
+    check_can_be_said(config, directory)
     check_encoded(tensors, config, encoding, directory)
     with appears_whole(directory) as draft:
         whole = {name: tensor[:].detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -98,6 +100,16 @@ def save_checkpoint(
         (draft / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(draft)
+
+
+def check_can_be_said(config: LlamaConfig, directory: Path) -> None:
+    """Raise CheckpointError unless a config.json of `config` reads as `config` again."""
+    try:
+        same = LlamaConfig.from_hf(config.to_hf()) == config
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: no config.json can describe this model ({error})") from error
+    if not same:
+        raise CheckpointError(f"{directory}: no config.json can describe this model: it would read as another")
 
 
 @contextlib.contextmanager

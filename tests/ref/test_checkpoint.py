@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import subprocess
@@ -588,6 +589,14 @@ def test_a_saved_directory_opens_as_it_was(tmp_path: Path, tied: bool) -> None:
         assert opened.weights[name].dtype == tensor.dtype
         assert torch.equal(opened.weights[name][:], tensor)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "dense"]
+
+
+def test_what_no_config_can_say_is_not_saved(tmp_path: Path) -> None:
+    """Biases are Llama's, a window is Mistral's: a directory with both could not be read again."""
+    config = dataclasses.replace(SMALL, attention_bias=True, window=5)
+    weights = random_checkpoint(config).weights
+    refused(lambda: save_checkpoint(tmp_path / "out", config, weights), "no config.json can describe", "attention_bias")
+    assert not (tmp_path / "out").exists()
 
 
 def test_views_of_one_memory_are_saved_apart(tmp_path: Path) -> None:
