@@ -300,7 +300,11 @@ def listen(process: subprocess.Popen[bytes], count: int) -> None:
 
 def test_chat_survives_an_interrupt_in_a_reply(model: Path) -> None:
     process = subprocess.Popen(
-        [*CHAT, str(model), "--max-new-tokens", "90000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        [*CHAT, str(model), "--max-new-tokens", "90000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
     )
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"hello\n")
