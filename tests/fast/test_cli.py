@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llama_fast import cli
-from llama_ref.checkpoint import Checkpoint, save_checkpoint
+from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.tokenizer import RandomTokenizer
 
 Run = Callable[..., tuple[int, str, str]]
