@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from llama_fast.acceptance import accept, accept_greedy
 from llama_fast.build import Runner
+from llama_fast.compilation import own_code
 from llama_fast.generate import Readback, pad
 from llama_fast.pace import DRAFT, PLAIN, Costs, Pace
 from llama_fast.plan import KVCache, Whole
@@ -116,8 +116,6 @@ def uniform_at(choose: Chooser, position_BN: Tensor, stream_N: Tensor) -> Tensor
 class Compilations:
     """Small functions, compiled for fixed shapes where a runner's plan compiles its own; kept by their shapes. Beside a step of
     ready-made kernels they are short as they are, and would take longer to compile than all of them.
-
-    Each shape gets a copy of the function's code: a compiler keeps its results with the code, and no more than a few.
     """
 
     def __init__(self) -> None:
@@ -129,8 +127,7 @@ class Compilations:
             return function
         key = (function, *shape)
         if key not in self._known:
-            copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            self._known[key] = torch.compile(copy, dynamic=False, fullgraph=True)
+            self._known[key] = torch.compile(own_code(function), dynamic=False, fullgraph=True)
         return self._known[key]
 
 

@@ -11,12 +11,12 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from llama_fast.compilation import own_code
 from llama_fast.model import Llama
 from llama_fast.plan import KVCache, Phase
 from llama_fast.sampling import Chooser
@@ -69,13 +69,6 @@ class Compiled:
             return steps[shape](shell, tokens_BT, start_B, cache, choose)
 
         return compiled_prefill if on_gpu else prefill, compiled_step
-
-
-def own_code(phase: Phase) -> Phase:
-    """The same function with a code object of its own: the compiler keeps its results with the code, at most eight, and a
-    program with nine lengths of cache would else end in an error."""
-    assert isinstance(phase, FunctionType)
-    return FunctionType(phase.__code__.replace(), phase.__globals__, phase.__name__)
 
 
 def mark_addresses(cache: KVCache) -> None:
