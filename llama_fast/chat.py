@@ -57,13 +57,7 @@ class Chat:
         row = Row(self.llama.writer(ids, self.stop))
         eos_ids = runner.config.eos_ids
         try:
-            for (token,) in stream(runner, [ids], new_tokens, self.sampling, eos_ids, cache, held=held):
-                if token is not None and (piece := row.take(token, eos_ids)):
-                    yield piece
-                if row.ended:
-                    break
-            if rest := row.finish():
-                yield rest
+            yield from row.said(stream(runner, [ids], new_tokens, self.sampling, eos_ids, cache, held=held), eos_ids)
         finally:
             if row.tokens:
                 self._held = [*ids, *row.tokens[:-1]]  # the last one was chosen, and not yet read

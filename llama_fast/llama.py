@@ -8,7 +8,7 @@ print(llama.generate("Hello, my name is", max_new_tokens=20).text)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -94,6 +94,16 @@ class Row:
         self.pieces.append(self.writer.push(token))
         self.ended = self.writer.stopped or token in eos_ids
         return self.pieces[-1]
+
+    def said(self, steps: Iterable[Sequence[int | None]], eos_ids: Sequence[int]) -> Iterator[str]:
+        """The pieces of a row that is alone in its batch, as they come."""
+        for (token,) in steps:
+            if token is not None and (piece := self.take(token, eos_ids)):
+                yield piece
+            if self.ended:
+                break
+        if rest := self.finish():
+            yield rest
 
     def finish(self) -> str:
         """The text that was held back."""
@@ -213,13 +223,7 @@ class Llama:
         row = Row(self.writer(ids[0], stop))
         eos_ids = self.runner.config.eos_ids
         sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        for (token,) in self._steps(ids, max_new_tokens, sampling, eos_ids, draft)[0]:
-            if token is not None and (piece := row.take(token, eos_ids)):
-                yield piece
-            if row.ended:
-                break
-        if rest := row.finish():
-            yield rest
+        yield from row.said(self._steps(ids, max_new_tokens, sampling, eos_ids, draft)[0], eos_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's ids: text by the tokenizer, a conversation by its template, ids as they are."""
