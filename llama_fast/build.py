@@ -92,11 +92,14 @@ def encode_one(
     first, stop, _ = part[0].indices(source.shape[0])
     on_file = not hasattr(source, "device")  # what has a device is in its memory, or drawn there whole
     rows = max(1, STRIPE_BYTES // (source.shape[1] * source.dtype.itemsize)) if on_file else max(1, stop)
-    stripes = []
+    parts: dict[str, Tensor] = {}
     for row in range(first, stop, rows):
         stripe = encoding.encode(source[row : min(row + rows, stop)].to(device), kept)
-        stripes.append({name: tensor.contiguous() for name, tensor in cut(stripe, (slice(None), part[1])).items()})
-    return {name: torch.cat([stripe[name] for stripe in stripes]) for name in stripes[0]}
+        for name, tensor in cut(stripe, (slice(None), part[1])).items():
+            if row == first:  # laid out whole before anything else is, so that what a stripe needs is given back
+                parts[name] = tensor.new_empty(stop - first, *tensor.shape[1:])
+            parts[name][row - first : row - first + len(tensor)] = tensor
+    return parts
 
 
 def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:

@@ -113,6 +113,29 @@ def uniform_at(choose: Chooser, position_BN: Tensor, stream_N: Tensor) -> Tensor
     return uniform(key_RB2, position_BN.reshape(-1), stream_N.expand(B, N).reshape(-1)).view(B, N)
 
 
+def aligned(history_BL: Tensor, position_B: Tensor, draft_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The check whose windows are the same whatever was proposed: (tokens [B, T], start [B], row of the newest token [B]).
+
+    Position p is computed in row p % T of the window that starts at p - p % T. With T = 4, the newest token at position 6
+    and proposals x y z, the window is position 4 to 7: the tokens of 4, 5 and 6, and x.
+    """
+    K = draft_BK.shape[1]
+    row_B = position_B % (K + 1)
+    start_B = position_B - row_B
+    step_T = torch.arange(K + 1, device=position_B.device)
+    proposed_BL = history_BL.scatter(1, position_B[:, None] + 1 + step_T[:K], draft_BK)
+    return proposed_BL.gather(1, start_B[:, None] + step_T), start_B, row_B
+
+
+def within(row_B: Tensor, draft_BK: Tensor, logits_BTV: Tensor) -> tuple[Tensor, Tensor]:
+    """What an aligned check says of the newest token and after: proposals beyond its window are -1, which no argmax is."""
+    B, K = draft_BK.shape
+    step_T = torch.arange(K + 1, device=row_B.device)
+    seen_BK = torch.where(step_T[:K] < K - row_B[:, None], draft_BK, -1)
+    at_BT = (row_B[:, None] + step_T).clamp(max=K)
+    return seen_BK, logits_BTV[torch.arange(B, device=row_B.device)[:, None], at_BT]
+
+
 class Compilations:
     """Small functions, compiled for fixed shapes where a runner's plan compiles its own; kept by their shapes. Beside a step of
     ready-made kernels they are short as they are, and would take longer to compile than all of them.
@@ -172,7 +195,11 @@ class Launched:
 
 
 class Rounds:
-    """A generation by rounds of proposals and checks. `fixed`: every round proposes exactly ks[0]."""
+    """A generation by rounds of proposals and checks.
+
+    `fixed`: every round proposes exactly ks[0]. `aligned`: its windows are those of `aligned`; for this it must be fixed, and
+    greedy where proposals are to stand.
+    """
 
     def __init__(
         self,
@@ -186,10 +213,11 @@ class Rounds:
         ks: Sequence[int],
         fixed: bool,
         compilations: Compilations,
+        aligned: bool = False,
     ):
         self.source, self.target, self.cache = source, target, cache
         self.prompts, self.max_new_tokens, self.eos_ids = prompts, max_new_tokens, eos_ids
-        self.ks, self.fixed = tuple(ks), fixed
+        self.ks, self.fixed, self.aligned = tuple(ks), fixed, aligned
         self.width = 1  # tokens that a check has at least: one shape for every k
         self.rehearsal = False  # whether to compile and time every shape before the first round
         self.pace = Pace(self.ks, Costs(), max_new_tokens)
@@ -305,8 +333,14 @@ class Rounds:
         newest_B1 = state.newest(1)
         draft_BK, q_BKV = (newest_B1[:, :0], None) if k == 0 else self.source.propose(state, k, behind)
         proposed = self.clock.mark()
-        tokens_BT = F.pad(torch.cat([newest_B1, draft_BK], 1), (0, max(0, self.width - k - 1) if k else 0))
-        logits_BTV = self.target.step(tokens_BT, state.position_B, self.cache, self.greedy)[1][:, : k + 1]
+        if self.aligned:
+            tokens_BT, start_B, row_B = aligned(state.history_BL, state.position_B, draft_BK)
+        else:
+            tokens_BT = F.pad(torch.cat([newest_B1, draft_BK], 1), (0, max(0, self.width - k - 1) if k else 0))
+            start_B = state.position_B
+        logits_BTV = self.target.step(tokens_BT, start_B, self.cache, self.greedy)[1][:, : k + 1]
+        if self.aligned:
+            draft_BK, logits_BTV = within(row_B, draft_BK, logits_BTV)
         if self.source.blind:
             draft_BK, logits_BTV = draft_BK[:, :0], logits_BTV[:, :1].contiguous()
         if k == 0 or self.source.blind:
@@ -331,12 +365,17 @@ class Rounds:
             self.pace.rest()
         elif not self.source.blind:
             for b in running:
-                self.statistics.round(launched.k, stood=rows[b][1], emitted=min(rows[b][0], self.left[b]))
+                seen = launched.k - self.row(b) if self.aligned else launched.k
+                self.statistics.round(launched.k, rows[b][1], emitted=min(rows[b][0], self.left[b]), seen=seen)
             stood, taken = [rows[b][1] for b in running], [rows[b][0] for b in running]
             self.pace.record(launched.k, [self.evidence[b] for b in running], stood, taken)
             self.behind = launched.k in stood
         self.evidence = [row[-1] for row in rows]
         return [row[2 : 2 + row[0]] for row in rows]
+
+    def row(self, b: int) -> int:
+        """Where the newest token of row b stands in an aligned check."""
+        return (len(self.prompts[b]) + self.max_new_tokens - self.left[b] - 1) % (self.ks[0] + 1)
 
     def measure(self, k: int, marks: tuple[Mark, Mark, Mark]) -> None:
         if k:

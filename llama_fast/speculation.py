@@ -46,11 +46,11 @@ class Statistics:
     def tokens_per_round(self) -> float:
         return self.emitted / self.rounds if self.rounds else 0.0
 
-    def round(self, k: int, stood: int, emitted: int) -> None:
-        """Count one row's round: `stood` of its k proposals, and `emitted` tokens that were wanted."""
+    def round(self, k: int, stood: int, emitted: int, seen: int) -> None:
+        """Count one row's round: of its k proposals `seen` were in the check and `stood` stood; `emitted` tokens were wanted."""
         self.rounds += 1
         self.proposed += k
-        self.tried += stood + (stood < k)
+        self.tried += stood + (stood < seen)
         self.accepted += stood
         self.emitted += emitted
         self.lengths = added(self.lengths, {stood: 1})

@@ -8,9 +8,10 @@ answer stays the target's: the tokens at temperature 0, the distribution otherwi
     generate(target, prompts, 200, draft=Padded(k=5))             no speculation, but its arithmetic
 
 A check of k + 1 rows rounds differently from a step of one, so greedy equality with plain decoding holds up to ties of
-the rounding. `Padded(k)` decodes plainly through the very shape that `Draft(runner, k)` and `Ngram(k)` check with: to this
-they are equal bit for bit in float32 on a CPU, where heads and hidden layer are whole vector registers wide (multiples of
-16). It costs the check's price for every token, as much as the rows beyond the first cost.
+the rounding. `Padded(k)` decodes plainly through checks of that shape, and `Draft(runner, k, aligned=True)` and
+`Ngram(k, aligned=True)` equal it bit for bit. The shape alone would not do: a matrix product may round its seventh row
+otherwise than its first. So a position has its fixed row in an aligned check, and proposals that reach past the end of its
+window are lost: in the round after a rejection all but k / 2 on average.
 
 Shapes: B rows, K proposed tokens, L columns of history, V vocabulary.
 """
@@ -47,12 +48,14 @@ class Proposer:
     only = AUTOMATIC[-1]
     """The one k that is tried where the shape of its check is compiled for it."""
 
-    def __init__(self, k: int | None, most: int):
-        """`k` None: chosen while generating, from 1 to `most`."""
+    def __init__(self, k: int | None, most: int, aligned: bool = False):
+        """`k` None: chosen while generating, from 1 to `most`. `aligned`: a position's arithmetic is the same in every check."""
         for label, value in (("k", k), ("most", most)):
             if value is not None and value < 1:
                 raise ValueError(f"{label}={value} must be at least 1: so many tokens are proposed in a round")
-        self.k, self.most = k, most
+        if aligned and k is None:
+            raise ValueError("aligned checks need a fixed k")
+        self.k, self.most, self.aligned = k, most, aligned
         self.compilations = Compilations()
         self._costs: dict[tuple[int, int], Costs] = {}
         self._seen: weakref.WeakKeyDictionary[KVCache, set[object]] = weakref.WeakKeyDictionary()
@@ -96,8 +99,22 @@ class Proposer:
         if cache is None:
             cache = target.allocate(len(prompts), needed + max(ks, default=0))
         source = self.source(target, len(prompts), needed + max(ks, default=0), sampling, max(ks, default=1))
+        if self.aligned and sampling.temperature and not source.blind:
+            raise ValueError("aligned checks are for temperature 0: they promise bits, not a distribution")
         fixed = self.k is not None
-        rounds = Rounds(source, target, prompts, max_new_tokens, sampling, eos_ids, cache, ks, fixed, self.compilations)
+        rounds = Rounds(
+            source,
+            target,
+            prompts,
+            max_new_tokens,
+            sampling,
+            eos_ids,
+            cache,
+            ks,
+            fixed,
+            self.compilations,
+            self.aligned,
+        )
         rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length), Costs(agreement(target)))
         rounds.rehearsal = self.is_new(cache, sampling) and not isinstance(target.plan.compiler, Eager)
         if (
@@ -141,8 +158,8 @@ class Draft(Proposer):
 
     only = 3
 
-    def __init__(self, runner: Runner, k: int | None = None, most: int = AUTOMATIC[-1]):
-        super().__init__(k, most)
+    def __init__(self, runner: Runner, k: int | None = None, most: int = AUTOMATIC[-1], aligned: bool = False):
+        super().__init__(k, most, aligned)
         self.runner = runner
         self._cache: dict[int, KVCache] = {}
 
@@ -236,9 +253,16 @@ def pick(choose: Chooser, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tenso
 class Ngram(Proposer):
     """Prompt lookup: what followed the last few tokens when they stood here before. No model, next to no cost."""
 
-    def __init__(self, k: int | None = None, most: int = AUTOMATIC[-1], longest: int = 4, shortest: int = 2):
+    def __init__(
+        self,
+        k: int | None = None,
+        most: int = AUTOMATIC[-1],
+        longest: int = 4,
+        shortest: int = 2,
+        aligned: bool = False,
+    ):
         """Looks for the last `longest` tokens, then for fewer, down to `shortest`; of equal matches the latest counts."""
-        super().__init__(k, most)
+        super().__init__(k, most, aligned)
         if not 1 <= shortest <= longest:
             raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none")
         self.longest, self.shortest = longest, shortest
@@ -298,10 +322,10 @@ def best_of(length_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Padded(Proposer):
-    """Plain decoding through the shape of a check of k tokens: what speculation with that k equals bit for bit."""
+    """Plain decoding through aligned checks of k tokens: what speculation with these equals bit for bit."""
 
     def __init__(self, k: int):
-        super().__init__(k, k)
+        super().__init__(k, k, aligned=True)
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
         return PaddedSource()

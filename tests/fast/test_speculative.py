@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama_fast import rounds
@@ -16,26 +17,14 @@ from llama_fast.generate import generate, stream
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.optimisations.speculative import Draft, DraftSource, Ngram, Padded, Proposer, lookup
 from llama_fast.optimisations.static_cache import Static
-from llama_fast.plan import Dense, Plan
+from llama_fast.plan import Plan
 from llama_fast.sampling import Sampling
 from llama_ref.checkpoint import Checkpoint, random_checkpoint
-from llama_ref.config import LlamaConfig
 from oracle.speculation import SpeculativeSubject, judge_speculation
 
 PROMPTS = [[5, 17, 3], [88], [4, 4, 4, 61, 20, 9, 33], [1, 2]]
 NEW = 40
 SAMPLED = Sampling(temperature=0.9, top_k=30, top_p=0.95, seed=21)
-
-
-ALIGNED = LlamaConfig(
-    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=101, max_context=128
-)
-"""Widths of whole vector registers: else a row's place decides which of its elements are computed one by one."""
-
-
-@pytest.fixture
-def aligned() -> Checkpoint:
-    return random_checkpoint(ALIGNED, 3)
 
 
 @pytest.fixture
@@ -55,29 +44,62 @@ def other(untied: Checkpoint) -> Runner:
     return build(random_checkpoint(config, 8), Plan(), "cpu")
 
 
-def proposer(name: str, k: int | None, int8: Runner, other: Runner) -> Proposer:
-    return {"int8": Draft(int8, k), "other": Draft(other, k), "ngram": Ngram(k)}[name]
+def proposer(name: str, k: int | None, int8: Runner, other: Runner, aligned: bool = False) -> Proposer:
+    return (
+        Ngram(k, aligned=aligned)
+        if name == "ngram"
+        else Draft({"int8": int8, "other": other}[name], k, aligned=aligned)
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 8])
 @pytest.mark.parametrize("name", ["int8", "other", "ngram"])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_greedy_is_plain_decoding_and_bit_for_bit_through_the_same_shape(
-    aligned: Checkpoint, other: Runner, name: str, k: int, rows: int
+def test_greedy_is_plain_decoding_and_bit_for_bit_through_aligned_checks(
+    target: Runner, int8: Runner, other: Runner, name: str, k: int, rows: int
 ) -> None:
     prompts = PROMPTS[:rows] if rows > 1 else PROMPTS[2:3]
-    target, int8 = (
-        build(aligned, Plan(kind, cache=Static(), fuse_projections=True), "cpu") for kind in (Dense(), Int8())
-    )
-    speculative = SpeculativeSubject(target, proposer(name, k, int8, other), cache_length=128)
-    padded = SpeculativeSubject(target, Padded(k), cache_length=128)
-    found, wanted = speculative.greedy(prompts, NEW), padded.greedy(prompts, NEW)
     plain = [completion.tokens for completion in generate(target, prompts, NEW).completions]
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted] == plain
+    wanted = SpeculativeSubject(target, Padded(k), cache_length=128).greedy(prompts, NEW)
+    for aligned in (False, True):
+        speculative = SpeculativeSubject(target, proposer(name, k, int8, other, aligned), cache_length=128)
+        found = speculative.greedy(prompts, NEW)
+        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted] == plain
+        counted = speculative.generations[0].speculation
+        assert counted is not None and counted.rounds < rows * NEW, "something was accepted"
     for (_, logits), (_, same) in zip(found, wanted, strict=True):
         assert logits.shape == (NEW, 101) and torch.equal(logits, same)
-    counted = speculative.generations[0].speculation
-    assert counted is not None and counted.rounds < rows * NEW, "something was accepted"
+
+
+def test_aligned_checks_do_not_ask_a_product_to_treat_its_rows_alike(
+    target: Runner, int8: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some BLAS libraries do not: row 5 of 7 may round otherwise than row 0."""
+    linear = F.linear
+
+    def by_place(x: Tensor, *weights: Tensor) -> Tensor:
+        y = linear(x, *weights)
+        return y * (1 + torch.arange(y.shape[-2])[:, None] * 2**-22) if y.shape[-2] > 1 else y
+
+    monkeypatch.setattr(F, "linear", by_place)
+    bits = {}
+    for aligned in (False, True):
+        wanted = SpeculativeSubject(target, Padded(5), cache_length=128).greedy(PROMPTS, NEW)
+        found = SpeculativeSubject(target, Draft(int8, 5, aligned=aligned), cache_length=128).greedy(PROMPTS, NEW)
+        bits[aligned] = [torch.equal(a, b) for (_, a), (_, b) in zip(found, wanted, strict=True)]
+    assert bits == {False: [False] * 4, True: [True] * 4}
+
+
+def test_an_aligned_round_loses_what_reaches_past_its_window(untied: Checkpoint) -> None:
+    """Windows of 4: from position 3 one token, from 1 three, from 7 one, from 2 two; then four in every round."""
+    runner = build(untied, Plan(cache=Static()), "cpu")
+    counted = generate(runner, PROMPTS, NEW, draft=Draft(runner, 3, aligned=True)).speculation
+    assert counted is not None and counted.acceptance == 1.0
+    firsts = {0: 2, 2: 1, 1: 1}  # proposals that the first rounds could take
+    assert counted.emitted == 4 * (NEW - 1)
+    assert sum(counted.lengths.values()) == counted.rounds
+    for stood, rounds_ in firsts.items():
+        assert counted.lengths.get(stood, 0) >= rounds_
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(cache=Static())], ids=str)
@@ -130,7 +152,8 @@ def test_a_cache_serves_one_speculation_after_another(target: Runner, int8: Runn
 
 def test_of_two_equal_logits_the_lower_id_is_taken(untied: Checkpoint) -> None:
     """Temperature 0 is an argmax, not a softmax at a low temperature, which would draw among equals."""
-    head = untied.weights["output.weight"][:].clone()
+    head = torch.zeros_like(untied.weights["output.weight"][:])
+    head[torch.arange(50), torch.arange(50) % head.shape[1]] = 1.0  # one term a logit: equal however a product adds up
     head[50:100] = head[:50]
     twinned = dataclasses.replace(untied, weights={**untied.weights, "output.weight": head})
     runner = build(twinned, Plan(cache=Static()), "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ NEW, SLOTS = 200, 240
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("k", [1, 2, 5, 8])
 def test_every_stream_agrees(compiler: Eager | Compiled, batch: int, k: int) -> None:
-    """50 prompts x 200 tokens for each proposer; in float32 equal bit for bit to plain decoding through the same shape."""
+    """50 prompts x 200 tokens for each proposer; with aligned checks, equal bit for bit to plain decoding through them."""
     torch._dynamo.reset()
     checkpoint = random_checkpoint(TINY, 3)
     other = random_checkpoint(dataclasses.replace(TINY, n_layers=1), 8)
@@ -44,14 +45,18 @@ def test_every_stream_agrees(compiler: Eager | Compiled, batch: int, k: int) -> 
         for source, kind in ((checkpoint, Dense()), (checkpoint, Int8()), (other, Dense()))
     )
     bench = Bench(*references(target, checkpoint))
-    drafts: dict[str, Proposer] = {"int8": Draft(int8, k), "other": Draft(stranger, k), "ngram": Ngram(k)}
+    drafts: dict[str, Callable[[bool], Proposer]] = {
+        "int8": lambda aligned: Draft(int8, k, aligned=aligned),
+        "other": lambda aligned: Draft(stranger, k, aligned=aligned),
+        "ngram": lambda aligned: Ngram(k, aligned=aligned),
+    }
     wanted = SpeculativeSubject(target, Padded(k), batch, SLOTS).greedy(PROMPTS, NEW)
     for name, draft in drafts.items():
-        subject = SpeculativeSubject(target, draft, batch, SLOTS)
+        subject = SpeculativeSubject(target, draft(False), batch, SLOTS)
         verdict = bench.greedy(subject, PROMPTS, NEW)
         counted = [done.speculation for done in subject.generations if done.speculation]
         total = sum(counted[1:], counted[0])
-        found = subject.greedy(PROMPTS, NEW)
+        found = SpeculativeSubject(target, draft(True), batch, SLOTS).greedy(PROMPTS, NEW)
         same = sum(tokens == [*plain] for (tokens, _), (plain, _) in zip(found, wanted, strict=True))
         bits = sum(torch.equal(a, b) for (_, a), (_, b) in zip(found, wanted, strict=True))
         print(
@@ -66,7 +71,7 @@ def test_every_stream_agrees(compiler: Eager | Compiled, batch: int, k: int) -> 
 @pytest.mark.parametrize("k", [2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 def test_the_default_model_agrees(k: int, dtype: torch.dtype) -> None:
-    """12 prompts x 64 tokens; in float32 the streams are those of plain decoding through the same shape."""
+    """12 prompts x 64 tokens; in float32 the streams are those of plain decoding through aligned checks."""
     found = resolve("smollm2-135m")
     checkpoint = found.open("cpu", dtype)
     target = build(checkpoint, optimised(Dense()), "cpu", dtype)
@@ -76,6 +81,7 @@ def test_the_default_model_agrees(k: int, dtype: torch.dtype) -> None:
         print(f"{type(draft).__name__} k={k} {dtype}: {verdict.outcome.value}", flush=True)
         assert verdict.outcome.value == "AGREE", verdict
         if dtype is torch.float32:
-            streams = [SpeculativeSubject(target, d, 4, 256).greedy(prompts, 64) for d in (draft, Padded(k))]
+            aligned = Ngram(k, aligned=True) if isinstance(draft, Ngram) else Draft(draft.runner, k, aligned=True)
+            streams = [SpeculativeSubject(target, d, 4, 256).greedy(prompts, 64) for d in (aligned, Padded(k))]
             for (tokens, logits), (same, bits) in zip(*streams, strict=True):
                 assert tokens == same and torch.equal(logits, bits)
