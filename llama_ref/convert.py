@@ -17,8 +17,10 @@ import torch
 
 from llama_ref import pickled_files, safetensors_files
 from llama_ref.checkpoint import open_checkpoint
-from llama_ref.config import LlamaConfig, meta_params
+from llama_ref.config import LlamaConfig
+from llama_ref.hf_config import to_hf
 from llama_ref.huggingface import halve, huggingface_name, is_rotary
+from llama_ref.meta_config import from_meta, to_meta
 from llama_ref.meta_layout import FIRST_SHARD, PARAMS
 from llama_ref.saved import appears_whole, is_saved, unshared
 from llama_ref.tokenizer import COMPANIONS, JSON_FILE, SENTENCEPIECE_FILE
@@ -56,7 +58,7 @@ def _write_hf(checkpoint: Checkpoint, directory: Path, draft: Path, shard_bytes:
     config = checkpoint.config
     if is_saved(directory) or not _copied(directory / "config.json", draft):  # our own carries a mark
         dtype = str(checkpoint.weights["norm.weight"].dtype).removeprefix("torch.")
-        (draft / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": dtype}, indent=2) + "\n")
+        (draft / "config.json").write_text(json.dumps(to_hf(config) | {"dtype": dtype}, indent=2) + "\n")
     _copied(directory / PARAMS, draft)
     shards = list(_shards(checkpoint, shard_bytes))
     places: dict[str, str] = {}
@@ -109,8 +111,8 @@ def _write_meta(checkpoint: Checkpoint, directory: Path, draft: Path, shard_byte
 def _checked_params(config: LlamaConfig) -> Mapping[str, Any]:
     """The params.json of a config, which read by itself gives the same shape and arithmetic."""
     try:
-        params = meta_params(config)
-        said = LlamaConfig.from_meta(params, max_context=config.max_context, tie_embeddings=config.tie_embeddings)
+        params = to_meta(config)
+        said = from_meta(params, max_context=config.max_context, tie_embeddings=config.tie_embeddings)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if dataclasses.replace(said, bos_id=config.bos_id, eos_ids=config.eos_ids) != config:

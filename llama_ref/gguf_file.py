@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llama_ref.config import LlamaConfig
+from llama_ref.gguf_config import from_gguf
 from llama_ref.gguf_header import TensorPlace, read_header
 from llama_ref.weights import Checkpoint, CheckpointError, Key, check_shapes, expected_shapes, spans
 
@@ -85,7 +85,7 @@ def open_gguf(path: Path) -> Checkpoint:
     stored = _map_tensors(path, header.tensors)
     factors = stored.pop(ROPE_FACTORS, None)
     try:
-        config = LlamaConfig.from_gguf(
+        config = from_gguf(
             header.metadata,
             tie_embeddings="output.weight" not in stored,
             rope_factors=None if factors is None else factors[:].tolist(),

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from llama_ref import pickled_files
-from llama_ref.config import LlamaConfig, as_ids
+from llama_ref.config import LlamaConfig
+from llama_ref.fields import as_ids
+from llama_ref.hf_config import from_hf
 from llama_ref.safetensors_files import INDEX, SINGLE, open_directory, read_json
 from llama_ref.weights import Checkpoint, CheckpointError, Key, TensorSource, check_shapes, expected_shapes, spans
 
@@ -127,7 +129,7 @@ def read_config(directory: Path) -> LlamaConfig:
         if generation.is_file():  # it, not config.json, is where chat models name all their stop tokens
             ends = as_ids(read_json(generation).get("eos_token_id"))
             data["eos_token_id"] = list(dict.fromkeys(as_ids(data.get("eos_token_id", 2)) + ends))
-        return LlamaConfig.from_hf(data)
+        return from_hf(data)
     except CheckpointError:
         raise
     except (ValueError, TypeError, OverflowError) as error:

@@ -16,6 +16,7 @@ import torch
 
 from llama_ref import huggingface, pickled_files
 from llama_ref.config import LlamaConfig
+from llama_ref.meta_config import from_meta
 from llama_ref.safetensors_files import read_json
 from llama_ref.weights import Checkpoint, CheckpointError, Key, TensorSource, check_shapes, expected_shapes, spans
 
@@ -131,7 +132,7 @@ def _config(directory: Path, stored: Mapping[str, TensorSource]) -> LlamaConfig:
         raise CheckpointError(f"{directory}: weights without a config; put their config.json or {PARAMS} beside them")
     table = stored.get("tok_embeddings.weight")
     try:
-        return LlamaConfig.from_meta(
+        return from_meta(
             read_json(path),
             vocab_size=None if table is None else table.shape[0],
             tie_embeddings="output.weight" not in stored,

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from llama_ref.config import LlamaConfig
+from llama_ref.hf_config import from_hf, to_hf
 from llama_ref.safetensors_files import open_directory, read_json
 from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, check_shapes, expected_shapes
 
@@ -45,7 +46,7 @@ def open_saved(directory: Path) -> Checkpoint:
     if version != FORMAT:
         raise CheckpointError(f"{directory}: saved in format {version!r}; this version reads format {FORMAT}")
     try:
-        config = LlamaConfig.from_hf(data)
+        config = from_hf(data)
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
     weights = open_directory(directory)
@@ -96,7 +97,7 @@ def save_checkpoint(
     with appears_whole(directory) as draft:
         whole = {name: tensor[:].detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(unshared(whole), draft / "model.safetensors", metadata={"format": "pt"})
-        data = config.to_hf() | {"llama_fast": {"encoding": encoding, "format": FORMAT}}
+        data = to_hf(config) | {"llama_fast": {"encoding": encoding, "format": FORMAT}}
         (draft / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(draft)
@@ -105,7 +106,7 @@ def save_checkpoint(
 def check_can_be_said(config: LlamaConfig, directory: Path) -> None:
     """Raise CheckpointError unless a config.json of `config` reads as `config` again."""
     try:
-        same = LlamaConfig.from_hf(config.to_hf()) == config
+        same = from_hf(to_hf(config)) == config
     except ValueError as error:
         raise CheckpointError(f"{directory}: no config.json can describe this model ({error})") from error
     if not same:

@@ -18,7 +18,7 @@ from llama_fast.build import Runner, build
 from llama_fast.optimisations.compiled import Compiled
 from llama_fast.plan import Eager, Plan
 from llama_ref.checkpoint import Checkpoint
-from llama_ref.config import LlamaConfig
+from llama_ref.hf_config import from_hf, to_hf
 from llama_ref.tokenizer import Tokenizer
 from oracle.adapters import RefSubject, Weights, Yardstick, angles, radius
 from oracle.cases import Case, random_row, standard_case, text_rows
@@ -108,7 +108,7 @@ def has_no_file(checkpoint: Checkpoint) -> str:
     if checkpoint.encoding != "dense":
         return f"it is stored as {checkpoint.encoding} already"
     try:
-        LlamaConfig.from_hf(checkpoint.config.to_hf())
+        from_hf(to_hf(checkpoint.config))
     except ValueError as error:
         return f"no config.json says what this config says ({error})"
     return ""

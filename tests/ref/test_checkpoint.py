@@ -29,6 +29,7 @@ from llama_ref.checkpoint import (
 )
 from llama_ref.config import LlamaConfig, RopeScaling
 from llama_ref.gguf_header import read_header
+from llama_ref.hf_config import to_hf
 from llama_ref.huggingface import InterleavedRows, huggingface_name, interleave
 from llama_ref.models import Model
 from llama_ref.random_weights import stable_seed
@@ -207,7 +208,7 @@ def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"")
     refused(lambda: open_checkpoint(tmp_path), "holds 2 .gguf files")
-    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(SMALL)))
     (tmp_path / "other.safetensors").write_bytes(b"")
     refused(lambda: open_checkpoint(tmp_path), "neither model.safetensors nor", "other.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
@@ -435,7 +436,7 @@ def test_tied_and_llama3_scaled_ggufs(tmp_path: Path) -> None:
     assert tied.config.tie_embeddings
     assert "output.weight" not in tied.weights
     scaling = RopeScaling("llama3", 8.0)
-    from llama_ref.config import llama3_rope_factors
+    from llama_ref.gguf_config import llama3_rope_factors
 
     write_gguf(tmp_path / "scaled.gguf", rope_factors=llama3_rope_factors(scaling, 10000.0, 16))
     assert open_checkpoint(tmp_path / "scaled.gguf").config.rope_scaling == scaling

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_ref.checkpoint import expected_shapes
-from llama_ref.config import NAMED, LlamaConfig, RopeScaling, llama3_rope_factors, meta_ffn_dim
+from llama_ref.config import NAMED, LlamaConfig, RopeScaling
+from llama_ref.gguf_config import from_gguf, llama3_rope_factors
+from llama_ref.hf_config import from_hf, to_hf
+from llama_ref.meta_config import from_meta, meta_ffn_dim
 
 PUBLISHED_PARAMETERS = {
     "llama-2-7b": 6_738_415_616,
@@ -140,7 +143,7 @@ configs = st.builds(
 
 @given(configs)
 def test_to_hf_loses_nothing(config: LlamaConfig) -> None:
-    assert LlamaConfig.from_hf(config.to_hf()) == config
+    assert from_hf(to_hf(config)) == config
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -148,15 +151,15 @@ def test_transformers_reads_and_writes_the_same_config(name: str) -> None:
     """Its newer spelling (rope_parameters) is what it writes back."""
     from transformers import LlamaConfig as HfLlamaConfig
 
-    written = HfLlamaConfig(**NAMED[name].to_hf()).to_dict()
-    assert LlamaConfig.from_hf(written) == NAMED[name]
+    written = HfLlamaConfig(**to_hf(NAMED[name])).to_dict()
+    assert from_hf(written) == NAMED[name]
 
 
 def test_absent_hf_fields_take_the_defaults_of_transformers() -> None:
     from transformers import LlamaConfig as HfLlamaConfig
 
-    config = LlamaConfig.from_hf(SMALL)
-    assert config == LlamaConfig.from_hf(HfLlamaConfig(**SMALL).to_dict())
+    config = from_hf(SMALL)
+    assert config == from_hf(HfLlamaConfig(**SMALL).to_dict())
     assert (config.head_dim, config.n_kv_heads, config.norm_eps, config.rope_theta) == (16, 4, 1e-6, 10000.0)
     assert (config.tie_embeddings, config.bos_id, config.eos_ids, config.rope_scaling) == (False, 1, (2,), None)
 
@@ -194,34 +197,34 @@ def test_absent_hf_fields_take_the_defaults_of_transformers() -> None:
     ],
 )
 def test_rope_scaling_in_every_spelling(spelling: dict[str, Any], scaling: RopeScaling | None) -> None:
-    assert LlamaConfig.from_hf(SMALL | spelling).rope_scaling == scaling
+    assert from_hf(SMALL | spelling).rope_scaling == scaling
 
 
 def test_rope_theta_in_both_spellings() -> None:
-    old = LlamaConfig.from_hf(SMALL | {"rope_theta": 5e5})
-    new = LlamaConfig.from_hf(SMALL | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    old = from_hf(SMALL | {"rope_theta": 5e5})
+    new = from_hf(SMALL | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
     assert old == new
     assert old.rope_theta == 5e5
 
 
 @pytest.mark.parametrize(("value", "ids"), [(None, ()), (7, (7,)), ([7, 9, 7], (7, 9))])
 def test_eos_ids_in_every_spelling(value: Any, ids: tuple[int, ...]) -> None:
-    assert LlamaConfig.from_hf(SMALL | {"eos_token_id": value}).eos_ids == ids
+    assert from_hf(SMALL | {"eos_token_id": value}).eos_ids == ids
 
 
 def test_mistral_is_a_llama_with_a_window() -> None:
     mistral = SMALL | {"model_type": "mistral"}
-    assert LlamaConfig.from_hf(mistral | {"sliding_window": None}).window is None
-    assert LlamaConfig.from_hf(mistral).window == 4096
-    assert LlamaConfig.from_hf(mistral | {"sliding_window": 512, "max_position_embeddings": 512}).window is None
-    config = LlamaConfig.from_hf(mistral | {"sliding_window": 7})
-    assert config.window == 7 and LlamaConfig.from_hf(config.to_hf()) == config
+    assert from_hf(mistral | {"sliding_window": None}).window is None
+    assert from_hf(mistral).window == 4096
+    assert from_hf(mistral | {"sliding_window": 512, "max_position_embeddings": 512}).window is None
+    config = from_hf(mistral | {"sliding_window": 7})
+    assert config.window == 7 and from_hf(to_hf(config)) == config
 
 
 def test_biases_are_read() -> None:
-    config = LlamaConfig.from_hf(SMALL | {"attention_bias": True, "mlp_bias": True})
+    config = from_hf(SMALL | {"attention_bias": True, "mlp_bias": True})
     assert config.attention_bias and config.mlp_bias
-    assert LlamaConfig.from_hf(config.to_hf()) == config
+    assert from_hf(to_hf(config)) == config
     shapes = expected_shapes(config)
     assert shapes["layers.1.attention.wk.bias"] == (64,) and shapes["layers.0.feed_forward.w2.bias"] == (64,)
     assert sum(name.endswith(".bias") for name in shapes) == 14
@@ -251,7 +254,7 @@ def test_biases_are_read() -> None:
 )
 def test_a_config_that_is_no_plain_llama_names_the_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        LlamaConfig.from_hf(SMALL | changes)
+        from_hf(SMALL | changes)
     assert "\n" not in str(caught.value)
 
 
@@ -276,7 +279,7 @@ def test_a_config_that_is_no_plain_llama_names_the_field(changes: dict[str, Any]
     ],
 )
 def test_meta_params_give_the_named_shapes(name: str, params: dict[str, Any], context: int) -> None:
-    read = LlamaConfig.from_meta(params | {"norm_eps": 1e-5}, vocab_size=32000, max_context=context)
+    read = from_meta(params | {"norm_eps": 1e-5}, vocab_size=32000, max_context=context)
     assert read == NAMED[name]
 
 
@@ -291,15 +294,15 @@ def test_meta_params_of_llama_3() -> None:
         "ffn_dim_multiplier": 1.3,
         "rope_theta": 500000.0,
     }
-    read = LlamaConfig.from_meta(params, max_context=8192)
+    read = from_meta(params, max_context=8192)
     assert (read.ffn_dim, read.rope_theta, read.bos_id, read.eos_ids[0]) == (14336, 500000.0, 128000, 128001)
-    scaled = LlamaConfig.from_meta(params | {"use_scaled_rope": True}, max_context=131072)
+    scaled = from_meta(params | {"use_scaled_rope": True}, max_context=131072)
     assert scaled.rope_scaling == RopeScaling("llama3", 8.0)
 
 
 def test_meta_params_without_a_vocabulary_ask_for_it() -> None:
     with pytest.raises(ValueError, match="vocab_size=-1"):
-        LlamaConfig.from_meta({"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": -1})
+        from_meta({"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": -1})
 
 
 @given(st.integers(1, 20000), st.sampled_from([1, 32, 256, 4096]))
@@ -310,14 +313,14 @@ def test_meta_ffn_width_is_the_next_multiple(dim: int, multiple_of: int) -> None
 
 
 def test_gguf_metadata() -> None:
-    read = LlamaConfig.from_gguf(SMALL_GGUF, tie_embeddings=True)
+    read = from_gguf(SMALL_GGUF, tie_embeddings=True)
     assert read == small(tie_embeddings=True)
     per_layer = SMALL_GGUF | {"llama.attention.head_count_kv": [2, 2], "llama.attention.key_length": 24}
-    assert LlamaConfig.from_gguf(per_layer, tie_embeddings=True) == small(tie_embeddings=True, head_dim=24)
+    assert from_gguf(per_layer, tie_embeddings=True) == small(tie_embeddings=True, head_dim=24)
     linear = SMALL_GGUF | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
-    assert LlamaConfig.from_gguf(linear, tie_embeddings=False).rope_scaling == RopeScaling("linear", 2.0)
+    assert from_gguf(linear, tie_embeddings=False).rope_scaling == RopeScaling("linear", 2.0)
     ends = SMALL_GGUF | {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 7}
-    assert LlamaConfig.from_gguf(ends, tie_embeddings=False).eos_ids == (2, 7)
+    assert from_gguf(ends, tie_embeddings=False).eos_ids == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +337,7 @@ def test_gguf_metadata() -> None:
 )
 def test_gguf_metadata_of_no_plain_llama_names_the_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LlamaConfig.from_gguf(SMALL_GGUF | changes, tie_embeddings=False)
+        from_gguf(SMALL_GGUF | changes, tie_embeddings=False)
 
 
 def hf_rope_factors(config: LlamaConfig) -> list[float]:
@@ -342,7 +345,7 @@ def hf_rope_factors(config: LlamaConfig) -> list[float]:
     from transformers import LlamaConfig as HfLlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](HfLlamaConfig(**config.to_hf()), "cpu")
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](HfLlamaConfig(**to_hf(config)), "cpu")
     plain = [config.rope_theta ** (-2 * pair / config.head_dim) for pair in range(config.head_dim // 2)]
     return [a / b for a, b in zip(plain, frequencies.tolist())]
 
@@ -354,10 +357,10 @@ def test_gguf_rope_factors_are_recognised_as_the_llama3_rule() -> None:
     assert config.rope_scaling is not None
     assert llama3_rope_factors(config.rope_scaling, config.rope_theta, config.head_dim) == pytest.approx(factors)
     metadata = SMALL_GGUF | {"llama.attention.key_length": 64, "llama.rope.freq_base": 500000.0}
-    read = LlamaConfig.from_gguf(metadata, tie_embeddings=True, rope_factors=factors)
+    read = from_gguf(metadata, tie_embeddings=True, rope_factors=factors)
     assert read.rope_scaling is not None
     assert read.rope_scaling.factor == pytest.approx(32.0)
     with pytest.raises(ValueError, match=r"rope_freqs\.weight does not follow"):
-        LlamaConfig.from_gguf(metadata, tie_embeddings=True, rope_factors=list(reversed(factors)))
+        from_gguf(metadata, tie_embeddings=True, rope_factors=list(reversed(factors)))
     with pytest.raises(ValueError, match="holds 31 factors for a head dimension of 64"):
-        LlamaConfig.from_gguf(metadata, tie_embeddings=True, rope_factors=factors[1:])
+        from_gguf(metadata, tie_embeddings=True, rope_factors=factors[1:])

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
-from llama_ref.config import NAMED, LlamaConfig, RopeScaling, meta_params
+from llama_ref.config import NAMED, LlamaConfig, RopeScaling
 from llama_ref.convert import convert
+from llama_ref.meta_config import from_meta, to_meta
 from llama_ref.meta_layout import Merged
 
 REPOSITORY = Path(__file__).parents[2]
@@ -169,7 +170,7 @@ def test_a_slice_of_merged_parts_is_the_slice_of_the_whole(axis: int, key: Any) 
 @pytest.mark.parametrize("name", NAMED)
 def test_params_of_every_named_shape_say_that_shape(name: str) -> None:
     config = NAMED[name]
-    said = LlamaConfig.from_meta(meta_params(config), max_context=config.max_context)
+    said = from_meta(to_meta(config), max_context=config.max_context)
     wanted = {f: getattr(config, f) for f in ("dim", "n_kv_heads", "head_dim", "ffn_dim", "norm_eps", "rope_theta")}
     assert {f: getattr(said, f) for f in wanted} == wanted
     if config.rope_scaling is not None:
@@ -189,7 +190,7 @@ def test_params_of_every_named_shape_say_that_shape(name: str) -> None:
     ],
 )
 def test_the_context_that_params_leave_out(params: dict[str, Any], context: int) -> None:
-    config = LlamaConfig.from_meta({"dim": 64, "n_layers": 1, "n_heads": 4} | params, vocab_size=128)
+    config = from_meta({"dim": 64, "n_layers": 1, "n_heads": 4} | params, vocab_size=128)
     assert config.max_context == context
     assert config.window == params.get("sliding_window")
 
@@ -281,9 +282,9 @@ def test_the_command_converts(tiny: Any, tmp_path: Path) -> None:
 
 def test_llama_3_scaling_goes_into_params() -> None:
     config = LlamaConfig(64, 2, 4, 2, 16, 96, 128, 512, rope_scaling=RopeScaling("llama3", 32.0))
-    params = meta_params(config)
+    params = to_meta(config)
     assert (params["use_scaled_rope"], params["rope_scaling_factor"]) == (True, 32.0)
-    assert random_checkpoint(LlamaConfig.from_meta(params)).config.rope_scaling == config.rope_scaling
+    assert random_checkpoint(from_meta(params)).config.rope_scaling == config.rope_scaling
 
 
 # --- the hub --------------------------------------------------------------------------------------
