@@ -15,7 +15,7 @@ import torch
 import typer
 
 from llama_fast import jobs, presets, ranks
-from llama_fast.build import Runner, build, default_dtype, encoded, where
+from llama_fast.build import build, default_dtype, encoded, where
 from llama_fast.llama import Llama
 from llama_fast.optimisations.speculative import Draft, Ngram
 from llama_fast.optimisations.tensor_parallel import TensorParallel
@@ -263,8 +263,7 @@ def bench(
     from llama_fast.plots import draw
     from llama_fast.report import Live, show_step_times, show_table
     from llama_fast.rungs import rungs_named, rungs_of
-    from oracle.speculation import judge_speculation
-    from oracle.verify import judge_runner
+    from oracle.rungs import rung_judge
 
     member = ranks.join(where(device))
     to, shard = member.device, member.shard
@@ -279,15 +278,10 @@ def bench(
         found = ranks.one_after_another(lambda: resolve(model))
         checkpoint = found.open(to, default_dtype(to))
         ids = found.tokenizer().encode(prompt)
-
-        def judge(runner: Runner, cache_length: int | None, draft: Draft | None = None) -> str:
-            if draft is not None:
-                verdict = judge_speculation(runner, checkpoint, draft, [ids], batch=1, cache_length=cache_length)
-                return verdict.outcome.value
-            return judge_runner(runner, checkpoint, ids, cache_length=cache_length).outcome.value
-
         count = jobs.ranks_for(checkpoint.config, to) if elsewhere else 1
-        ladder = climb(checkpoint, model, ids, here, to, judge, live, samples, new_tokens, profile)
+        ladder = climb(
+            checkpoint, model, ids, here, to, rung_judge(checkpoint, ids), live, samples, new_tokens, profile
+        )
         if isinstance(shard, TensorParallel):
             ladder = jobs.of_all_ranks(ladder, shard)
         if elsewhere:

@@ -101,6 +101,7 @@ def test_judging_knows_no_llama(path: Path) -> None:
         "adapters",
         "fast",
         "questions",
+        "rungs",
         "again",
         "speculation",
         "threads",

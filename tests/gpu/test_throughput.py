@@ -12,14 +12,11 @@ import pytest
 import torch
 
 from llama_fast.bench import Ladder, RungResult, bench
-from llama_fast.build import Runner
-from llama_fast.optimisations.speculative import Draft
 from llama_fast.plots import draw
 from llama_fast.report import show_step_times
 from llama_fast.rungs import RUNGS, rungs_named, rungs_of
 from llama_ref.models import resolve
-from oracle.speculation import judge_speculation
-from oracle.verify import judge_runner
+from oracle.rungs import rung_judge
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,12 +48,7 @@ def ladder() -> Ladder:
     checkpoint = found.open(device, torch.bfloat16)
     prompt = found.tokenizer().encode("Hello, my name is")
 
-    def judge(runner: Runner, cache_length: int | None, draft: Draft | None = None) -> str:
-        if draft is not None:
-            verdict = judge_speculation(runner, checkpoint, draft, [prompt], batch=1, cache_length=cache_length)
-            return verdict.outcome.value
-        return judge_runner(runner, checkpoint, prompt, cache_length=cache_length).outcome.value
-
+    judge = rung_judge(checkpoint, prompt)
     out = os.environ.get("LLAMA_FAST_LADDER_OUT")
     trace = Path(out, "trace.json") if out else None
     rungs = [rung for rung in (rungs_named(ONLY) if ONLY else rungs_of(device)) if not rung.over_ranks]
