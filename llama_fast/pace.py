@@ -11,7 +11,8 @@ and costs v + k c plain decode steps, where c is the cost of one proposal and v 
 times as fast as plain decoding. The usual form of the law has v = 1; a real check of k + 1 rows costs more than a step.
 
 `Pace` keeps the measured costs and acceptance of one generation, and an account: what speculation has won or lost so far in
-plain steps. It may lose a small share of the request while it finds out, and no more.
+plain steps. It may lose a small share of the request while it finds out. When that is spent, proposals that cost nothing (a
+lookup's) are still compared with what plain steps choose: what they would have won pays for new trials.
 """
 
 from __future__ import annotations
@@ -101,6 +102,22 @@ class Acceptance:
 
 
 @dataclass
+class Imagined:
+    """A round that was not run: which rows' first guesses were right so far, step by step, and how often in turn."""
+
+    k: int
+    evidence: list[int]
+    running: list[bool]
+    stood: list[int]
+
+    def step(self, hits: Sequence[bool]) -> bool:
+        """One plain step's choice against what was guessed for it; whether the round is over."""
+        self.running = [was and hit for was, hit in zip(self.running, hits, strict=True)]
+        self.stood = [n + was for n, was in zip(self.stood, self.running, strict=True)]
+        return not any(self.running) or max(self.stood) == self.k
+
+
+@dataclass
 class Pace:
     """Chooses k, round by round. `ks`: those that may be chosen; `new_tokens`: the length of the request.
 
@@ -115,6 +132,8 @@ class Pace:
     balance: float = 0.0  # plain steps won by speculating, less those lost
     estimates: dict[int, Acceptance] = field(default_factory=dict)
     plain_samples: int = 2
+    imagined: Imagined | None = None
+    would_have_won: float = 0.0
 
     def choose(self, evidence: Sequence[int], remaining: int) -> int:
         """The k for rows with this evidence, of which the longest still wants `remaining` tokens; 0 is a plain step."""
@@ -139,16 +158,43 @@ class Pace:
 
     def record(self, k: int, evidence: Sequence[int], stood: Sequence[int], emitted: Sequence[int]) -> None:
         """A round is over: how many proposals stood and how many tokens came, for every row that still counts."""
+        self.learn(k, evidence, stood)
+        self.imagined = None
+        # what was won is not there to be lost again
+        self.balance = min(self.balance + sum(emitted) / len(emitted) - self.cost(k), self.credit)
+
+    def learn(self, k: int, evidence: Sequence[int], stood: Sequence[int]) -> None:
         for of, n in zip(evidence, stood, strict=True):
             if of >= 0:
                 self.estimate(of).add(n, k)
-        # what was won is not there to be lost again
-        self.balance = min(self.balance + sum(emitted) / len(emitted) - self.cost(k), self.credit)
 
     def rest(self) -> None:
         """A plain step was taken."""
         for estimate in self.estimates.values():
             estimate.rest()
+
+    def watch(self, evidence: Sequence[int], hits: Sequence[bool]) -> None:
+        """Beside a plain step a token was guessed for each row (evidence -1: none), and it was chosen, or not.
+
+        Rounds are imagined from such steps. Their wins add up, their losses take away down to nothing: what is then there
+        was won by a stretch of text that repeats, and balances the account once it is spent.
+        """
+        if not self.ks:
+            return
+        if self.imagined is None:
+            if max(evidence) < 0:
+                return
+            best = max(self.ks, key=lambda k: self.worth(k, evidence))
+            self.imagined = Imagined(best, list(evidence), [of >= 0 for of in evidence], [0] * len(evidence))
+        round_ = self.imagined
+        if not round_.step(hits):
+            return
+        self.imagined = None
+        self.learn(round_.k, round_.evidence, round_.stood)
+        won = 1 + sum(round_.stood) / len(round_.stood) - self.cost(round_.k)
+        self.would_have_won = max(0.0, self.would_have_won + won)
+        if not self.may_lose() and self.would_have_won >= self.credit:
+            self.balance, self.would_have_won = 0.0, 0.0
 
     @property
     def credit(self) -> float:

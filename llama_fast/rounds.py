@@ -28,6 +28,7 @@ from llama_fast.plan import KVCache, Whole
 from llama_fast.sampling import Chooser, Sampling, uniform
 from llama_fast.speculation import Statistics
 
+NO_GUESS = -1
 JUDGE, LAST = 2, 3
 """Streams of uniforms: whether a proposal stands, and the token after those that do. (0 is plain choice, 1 the draft's.)"""
 
@@ -72,8 +73,11 @@ class Source(Protocol):
         known to the source.
         """
 
-    def look(self, state: State) -> Tensor | None:
-        """Evidence [B] for the next proposals, at least 0, or -1 where there are none; None: as good as ever."""
+    def look(self, state: State) -> tuple[Tensor, Tensor] | None:
+        """For each row evidence [B] of the next proposals, at least 0, or -1 where there are none, and the first of them [B].
+
+        None: as good as ever, and not known before they are asked for.
+        """
 
 
 def finish(
@@ -232,6 +236,7 @@ class Rounds:
         self.launched: deque[Launched] = deque()
         self.left = [max_new_tokens] * len(prompts)  # tokens that a row still wants; 0: it has ended
         self.evidence = [0] * len(prompts)
+        self.guesses = [NO_GUESS] * len(prompts)  # the first of the next proposals
         self.joined = self.behind = False
 
     def steps(self) -> Iterator[list[int | None]]:
@@ -245,7 +250,8 @@ class Rounds:
         state, first = self.begin()
         yield from self.columns([[token] for token in first])
         if any(self.left):
-            self.evidence = self.first_look(state)
+            looked_B2 = self.looked(state)
+            self.evidence, self.guesses = looked_B2[:, 0].tolist(), looked_B2[:, 1].tolist()
         while any(self.left):
             k, ahead = self.next_k(), len(self.launched)
             if k and not ahead:
@@ -275,9 +281,13 @@ class Rounds:
         self.readback.push(token_B[:, None])
         return state, [token for (token,) in self.readback.pop()]
 
-    def first_look(self, state: State) -> list[int]:
-        evidence_B = self.source.look(state)
-        return [0] * len(self.prompts) if evidence_B is None else evidence_B.tolist()
+    def looked(self, state: State) -> Tensor:
+        """The source's evidence and guess of each row, [B, 2]."""
+        found = self.source.look(state)
+        if found is None:
+            zero_B = torch.zeros_like(state.position_B)
+            found = (zero_B, zero_B + NO_GUESS)
+        return torch.stack(found, 1)
 
     def join(self, state: State) -> None:
         longest = max(len(prompt) + self.max_new_tokens - left for prompt, left in zip(self.prompts, self.left))
@@ -328,7 +338,7 @@ class Rounds:
 
     @torch.no_grad()
     def run(self, state: State, k: int, behind: bool) -> tuple[tuple[Mark, Mark, Mark], Tensor]:
-        """One round on the device. Returns its marks and the report [B, 3 + T]: taken, stood, tokens, evidence."""
+        """One round on the device. Returns its marks and the report [B, 4 + T]: taken, stood, tokens, evidence, guess."""
         begun = self.clock.mark()
         newest_B1 = state.newest(1)
         draft_BK, q_BKV = (newest_B1[:, :0], None) if k == 0 else self.source.propose(state, k, behind)
@@ -350,9 +360,8 @@ class Rounds:
         report_BN = finish_round(
             self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B
         )
-        evidence_B = self.source.look(state)
-        evidence_B = torch.zeros_like(state.position_B) if evidence_B is None else evidence_B
-        return (begun, proposed, self.clock.mark()), torch.cat([report_BN, evidence_B[:, None]], 1)
+        report_BN = torch.cat([report_BN, self.looked(state)], 1)
+        return (begun, proposed, self.clock.mark()), report_BN
 
     def take(self) -> list[list[int]]:
         """Wait for the oldest step; the tokens that each row gets from it."""
@@ -363,6 +372,9 @@ class Rounds:
         if not launched.k:
             self.statistics.plain_steps += 1
             self.pace.rest()
+            if self.source.keeps_up:
+                known = [of if left else -1 for of, left in zip(self.evidence, self.left, strict=True)]
+                self.pace.watch(known, [guess == row[2] for guess, row in zip(self.guesses, rows, strict=True)])
         elif not self.source.blind:
             for b in running:
                 seen = launched.k - self.row(b) if self.aligned else launched.k
@@ -370,7 +382,7 @@ class Rounds:
             stood, taken = [rows[b][1] for b in running], [rows[b][0] for b in running]
             self.pace.record(launched.k, [self.evidence[b] for b in running], stood, taken)
             self.behind = launched.k in stood
-        self.evidence = [row[-1] for row in rows]
+        self.evidence, self.guesses = [row[-2] for row in rows], [row[-1] for row in rows]
         return [row[2 : 2 + row[0]] for row in rows]
 
     def row(self, b: int) -> int:

@@ -240,7 +240,7 @@ class DraftSource:
             token_BN = token_B[:, None]
         return torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None
 
-    def look(self, state: State) -> Tensor | None:
+    def look(self, state: State) -> tuple[Tensor, Tensor] | None:
         return None
 
 
@@ -288,10 +288,10 @@ class NgramSource:
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         return self.found_BK[:, :k], None
 
-    def look(self, state: State) -> Tensor | None:
+    def look(self, state: State) -> tuple[Tensor, Tensor] | None:
         look_up = self.compilations.of(lookup, self.target, *state.history_BL.shape, self.widest)
         self.found_BK, length_B = look_up(state.history_BL, state.position_B, self.widest, self.longest)
-        return torch.where(length_B >= self.shortest, length_B, -1)
+        return torch.where(length_B >= self.shortest, length_B, -1), self.found_BK[:, 0]
 
 
 def lookup(history_BL: Tensor, position_B: Tensor, k: int, longest: int) -> tuple[Tensor, Tensor]:
@@ -343,5 +343,5 @@ class PaddedSource:
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         return torch.zeros_like(state.position_B)[:, None].expand(-1, k).contiguous(), None
 
-    def look(self, state: State) -> Tensor | None:
+    def look(self, state: State) -> tuple[Tensor, Tensor] | None:
         return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -131,3 +133,48 @@ def test_a_lookup_is_tried_where_something_repeats(untied: Checkpoint) -> None:
     slow = Slow(build(untied, Plan(cache=Static()), "cpu"), 0.005)
     done = generate(slow, [[5, 17, 3] * 8, [88]], 60, draft=Ngram())  # type: ignore[arg-type]
     assert done.speculation is not None and done.speculation.rounds > 0
+
+
+def watched(pace: Pace, right: Callable[[int], bool], steps: int) -> tuple[list[int], float]:
+    """(the ks chosen, plain steps lost or won) where a lookup has a guess for every token, and `right` says which come true."""
+    chosen, account, at = [], 0.0, 0
+    while at < steps:
+        k = pace.choose([2], 1000)
+        chosen.append(k)
+        if k:
+            n = next((i for i in range(k) if not right(at + i)), k)
+            pace.record(k, [2], [n], [n + 1])
+            account += n + 1 - pace.cost(k)
+            at += n + 1
+        else:
+            pace.rest()
+            pace.watch([2], [right(at)])
+            at += 1
+    return chosen, account
+
+
+def test_a_lookup_that_was_given_up_is_asked_again_when_the_text_repeats() -> None:
+    pace = paced(0.0, 2.4, ks=(7,))
+    before, lost = watched(pace, lambda at: False, 300)
+    assert before[-200:] == [0] * 200 and lost > -2.4 * pace.credit
+    after, won = watched(pace, lambda at: True, 300)
+    assert after[:6] == [0] * 6 and after.count(7) > 30 and won > 150
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4])
+def test_chance_hits_do_not_talk_it_into_losing(share: float) -> None:
+    """A guess right two times in five makes 1.7 tokens of a round of 7, which costs 2.4 steps."""
+    chance = random.Random(5)
+    right = [chance.random() < share for _ in range(3000)]
+    _, account = watched(paced(0.0, 2.4, ks=(7,), new_tokens=2000), lambda at: right[at], 2000)
+    assert account > -0.03 * 2000
+
+
+@pytest.mark.parametrize(("without", "wins"), [(0, True), (3, True), (5, False)])
+def test_rows_that_have_no_guess_count_as_rows_that_win_nothing(without: int, wins: bool) -> None:
+    """One row of all right guesses makes 8 tokens of a round; 2.75 on average of four rows, 2.17 of six, and it costs 2.4."""
+    pace = paced(0.0, 2.4, ks=(7,))
+    pace.balance = -pace.credit
+    for _ in range(120):
+        pace.watch([3] + [-1] * without, [True] * (1 + without))
+    assert pace.may_lose() is wins
