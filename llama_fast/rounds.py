@@ -1,8 +1,8 @@
 """The loop of speculation: propose, check, accept, look; one wait for the device per round.
 
-What was written so far, where each row stands and what is proposed next stay on the device, in shapes that do not depend on
-how much was accepted. Position is an argument, so a rejected token is overwritten by the next round, in the target's
-cache as in the draft's. A row that has all its tokens stands still while the others go on.
+What was written so far, where each row stands and what is proposed next stay on the device (checks.py). Position is an
+argument, so a rejected token is overwritten by the next round, in the target's cache as in the draft's. A row that has all
+its tokens stands still while the others go on.
 
 Shapes: B rows, K proposed tokens, T = K + 1, L columns of history, V vocabulary.
 """
@@ -19,35 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast.acceptance import accept, accept_greedy
 from llama_fast.build import Runner
+from llama_fast.checks import State, aligned, finish, within
 from llama_fast.compilation import own_code
 from llama_fast.generate import Readback, pad
 from llama_fast.pace import DRAFT, PLAIN, Costs, Pace
 from llama_fast.plan import KVCache, Whole
-from llama_fast.sampling import Chooser, Sampling, uniform
+from llama_fast.sampling import Chooser, Sampling
 from llama_fast.speculation import Statistics
 
 NO_GUESS = -1
-JUDGE, LAST = 2, 3
-"""Streams of uniforms: whether a proposal stands, and the token after those that do. (0 is plain choice, 1 the draft's.)"""
-
-
-@dataclass(frozen=True)
-class State:
-    """A batch under way. The newest token of row b is history[b, position[b]]; it is not yet in any cache."""
-
-    history_BL: Tensor
-    position_B: Tensor
-    limit_B: Tensor  # the position of the last token that a row may have
-
-    def clone(self) -> State:
-        return State(self.history_BL.clone(), self.position_B.clone(), self.limit_B)
-
-    def newest(self, count: int) -> Tensor:
-        """The last `count` tokens of every row, [B, count]."""
-        back_N = torch.arange(count - 1, -1, -1, device=self.position_B.device)
-        return self.history_BL.gather(1, self.position_B[:, None] - back_N)
 
 
 class Source(Protocol):
@@ -78,66 +59,6 @@ class Source(Protocol):
 
         None: as good as ever, and not known before they are asked for.
         """
-
-
-def finish(
-    choose: Chooser,
-    draft_BK: Tensor,
-    q_BKV: Tensor | None,
-    logits_BTV: Tensor,
-    history_BL: Tensor,
-    position_B: Tensor,
-    limit_B: Tensor,
-) -> Tensor:
-    """Accept, write the history, step on; in place. Returns [B, 2 + T]: tokens taken, proposals that stood, the tokens."""
-    (B, K), V = draft_BK.shape, logits_BTV.shape[-1]
-    step_T = torch.arange(K + 1, device=position_B.device)
-    if choose.greedy:
-        tokens_BT, count_B = accept_greedy(draft_BK, logits_BTV.argmax(-1))
-    else:
-        p_BTV = choose.probabilities(logits_BTV.reshape(-1, V)).view(B, K + 1, V)
-        if q_BKV is None:
-            q_BKV = torch.zeros_like(p_BTV[:, :K]).scatter(-1, draft_BK[..., None], 1.0)
-        last_T = step_T == K  # drawn for the newest token's place, as the next place depends on what stands
-        stream_T = torch.where(last_T, LAST, JUDGE)
-        u_BT = uniform_at(choose, position_B[:, None] + torch.where(last_T, 0, 1 + step_T), stream_T)
-        tokens_BT, count_B = accept(draft_BK, q_BKV, p_BTV, u_BT)
-    taken_B = torch.minimum(count_B, limit_B - position_B)
-    at_BT = position_B[:, None] + 1 + step_T
-    written_BT = torch.where(step_T < taken_B[:, None], tokens_BT, history_BL.gather(1, at_BT))
-    history_BL.scatter_(1, at_BT, written_BT)
-    position_B.add_(taken_B)
-    return torch.cat([taken_B[:, None], count_B[:, None] - 1, tokens_BT], 1)
-
-
-def uniform_at(choose: Chooser, position_BN: Tensor, stream_N: Tensor) -> Tensor:
-    """The uniforms [B, N] of each row at its positions, in the streams [N]: one pass of the hash for all."""
-    B, N = position_BN.shape
-    key_RB2 = choose.key_B2[:, None].expand(B, N, 2).reshape(-1, 2)
-    return uniform(key_RB2, position_BN.reshape(-1), stream_N.expand(B, N).reshape(-1)).view(B, N)
-
-
-def aligned(history_BL: Tensor, position_B: Tensor, draft_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The check whose windows are the same whatever was proposed: (tokens [B, T], start [B], row of the newest token [B]).
-
-    Position p is computed in row p % T of the window that starts at p - p % T. With T = 4, the newest token at position 6
-    and proposals x y z, the window is position 4 to 7: the tokens of 4, 5 and 6, and x.
-    """
-    K = draft_BK.shape[1]
-    row_B = position_B % (K + 1)
-    start_B = position_B - row_B
-    step_T = torch.arange(K + 1, device=position_B.device)
-    proposed_BL = history_BL.scatter(1, position_B[:, None] + 1 + step_T[:K], draft_BK)
-    return proposed_BL.gather(1, start_B[:, None] + step_T), start_B, row_B
-
-
-def within(row_B: Tensor, draft_BK: Tensor, logits_BTV: Tensor) -> tuple[Tensor, Tensor]:
-    """What an aligned check says of the newest token and after: proposals beyond its window are -1, which no argmax is."""
-    B, K = draft_BK.shape
-    step_T = torch.arange(K + 1, device=row_B.device)
-    seen_BK = torch.where(step_T[:K] < K - row_B[:, None], draft_BK, -1)
-    at_BT = (row_B[:, None] + step_T).clamp(max=K)
-    return seen_BK, logits_BTV[torch.arange(B, device=row_B.device)[:, None], at_BT]
 
 
 class Compilations:

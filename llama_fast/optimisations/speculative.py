@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_fast.build import Runner
+from llama_fast.checks import State, uniform_at
 from llama_fast.generate import check
 from llama_fast.pace import Costs
 from llama_fast.plan import Eager, GrowingCache, KVCache
 from llama_fast.roofline import stored_bytes, weight_bytes_per_step
-from llama_fast.rounds import Compilations, Rounds, Source, State, agreement, uniform_at
+from llama_fast.rounds import Compilations, Rounds, Source, agreement
 from llama_fast.sampling import Chooser, Sampling, draw
 from llama_fast.speculation import Statistics
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast import rounds
+from llama_fast import checks, rounds
 from llama_fast.build import Runner, build
+from llama_fast.checks import State
 from llama_fast.generate import generate, stream
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.optimisations.speculative import Draft, DraftSource, Ngram, Padded, Proposer, lookup
@@ -241,14 +242,14 @@ def test_the_lookup_against_a_loop() -> None:
 class BonusMissing(DraftSource):
     """After full acceptance the last proposal never reaches the draft's cache."""
 
-    def propose(self, state: rounds.State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         return super().propose(state, k, False)
 
 
 class Reset(DraftSource):
     """The draft's cache is emptied instead of rewound."""
 
-    def propose(self, state: rounds.State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         for layer in self.cache.layers:
             layer.k.zero_()
             layer.v.zero_()
@@ -258,7 +259,7 @@ class Reset(DraftSource):
 class OneTooFar(DraftSource):
     """The draft goes on where its rejected tokens ended."""
 
-    def propose(self, state: rounds.State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         moved = dataclasses.replace(state, position_B=state.position_B + 1)
         moved.history_BL.scatter_(1, moved.position_B[:, None], state.newest(1))
         return super().propose(moved, k, behind)
@@ -300,7 +301,7 @@ def test_unverified_tokens_are_noticed(
     target: Runner, other: Runner, monkeypatch: pytest.MonkeyPatch, defect: object
 ) -> None:
     assert judge_speculation(target, target.checkpoint, Draft(other, 3), PROMPTS, NEW).outcome.value == "AGREE"
-    monkeypatch.setattr(rounds, "accept_greedy", defect)
+    monkeypatch.setattr(checks, "accept_greedy", defect)
     assert judge_speculation(target, target.checkpoint, Draft(other, 3), PROMPTS, NEW).outcome.value == "DIFFER"
 
 

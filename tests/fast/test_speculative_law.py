@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_fast import rounds
+from llama_fast import checks
 from llama_fast.build import Runner, build
 from llama_fast.generate import generate
 from llama_fast.optimisations.int8 import Int8
@@ -127,12 +127,12 @@ def test_the_same_transforms_on_both_sides() -> None:
 def test_a_defect_of_the_rounds_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The draft's law taken at a higher temperature than it drew with: q is not what it says."""
     target, sampling = tiny(4, 2, 1), Sampling(temperature=1.5, seed=1000)
-    accept = rounds.accept
+    accept = checks.accept
 
     def flattened(draft_BK: Tensor, q_BKV: Tensor, p_BTV: Tensor, u_BT: Tensor) -> tuple[Tensor, Tensor]:
         return accept(draft_BK, q_BKV.sqrt() / q_BKV.sqrt().sum(-1, keepdim=True), p_BTV, u_BT)
 
-    monkeypatch.setattr(rounds, "accept", flattened)
+    monkeypatch.setattr(checks, "accept", flattened)
     n, critical = size_of_test(64, 0.04)
     assert chi_square(counted(target, Draft(tiny(4, 1, 5), 2), sampling, n), joint_law(target, sampling)) > critical
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast import acceptance, rounds, sampling, text
+from llama_fast import acceptance, checks, sampling, text
 from llama_fast import model as fast
 from llama_fast import plan as plan_module
 from llama_fast.optimisations import int8, static_cache, tensor_parallel
@@ -368,7 +368,7 @@ def not_renormalised(keep: Any, p_BV: Tensor, top_p: Tensor) -> Tensor:
 
 
 def accepting(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    return both(around(acceptance, "accept", change), around(rounds, "accept", change))
+    return both(around(acceptance, "accept", change), around(checks, "accept", change))
 
 
 def always(accept: Any, draft: Tensor, q: Tensor, p: Tensor, u: Tensor) -> Any:
@@ -400,7 +400,7 @@ def last_unverified(accept: Any, draft: Tensor, q: Tensor, p: Tensor, u: Tensor)
 
 
 def greedy_accepting(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    return both(around(acceptance, "accept_greedy", change), around(rounds, "accept_greedy", change))
+    return both(around(acceptance, "accept_greedy", change), around(checks, "accept_greedy", change))
 
 
 def bonus_of_the_first(accept: Any, draft: Tensor, best: Tensor) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_fast import rounds
+from llama_fast import checks
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
@@ -46,7 +46,7 @@ def test_a_draft_is_judged(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_pat
     def unverified(draft_BK: Tensor, best_BT: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([draft_BK, best_BT[:, -1:]], 1), torch.full_like(best_BT[:, 0], best_BT.shape[1])
 
-    monkeypatch.setattr(rounds, "accept_greedy", unverified)
+    monkeypatch.setattr(checks, "accept_greedy", unverified)
     assert run(monkeypatch, *arguments, "--draft", "ngram") == 1
 
 
