@@ -25,6 +25,8 @@ PLAIN, DRAFT = 0, -1
 """Kinds of cost beside k >= 1, the check of k proposals: a plain step, and one proposed token."""
 
 KEPT_SAMPLES = 9
+A_DRAFT = (0.9, 10.0)
+"""What is guessed of a draft model's acceptance, and how many proposals the guess counts for: one that falls says little yet."""
 
 
 def expected_tokens(a: float, k: int) -> float:
@@ -79,12 +81,17 @@ class Costs:
 
 @dataclass
 class Acceptance:
-    """A running estimate of a: old evidence fades, and at first there is a hopeful guess, so that it is tried at all."""
+    """A running estimate of a: old evidence fades, and at first there is a guess, as if `guessed_from` proposals said it."""
 
-    stood: float = 2.7
-    tried: float = 3.0
+    guess: float
+    guessed_from: float
     fading: float = 0.97
     recovery: float = 0.01
+    stood: float = field(init=False)
+    tried: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stood, self.tried = self.guess * self.guessed_from, self.guessed_from
 
     def add(self, stood: int, proposed: int) -> None:
         """One round: `stood` of `proposed`; those after the first that fell were not tried."""
@@ -93,8 +100,8 @@ class Acceptance:
 
     def rest(self) -> None:
         """A plain step: the text moves on, and the first guess slowly comes back."""
-        self.stood += self.recovery * (2.7 - self.stood)
-        self.tried += self.recovery * (3.0 - self.tried)
+        self.stood += self.recovery * (self.guess * self.guessed_from - self.stood)
+        self.tried += self.recovery * (self.guessed_from - self.tried)
 
     @property
     def rate(self) -> float:
@@ -122,12 +129,14 @@ class Pace:
     """Chooses k, round by round. `ks`: those that may be chosen; `new_tokens`: the length of the request.
 
     Evidence of a proposal's quality (the length of an n-gram's match; 0 for a draft model) has an estimate of its own each;
-    -1 means that nothing was proposed.
+    -1 means that nothing was proposed. `guess` is made of each, as (acceptance, the
+    proposals it counts for), before anything is known.
     """
 
     ks: Sequence[int]
     costs: Costs
     new_tokens: int
+    guess: Callable[[int], tuple[float, float]] = lambda evidence: A_DRAFT
     share: float = 0.02
     balance: float = 0.0  # plain steps won by speculating, less those lost
     estimates: dict[int, Acceptance] = field(default_factory=dict)
@@ -137,8 +146,8 @@ class Pace:
 
     def choose(self, evidence: Sequence[int], remaining: int) -> int:
         """The k for rows with this evidence, of which the longest still wants `remaining` tokens; 0 is a plain step."""
-        ks = [k for k in self.ks if k < remaining]
-        if not ks or self.costs.count(PLAIN) < self.plain_samples or not self.may_lose():
+        ks = [k for k in self.ks if k < remaining and self.may_lose(k)]
+        if not ks or self.costs.count(PLAIN) < self.plain_samples:
             return 0
         best = max(ks, key=lambda k: self.worth(k, evidence))
         return best if self.worth(best, evidence) > 1 else 0
@@ -154,7 +163,7 @@ class Pace:
         return (1.0 if v is None else v) + k * (0.0 if c is None else c)
 
     def estimate(self, of: int) -> Acceptance:
-        return self.estimates.setdefault(of, Acceptance())
+        return self.estimates.setdefault(of, Acceptance(*self.guess(of)))
 
     def record(self, k: int, evidence: Sequence[int], stood: Sequence[int], emitted: Sequence[int]) -> None:
         """A round is over: how many proposals stood and how many tokens came, for every row that still counts."""
@@ -193,7 +202,7 @@ class Pace:
         self.learn(round_.k, round_.evidence, round_.stood)
         won = 1 + sum(round_.stood) / len(round_.stood) - self.cost(round_.k)
         self.would_have_won = max(0.0, self.would_have_won + won)
-        if not self.may_lose() and self.would_have_won >= self.credit:
+        if self.balance < 0 and self.would_have_won >= self.credit:
             self.balance, self.would_have_won = 0.0, 0.0
 
     @property
@@ -201,6 +210,6 @@ class Pace:
         """The plain steps that trials may cost."""
         return max(1.0, self.share * self.new_tokens)
 
-    def may_lose(self) -> bool:
-        """Whether the account still covers a trial."""
-        return self.balance > -self.credit
+    def may_lose(self, k: int) -> bool:
+        """Whether the account covers a round of k of which nothing stands; the first is on trust."""
+        return self.balance >= min(0.0, self.cost(k) - 1 - self.credit)

@@ -36,6 +36,9 @@ class Source(Protocol):
 
     name: str
 
+    def guess(self, evidence: int) -> tuple[float, float]:
+        """Of proposals with this evidence, before any was judged: their acceptance, and how many proposals that counts for."""
+
     @property
     def blind(self) -> bool:
         """Whether proposals are only there to fill the shape, and none is to stand."""
@@ -145,7 +148,7 @@ class Rounds:
         self.ks, self.fixed, self.aligned = tuple(ks), fixed, aligned
         self.width = 1  # tokens that a check has at least: one shape for every k
         self.rehearsal = False  # whether to compile and time every shape before the first round
-        self.pace = Pace(self.ks, Costs(), max_new_tokens)
+        self.pace = Pace(self.ks, Costs(), max_new_tokens, source.guess)
         self.statistics = Statistics(source.name)
         device = target.device
         seeds = sampling.seeds(len(prompts))

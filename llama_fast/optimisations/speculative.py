@@ -28,7 +28,7 @@ from torch import Tensor
 from llama_fast.build import Runner
 from llama_fast.checks import State, uniform_at
 from llama_fast.generate import check
-from llama_fast.pace import Costs
+from llama_fast.pace import A_DRAFT, Costs
 from llama_fast.plan import Eager, GrowingCache, KVCache
 from llama_fast.roofline import stored_bytes, weight_bytes_per_step
 from llama_fast.rounds import Compilations, Rounds, Source, agreement
@@ -218,6 +218,9 @@ class DraftSource:
         kind = (self.choose.top_k, self.choose.nucleus, self.choose.floored)
         self.pick = compilations.of(pick, runner, batch, *kind)
 
+    def guess(self, evidence: int) -> tuple[float, float]:
+        return A_DRAFT
+
     def join(self, state: State, width: int) -> None:
         """Prefill what stands before the newest token."""
         self.runner.start(state.history_BL[:, :width].contiguous(), state.position_B.clone(), self.cache, self.greedy)
@@ -283,6 +286,10 @@ class NgramSource:
         self.target, self.compilations = target, compilations
         self.found_BK = torch.empty(0)
 
+    def guess(self, evidence: int) -> tuple[float, float]:
+        """A short match says little: in prose one token in three after it is as before, in code two."""
+        return (0.9 if evidence >= self.longest else 0.5), 3.0
+
     def join(self, state: State, width: int) -> None:
         """The history is all it reads."""
 
@@ -337,6 +344,9 @@ class PaddedSource:
 
     name = "none, padded"
     blind = keeps_up = True
+
+    def guess(self, evidence: int) -> tuple[float, float]:
+        return A_DRAFT
 
     def join(self, state: State, width: int) -> None:
         """Nothing is to be known."""
