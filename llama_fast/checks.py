@@ -30,6 +30,11 @@ class State:
     def clone(self) -> State:
         return State(self.history_BL.clone(), self.position_B.clone(), self.limit_B)
 
+    def append(self, token_B: Tensor) -> None:
+        """One token for every row that still wants one, in place. A row that has all it wants stays where it is."""
+        self.history_BL.scatter_(1, self.position_B[:, None] + 1, token_B[:, None])
+        self.position_B.add_(self.position_B < self.limit_B)
+
     def newest(self, count: int) -> Tensor:
         """The last `count` tokens of every row, [B, count]."""
         back_N = torch.arange(count - 1, -1, -1, device=self.position_B.device)

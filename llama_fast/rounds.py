@@ -57,10 +57,9 @@ class Source(Protocol):
         known to the source.
         """
 
-    def look(self, state: State) -> tuple[Tensor, Tensor] | None:
-        """For each row evidence [B] of the next proposals, at least 0, or -1 where there are none, and the first of them [B].
-
-        None: as good as ever, and not known before they are asked for.
+    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """Each row goes on with these tokens. (Evidence of its next proposals, their first) of each: evidence is at least 0,
+        or -1 where there are none; the first is NO_GUESS where it is not known before proposals are asked for.
         """
 
 
@@ -172,10 +171,8 @@ class Rounds:
 
     def all_steps(self) -> Iterator[list[int | None]]:
         state, first = self.begin()
+        self.look([[token] for token in first])
         yield from self.columns([[token] for token in first])
-        if any(self.left):
-            looked_B2 = self.looked(state)
-            self.evidence, self.guesses = looked_B2[:, 0].tolist(), looked_B2[:, 1].tolist()
         while any(self.left):
             k, ahead = self.next_k(), len(self.launched)
             if k and not ahead:
@@ -198,6 +195,7 @@ class Rounds:
         token_B, _ = self.target.start(tokens_BT, lengths_B, self.cache, self.choose)
         history_BL.scatter_(1, lengths_B[:, None], token_B[:, None])
         state = State(history_BL, lengths_B.clone(), lengths_B + self.max_new_tokens - 1)
+        self.look(self.prompts)
         if self.rehearsal:
             self.rehearse(state)
         if self.fixed and self.ks:
@@ -205,13 +203,9 @@ class Rounds:
         self.readback.push(token_B[:, None])
         return state, [token for (token,) in self.readback.pop()]
 
-    def looked(self, state: State) -> Tensor:
-        """The source's evidence and guess of each row, [B, 2]."""
-        found = self.source.look(state)
-        if found is None:
-            zero_B = torch.zeros_like(state.position_B)
-            found = (zero_B, zero_B + NO_GUESS)
-        return torch.stack(found, 1)
+    def look(self, rows: Sequence[Sequence[int]]) -> None:
+        found = self.source.look(rows)
+        self.evidence, self.guesses = [of for of, _ in found], [guess for _, guess in found]
 
     def join(self, state: State) -> None:
         longest = max(len(prompt) + self.max_new_tokens - left for prompt, left in zip(self.prompts, self.left))
@@ -262,51 +256,60 @@ class Rounds:
 
     @torch.no_grad()
     def run(self, state: State, k: int, behind: bool) -> tuple[tuple[Mark, Mark, Mark], Tensor]:
-        """One round on the device. Returns its marks and the report [B, 4 + T]: taken, stood, tokens, evidence, guess."""
+        """One round on the device. Returns its marks and the report [B, 2 + T]: taken, stood, tokens; of a plain step [B, 1]."""
         begun = self.clock.mark()
         newest_B1 = state.newest(1)
-        draft_BK, q_BKV = (newest_B1[:, :0], None) if k == 0 else self.source.propose(state, k, behind)
+        if k == 0:
+            token_B = self.target.step(newest_B1, state.position_B, self.cache, self.choose)[0]
+            state.append(token_B)
+            return (begun, begun, self.clock.mark()), token_B[:, None]
+        draft_BK, q_BKV = self.source.propose(state, k, behind)
         proposed = self.clock.mark()
         if self.aligned:
             tokens_BT, start_B, row_B = aligned(state.history_BL, state.position_B, draft_BK)
         else:
-            tokens_BT = F.pad(torch.cat([newest_B1, draft_BK], 1), (0, max(0, self.width - k - 1) if k else 0))
+            tokens_BT = F.pad(torch.cat([newest_B1, draft_BK], 1), (0, max(0, self.width - k - 1)))
             start_B = state.position_B
         logits_BTV = self.target.step(tokens_BT, start_B, self.cache, self.greedy)[1][:, : k + 1]
         if self.aligned:
             draft_BK, logits_BTV = within(row_B, draft_BK, logits_BTV)
         if self.source.blind:
-            draft_BK, logits_BTV = draft_BK[:, :0], logits_BTV[:, :1].contiguous()
-        if k == 0 or self.source.blind:
-            draft_BK, q_BKV = draft_BK.contiguous(), None
+            draft_BK, q_BKV, logits_BTV = draft_BK[:, :0].contiguous(), None, logits_BTV[:, :1].contiguous()
         kind = (self.choose.greedy, self.choose.top_k, self.choose.nucleus, self.choose.floored)
         finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, *kind)
         report_BN = finish_round(
             self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B
         )
-        report_BN = torch.cat([report_BN, self.looked(state)], 1)
         return (begun, proposed, self.clock.mark()), report_BN
 
     def take(self) -> list[list[int]]:
         """Wait for the oldest step; the tokens that each row gets from it."""
         launched, rows = self.launched.popleft(), self.readback.pop()
         self.measure(launched.k, launched.marks)
+        tokens = self.of_round(launched.k, rows) if launched.k else self.of_step(rows)
+        self.look(tokens)
+        return tokens
+
+    def of_step(self, rows: list[list[int]]) -> list[list[int]]:
+        self.statistics.plain_steps += 1
+        self.pace.rest()
+        if self.source.keeps_up:
+            known = [of if left else -1 for of, left in zip(self.evidence, self.left, strict=True)]
+            self.pace.watch(known, [[guess] == row for guess, row in zip(self.guesses, rows, strict=True)])
+        return rows
+
+    def of_round(self, k: int, rows: list[list[int]]) -> list[list[int]]:
+        taken, stood = [row[0] for row in rows], [row[1] for row in rows]
         running = [b for b, left in enumerate(self.left) if left]
-        assert all(rows[b][0] > 0 for b in running), "a row that still wants tokens got none"
-        if not launched.k:
-            self.statistics.plain_steps += 1
-            self.pace.rest()
-            if self.source.keeps_up:
-                known = [of if left else -1 for of, left in zip(self.evidence, self.left, strict=True)]
-                self.pace.watch(known, [guess == row[2] for guess, row in zip(self.guesses, rows, strict=True)])
-        elif not self.source.blind:
+        assert all(taken[b] > 0 for b in running), "a row that still wants tokens got none"
+        if not self.source.blind:
             for b in running:
-                seen = launched.k - self.row(b) if self.aligned else launched.k
-                self.statistics.round(launched.k, rows[b][1], emitted=min(rows[b][0], self.left[b]), seen=seen)
-            stood, taken = [rows[b][1] for b in running], [rows[b][0] for b in running]
-            self.pace.record(launched.k, [self.evidence[b] for b in running], stood, taken)
-            self.behind = launched.k in stood
-        self.evidence, self.guesses = [row[-2] for row in rows], [row[-1] for row in rows]
+                seen = k - self.row(b) if self.aligned else k
+                self.statistics.round(k, stood[b], emitted=min(taken[b], self.left[b]), seen=seen)
+            self.pace.record(
+                k, [self.evidence[b] for b in running], [stood[b] for b in running], [taken[b] for b in running]
+            )
+            self.behind = k in [stood[b] for b in running]
         return [row[2 : 2 + row[0]] for row in rows]
 
     def row(self, b: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHASES = {"generate", "sampling", "logprobs", "acceptance", "pace", "speculation", "checks", "rounds"}
+PHASES = {"generate", "sampling", "logprobs", "acceptance", "pace", "ngrams", "speculation", "checks", "rounds"}
 TRUNK = {"matvec", "compilation", "plan", "model", "build", "text", "roofline"} | PHASES
 FACE = {
     "presets",

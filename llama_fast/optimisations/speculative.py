@@ -13,7 +13,7 @@ the rounding. `Padded(k)` decodes plainly through checks of that shape, and `Dra
 otherwise than its first. So a position has its fixed row in an aligned check, and proposals that reach past the end of its
 window are lost: in the round after a rejection all but k / 2 on average.
 
-Shapes: B rows, K proposed tokens, L columns of history, V vocabulary.
+Shapes: B rows, K proposed tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import weakref
 from collections.abc import Collection, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llama_fast.build import Runner
 from llama_fast.checks import State, uniform_at
 from llama_fast.generate import check
+from llama_fast.ngrams import Text
 from llama_fast.pace import A_DRAFT, Costs
 from llama_fast.plan import Eager, GrowingCache, KVCache
 from llama_fast.roofline import stored_bytes, weight_bytes_per_step
-from llama_fast.rounds import Compilations, Rounds, Source, agreement
+from llama_fast.rounds import NO_GUESS, Compilations, Rounds, Source, agreement
 from llama_fast.sampling import Chooser, Sampling, draw
 from llama_fast.speculation import Statistics
 
@@ -244,8 +244,8 @@ class DraftSource:
             token_BN = token_B[:, None]
         return torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None
 
-    def look(self, state: State) -> tuple[Tensor, Tensor] | None:
-        return None
+    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        return [(0, NO_GUESS)] * len(tokens)
 
 
 def pick(choose: Chooser, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,61 +272,36 @@ class Ngram(Proposer):
         self.longest, self.shortest = longest, shortest
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
-        return NgramSource(target, widest, self.longest, self.shortest, self.compilations)
+        return NgramSource(batch, self.longest, self.shortest)
 
 
 class NgramSource:
-    """Proposals for the next round are looked up at the end of each, and how long the match was is told with its tokens."""
+    """Proposals by the host, from the tokens that it reads in any case."""
 
     blind, keeps_up = False, True
 
-    def __init__(self, target: Runner, widest: int, longest: int, shortest: int, compilations: Compilations):
+    def __init__(self, batch: int, longest: int, shortest: int):
         self.name = f"n-gram, {shortest} to {longest} tokens"
-        self.widest, self.longest, self.shortest = widest, longest, shortest
-        self.target, self.compilations = target, compilations
-        self.found_BK = torch.empty(0)
+        self.longest = longest
+        self.texts = [Text(shortest, longest) for _ in range(batch)]
 
     def guess(self, evidence: int) -> tuple[float, float]:
         """A short match says little: in prose one token in three after it is as before, in code two."""
         return (0.9 if evidence >= self.longest else 0.5), 3.0
 
     def join(self, state: State, width: int) -> None:
-        """The history is all it reads."""
+        """What it was told is all it reads."""
 
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
-        return self.found_BK[:, :k], None
+        found_BK, device = torch.tensor([text.following(k) for text in self.texts]), state.position_B.device
+        if device.type == "cuda":  # from pinned memory the copy takes its turn on the device, and the host goes on
+            found_BK = found_BK.pin_memory()
+        return found_BK.to(device, non_blocking=True), None
 
-    def look(self, state: State) -> tuple[Tensor, Tensor] | None:
-        look_up = self.compilations.of(lookup, self.target, *state.history_BL.shape, self.widest)
-        self.found_BK, length_B = look_up(state.history_BL, state.position_B, self.widest, self.longest)
-        return torch.where(length_B >= self.shortest, length_B, -1), self.found_BK[:, 0]
-
-
-def lookup(history_BL: Tensor, position_B: Tensor, k: int, longest: int) -> tuple[Tensor, Tensor]:
-    """(proposals [B, k], length of the match [B]): the latest of the longest earlier occurrences of each row's end.
-
-    With 7 8 9 4 7 8 written, k=2: the 7 8 at the start matches 2 tokens, and 9 4 is proposed. A match that overlaps the
-    end is continued as a cycle: 1 2 1 2 proposes 1 2 1 2 ...
-    """
-    at_L = torch.arange(history_BL.shape[1], device=position_B.device)
-    matches_BL = at_L < position_B[:, None]
-    length_BL = torch.zeros_like(history_BL)
-    for back in range(longest):
-        earlier_BL = F.pad(history_BL, (back, 0))[:, : history_BL.shape[1]]
-        wanted_B1 = history_BL.gather(1, (position_B - back).clamp(min=0)[:, None])
-        matches_BL = matches_BL & (at_L >= back) & (earlier_BL == wanted_B1)
-        length_BL = length_BL + matches_BL
-    length_B, end_B = best_of(length_BL)
-    cycle_B1 = (position_B - end_B)[:, None].clamp(min=1)
-    ahead_K = torch.arange(k, device=position_B.device)
-    return history_BL.gather(1, end_B[:, None] + 1 + ahead_K % cycle_B1), length_B
-
-
-def best_of(length_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest length [B], and the last column [B] that has it: [0, 2, 1, 2, 0] -> 2, 3; column 0 where all are 0."""
-    columns = length_BL.shape[1]
-    best_B = (length_BL * columns + torch.arange(columns, device=length_BL.device)).amax(-1)
-    return best_B // columns, torch.where(best_B >= columns, best_B % columns, 0)
+    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        for text, new in zip(self.texts, tokens, strict=True):
+            text.extend(new)
+        return [(text.match()[0] or -1, text.following(1)[0]) for text in self.texts]
 
 
 class Padded(Proposer):
@@ -354,5 +329,5 @@ class PaddedSource:
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         return torch.zeros_like(state.position_B)[:, None].expand(-1, k).contiguous(), None
 
-    def look(self, state: State) -> tuple[Tensor, Tensor] | None:
-        return None
+    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        return [(0, NO_GUESS)] * len(tokens)

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_fast import checks, rounds
 from llama_fast.build import Runner, build
 from llama_fast.checks import State
 from llama_fast.generate import generate, stream
+from llama_fast.ngrams import Text
 from llama_fast.optimisations.int8 import Int8
-from llama_fast.optimisations.speculative import Draft, DraftSource, Ngram, Padded, Proposer, lookup
+from llama_fast.optimisations.speculative import Draft, DraftSource, Ngram, Padded, Proposer
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import Plan
 from llama_fast.sampling import Sampling
@@ -203,17 +206,23 @@ def test_the_stream_is_the_completion(target: Runner, int8: Runner) -> None:
 # ---- the lookup ------------------------------------------------------------------------------------------------
 
 
-def found(rows: list[list[int]], k: int, longest: int = 3) -> list[tuple[int, list[int]]]:
-    width = max(map(len, rows)) + 2
-    history = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    tokens, length = lookup(history, torch.tensor([len(row) - 1 for row in rows]), k, longest)
-    return list(zip(length.tolist(), tokens.tolist(), strict=True))
+def found(row: list[int], k: int, longest: int = 3) -> tuple[int, list[int]]:
+    text = Text(1, longest)
+    text.extend(row)
+    return text.match()[0], text.following(k)
 
 
 def test_the_lookup_takes_the_longest_match_and_of_these_the_latest() -> None:
-    assert found([[7, 8, 9, 4, 7, 8], [3, 1, 2, 5, 9, 1, 2, 6, 3, 1, 2]], 2) == [(2, [9, 4]), (3, [5, 9])]
-    assert found([[1, 2, 5, 1, 2, 6, 1, 2], [0, 0, 1, 9, 0, 7]], 1) == [(2, [6]), (0, [0])]
-    assert found([[1, 2, 1, 2], [4, 4, 4]], 5) == [(2, [1, 2, 1, 2, 1]), (2, [4, 4, 4, 4, 4])]
+    assert found([7, 8, 9, 4, 7, 8], 2) == (2, [9, 4])
+    assert found([3, 1, 2, 5, 9, 1, 2, 6, 3, 1, 2], 2) == (3, [5, 9])
+    assert found([1, 2, 5, 1, 2, 6, 1, 2], 1) == (2, [6])
+    assert found([0, 0, 1, 9, 0, 7], 1) == (0, [0])
+    assert found([1, 2, 1, 2], 5) == (2, [1, 2, 1, 2, 1])
+    assert found([4, 4, 4], 5) == (2, [4, 4, 4, 4, 4])
+
+
+def test_a_lookup_of_nothing_yet_proposes_nothing() -> None:
+    assert found([], 2) == (0, [0, 0]) and found([5], 2) == (0, [0, 0])
 
 
 def by_hand(row: list[int], k: int, longest: int) -> tuple[int, list[int]]:
@@ -224,16 +233,13 @@ def by_hand(row: list[int], k: int, longest: int) -> tuple[int, list[int]]:
             length += 1
         if length >= max(best, 1):
             best, end = length, j
-    cycle = max(1, len(row) - 1 - end)
-    return best, [row[end + 1 + i % cycle] if len(row) > 1 else 0 for i in range(k)]
+    cycle = len(row) - 1 - end
+    return best, [row[end + 1 + i % cycle] if best else 0 for i in range(k)]
 
 
-def test_the_lookup_against_a_loop() -> None:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(200):
-        lengths = torch.randint(2, 14, (3,), generator=generator).tolist()
-        rows = [torch.randint(3, (length,), generator=generator).tolist() for length in lengths]
-        assert found(rows, 4) == [by_hand(row, 4, 3) for row in rows]
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=30), st.integers(1, 6), st.integers(1, 4))
+def test_the_lookup_against_a_loop(row: list[int], k: int, longest: int) -> None:
+    assert found(row, k, longest) == by_hand(row, k, longest)
 
 
 # ---- what must not be, planted ---------------------------------------------------------------------------------

@@ -67,11 +67,12 @@ def test_streams_agree_and_nothing_recompiles(compile: bool) -> None:
     assert twin is not None and twin.acceptance > 0.97, "a draft that is the target falls by rounding alone"
 
 
-def test_one_wait_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["draft", "ngram"])
+def test_one_wait_a_round(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the first round and the last nothing but the readback of a round waits for the GPU."""
     target, small = pair(compile=False)
     cache, run = target.allocate(2, 128), Rounds.run
-    draft = Draft(small, 3)
+    draft = Draft(small, 3) if name == "draft" else Ngram(3)
     generate(target, PROMPTS, 60, SAMPLED, cache=cache, draft=draft)
 
     def strict(self: Rounds, *arguments: object) -> object:
