@@ -3,8 +3,9 @@
     python -m oracle.spread [--seeds 12] [--models 1] [--only logits|stages] [--out oracle/data/spread.json]
 
 Innocent are the reference, our twin, and `transformers` with its two attentions, each in several orders of summation
-(oracle/orders.py), on random models of three shapes and, with --models, on SmolLM2-135M with real text. The seeds
-from 1000 on are left to tests, which check the factors on orders that made none of them.
+(oracle/orders.py), on random models of three shapes and, with --models, on SmolLM2-135M with real text. For the parts of a
+block it is our twin, with the attention kernel that PyTorch chooses and with its plain formula. The seeds from 1000 on are
+left to tests, which check the factors on orders that made none of them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_fast.build import build
 from llama_fast.plan import Plan
@@ -210,13 +213,14 @@ def stage_runs(
     seed: int,
     rows: Any,
 ) -> int:
-    """Every part of every block on the subject's own inputs."""
+    """Every part of every block on the subject's own inputs; attention by PyTorch's own choice and by its plainest formula."""
     narrow, layers = "narrow" if dtype is torch.bfloat16 else "wide", range(checkpoint.config.n_layers)
     layers = layers if len(layers) < 8 else range(0, len(layers), 6)  # of a deep model every sixth block stands for all
     cut = [rows[0][:72], rows[1][:55]]
     orders = (0, ORDERS + 4 * seed, ORDERS + 4 * seed + 1)
-    for order in orders:
-        with Order(order):
+    ways = [(order, "") for order in orders] + [(order, "math") for order in orders]
+    for order, way in ways:
+        with Order(order), sdpa_kernel(SDPBackend.MATH) if way else nullcontext():
             traces = FastSubject(build(checkpoint, optimised(), "cpu", dtype)).trace(cut, [64, 55])
         shown: list[Trace] = [dict(trace) for trace in traces]
         for layer in layers:
@@ -224,13 +228,15 @@ def stage_runs(
             for name, yardstick in yardsticks.items():
                 plain = yardstick.stages_of_block(layer, shown)
                 for stage in true[0]:
-                    if stage in traces[0]:
+                    if stage in traces[0] and (not way or kind_of(stage) == "attention"):
                         seen, t, y = ([row[stage] for row in part] for part in (traces, true, plain))
-                        who = f"{stage.split('.', 2)[-1]} {shape} {order > 0}" if stage.count(".") > 1 else "block"
+                        who = (
+                            f"{stage.split('.', 2)[-1]} {shape} {order > 0} {way}" if stage.count(".") > 1 else "block"
+                        )
                         of_kind = samples[f"{kind_of(stage)} {narrow} {name}"]
                         for statistic, ratio in ratios(seen, t, y, unit_roundoff(dtype), stage=True).items():
                             of_kind[statistic].add(who, ratio)
-    return len(orders)
+    return len(ways)
 
 
 if __name__ == "__main__":
