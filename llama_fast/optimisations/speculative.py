@@ -99,7 +99,7 @@ class Proposer:
             )
         if cache is None:
             cache = target.allocate(len(prompts), needed + max(ks, default=0))
-        source = self.source(target, len(prompts), needed + max(ks, default=0), sampling, max(ks, default=1))
+        source = self.source(target, len(prompts), needed + max(ks, default=0), sampling)
         if self.aligned and sampling.temperature and not source.blind:
             raise ValueError("aligned checks are for temperature 0: they promise bits, not a distribution")
         fixed = self.k is not None
@@ -146,8 +146,8 @@ class Proposer:
     def fits(self, target: Runner, needed: int) -> None:
         """Raise ValueError where this proposer cannot serve that target for `needed` positions and its k beyond."""
 
-    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
-        """For one generation of `batch` rows, up to `needed` positions and `widest` proposals a round."""
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
+        """For one generation of `batch` rows, up to `needed` positions."""
         raise NotImplementedError
 
 
@@ -193,7 +193,7 @@ class Draft(Proposer):
             target, min(room, self.runner.config.max_context - (target.config.max_context - room))
         )
 
-    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         return DraftSource(self.runner, self.cache(batch, needed), sampling, batch, self.compilations)
 
     def cache(self, batch: int, needed: int) -> KVCache:
@@ -271,7 +271,7 @@ class Ngram(Proposer):
             raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none")
         self.longest, self.shortest = longest, shortest
 
-    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         return NgramSource(batch, self.longest, self.shortest)
 
 
@@ -310,7 +310,7 @@ class Padded(Proposer):
     def __init__(self, k: int):
         super().__init__(k, k, aligned=True)
 
-    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling, widest: int) -> Source:
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         return PaddedSource()
 
 
