@@ -11,9 +11,8 @@ class Text:
     def __init__(self, shortest: int, longest: int):
         self._lengths = range(shortest, longest + 1)
         self._tokens: list[int] = []
-        self._ends: dict[
-            tuple[int, ...], int
-        ] = {}  # run -> index of its last token, where it stood before the text's end
+        # a run -> the index of its last token, where it stood before the text's end
+        self._ends: dict[tuple[int, ...], int] = {}
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Each costs a few dictionary entries; the length of the text does not matter."""

@@ -129,8 +129,8 @@ class Pace:
     """Chooses k, round by round. `ks`: those that may be chosen; `new_tokens`: the length of the request.
 
     Evidence of a proposal's quality (the length of an n-gram's match; 0 for a draft model) has an estimate of its own each;
-    -1 means that nothing was proposed. `guess` is made of each, as (acceptance, the
-    proposals it counts for), before anything is known.
+    -1 means that nothing was proposed. `guess` is made of each before anything is known, as (acceptance, the proposals it
+    counts for).
     """
 
     ks: Sequence[int]

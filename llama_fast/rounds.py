@@ -1,8 +1,8 @@
 """The loop of speculation: propose, check, accept, look; one wait for the device per round.
 
-What was written so far, where each row stands and what is proposed next stay on the device (checks.py). Position is an
-argument, so a rejected token is overwritten by the next round, in the target's cache as in the draft's. A row that has all
-its tokens stands still while the others go on.
+What was written so far and where each row stands stay on the device (checks.py), and so does what a draft model proposes; a
+lookup reads the tokens that come to the host. Position is an argument, so a rejected token is overwritten by the next
+round, in the target's cache as in the draft's. A row that has all its tokens stands still while the others go on.
 
 Shapes: B rows, K proposed tokens, T = K + 1, L columns of history, V vocabulary.
 """

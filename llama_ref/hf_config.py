@@ -27,10 +27,8 @@ def from_hf(data: Mapping[str, Any]) -> LlamaConfig:
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_scaling={rope!r} must be an object")
     theta = rope.get("rope_theta", data.get("rope_theta"))
-    max_context, window = (
-        stated(data.get("max_position_embeddings"), _HF_CONTEXT[data["model_type"]]),
-        _hf_window(data),
-    )
+    max_context = stated(data.get("max_position_embeddings"), _HF_CONTEXT[data["model_type"]])
+    window = _hf_window(data)
     return LlamaConfig(
         dim=dim,
         n_layers=required(data, "num_hidden_layers"),
