@@ -22,7 +22,8 @@ def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Ten
     """(x @ weight.T) * scale for x [..., K]: [..., N] in x's type. Sums and scale in float32, rounded once."""
     x_RK = x.reshape(-1, x.shape[-1])
     few = FEW_OF_BF16 if weight_NK.dtype is torch.bfloat16 else FEW
-    if x_RK.shape[0] <= few and x.device.type == "cpu" and torch.compiler.is_compiling():
+    # The device first: where a compiler sees the number of rows compared, it compiles each side of the comparison.
+    if x.device.type == "cpu" and x_RK.shape[0] <= few and torch.compiler.is_compiling():
         wide_NK = weight_NK.float()
         y_RN = torch.stack([(row_K.float() * wide_NK).sum(-1) for row_K in x_RK.unbind()])
     else:

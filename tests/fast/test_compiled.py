@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from llama_fast.build import build
 from llama_fast.generate import generate
+from llama_fast.matvec import product
 from llama_fast.optimisations.compiled import Compiled
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.optimisations.static_cache import Static
@@ -76,3 +78,14 @@ def test_lengths_beyond_the_compilers_limit(untied: Checkpoint) -> None:
     with torch._dynamo.config.patch(recompile_limit=1):
         short, long = (generate(runner, [[3, 1, 4]], n).completions[0].tokens for n in (10, 20))
     assert long[:10] == short
+
+
+def test_away_from_the_cpu_few_rows_and_many_are_one_graph() -> None:
+    """The loop for few rows is a CPU's: on another device a short prompt must not be compiled beside a long one."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    run = torch.compile(product, backend=counter, dynamic=True, fullgraph=True)
+    weight = torch.empty(8, 16, device="meta")
+    for rows in (9, 50, 2):
+        run(torch.empty(rows, 16, device="meta"), weight)
+    assert counter.frame_count == 1
