@@ -21,8 +21,9 @@ def draw(ladder: Ladder, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (memory, bandwidth, speed) = plt.subplots(1, 3, figsize=(15, 5.6), constrained_layout=True)
     rungs = ladder.rungs
+    size = max(15.0, 2.9 * len(rungs)), 5.6
+    figure, (memory, bandwidth, speed) = plt.subplots(1, 3, figsize=size, constrained_layout=True)
     wall = ladder.read_bandwidth_gb_per_s
     most_memory = max(rung.peak_memory_gb for rung in rungs)
     most_speed = max(max(rung.floor_tokens_per_second, rung.tokens_per_second.median) for rung in rungs)
@@ -33,11 +34,10 @@ def draw(ladder: Ladder, path: Path) -> None:
     for x, rung in enumerate(rungs):
         low, high = rung.tokens_per_second.min, rung.tokens_per_second.max
         speed.vlines(x, low, high, color=INK, linewidth=1.2)
-        label = "most the memory allows (bytes read / bandwidth)" if x == 0 else None
+        label = "most the memory allows, and the share of it reached" if x == 0 else None
         speed.hlines(rung.floor_tokens_per_second, x - 0.42, x + 0.42, color=FLOOR, linewidth=1.6, label=label)
         share = rung.tokens_per_second.median / rung.floor_tokens_per_second
-        text = f"{share:.0%} reached"
-        speed.text(x, rung.floor_tokens_per_second, text, ha="center", va="bottom", color=FLOOR, size=8)
+        speed.text(x, rung.floor_tokens_per_second, f"{share:.0%}", ha="center", va="bottom", color=FLOOR, size=8)
     for axis in (bandwidth, speed):
         axis.legend(loc="upper left", frameon=False, fontsize=8)
     figure.suptitle(f"{ladder.model} on {ladder.device}", color=INK, fontsize=13, fontweight="bold")
