@@ -33,7 +33,9 @@ ORDERS = 3
 """Orders of summation that a yardstick is run in where time allows."""
 
 NARROW = 1e-5  # a unit roundoff above this is that of bfloat16 or float16
-TABLE = Path(__file__).parent / "data" / "spread.json"
+DATA = Path(__file__).parent / "data"
+TABLES = {"cpu": DATA / "spread.json", "cuda": DATA / "spread-cuda.json"}
+"""What was measured on which device. What a device has no tails for is judged by the CPU's."""
 STATISTICS = ("whole", "window", "position_rms", "position_max")
 
 
@@ -108,10 +110,11 @@ def kind_of(stage: str) -> str:
     return KINDS.get(stage.rpartition(".")[2], "pointwise")
 
 
-def factors(what: str, unit: float, orders: int = 1) -> Factors:
-    """The factors for "logits" or a kind of stage of a type with this unit roundoff, against so many orders."""
+def factors(what: str, unit: float, orders: int = 1, device: str = "cpu") -> Factors:
+    """The factors for "logits" or a kind of stage of a type with this unit roundoff, against so many orders, on a device."""
     narrow = unit > NARROW
-    found = _table()[f"{what} {'narrow' if narrow else 'wide'} {'many' if orders >= ORDERS else 'one'}"]
+    key = f"{what} {'narrow' if narrow else 'wide'} {'many' if orders >= ORDERS else 'one'}"
+    found = tails(device).get(key) or tails("cpu")[key]
     whole, window, position_rms, position_max = (Tail(**found[name]) for name in STATISTICS)
     aside = 1 / 64 if narrow and what == "logits" else 0.0
     rate = RATE / 2 / (ROUTES if what == "logits" else 1)
@@ -119,6 +122,10 @@ def factors(what: str, unit: float, orders: int = 1) -> Factors:
 
 
 @cache
-def _table() -> dict[str, dict[str, dict[str, float]]]:
-    found: dict[str, dict[str, dict[str, float]]] = json.loads(TABLE.read_text(encoding="utf-8"))["tails"]
+def tails(device: str) -> dict[str, dict[str, dict[str, float]]]:
+    """The measured tails of a device's table, by comparison and statistic; none where nothing was measured."""
+    table = TABLES.get(device)
+    if table is None or not table.exists():
+        return {}
+    found: dict[str, dict[str, dict[str, float]]] = json.loads(table.read_text(encoding="utf-8"))["tails"]
     return found

@@ -100,7 +100,7 @@ def _stage(
         return Stage(name, empty(name, "the subject's own inputs hold NaN or infinity"))
     kind = kind_of(name)
     if factors is None:
-        factors = factors_of(kind, unit, orders_of(plain)).shared_by(among)
+        factors = factors_of(kind, unit, orders_of(plain), seen[0].device.type).shared_by(among)
     if name == "logits":
         verdict = compare_logits(seen, true, plain, unit, None, factors)
     else:

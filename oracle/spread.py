@@ -1,11 +1,13 @@
 """Measure how far innocent implementations scatter, and write the tails that budgets are made of.
 
     python -m oracle.spread [--seeds 12] [--models 1] [--only logits|stages] [--out oracle/data/spread.json]
+    python -m oracle.spread --device cuda --only stages [--seeds 4]        the parts of a block as a GPU computes them
 
 Innocent are the reference, our twin, and `transformers` with its two attentions, each in several orders of summation
 (oracle/orders.py), on random models of three shapes and, with --models, on SmolLM2-135M with real text. For the parts of a
-block it is our twin, with the attention kernel that PyTorch chooses and with its plain formula. The seeds from 1000 on are
-left to tests, which check the factors on orders that made none of them.
+block it is our twin, with each attention kernel that PyTorch has. A GPU's kernels err otherwise than a CPU's (float32 attention
+in three products of TF32), so it has a table of its own, measured on the 7B shape too. The seeds from 1000 on are left to
+tests, which check the factors on orders that made none of them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from llama_fast.presets import optimised
 from llama_ref.checkpoint import Checkpoint, open_checkpoint
 from llama_ref.models import DEFAULT_MODEL, resolve
 from oracle.adapters import RefSubject, Weights, Yardstick
-from oracle.budget import ORDERS, STATISTICS, TABLE, kind_of
+from oracle.budget import ORDERS, STATISTICS, TABLES, kind_of
 from oracle.cases import standard_case
 from oracle.compare import ratios, unit_roundoff
 from oracle.fast import FastSubject
@@ -51,6 +53,9 @@ SHAPES: dict[str, dict[str, int]] = {
 LAYERS = {"tiny": 2, "deep": 5, "wide": 1}
 TAIL_SHARES = {"whole": 0.1, "window": 0.05, "position_rms": 0.01, "position_max": 0.01}
 TOO_FEW = 20  # numbers that a tail must rest on
+GPU_MODEL = "random:llama-2-7b"
+ATTENTIONS = {"cpu": ("", "MATH"), "cuda": ("", "MATH", "EFFICIENT_ATTENTION")}
+"""PyTorch's own choice, and kernels that it might have chosen."""
 
 
 @dataclass
@@ -81,10 +86,14 @@ Samples = dict[str, dict[str, Sample]]
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--models", type=int, default=1, help="1: also SmolLM2-135M on its text")
+    parser.add_argument("--models", type=int, default=1, help="1: also SmolLM2-135M on its text; on a GPU the 7B shape")
     parser.add_argument("--only", choices=("logits", "stages"), help="measure these, keep the file's other tails")
-    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--device", choices=tuple(TABLES), default="cpu")
+    parser.add_argument("--out", type=Path, help="default: the device's table")
     asked = parser.parse_args(words)
+    if asked.device != "cpu" and asked.only != "stages":
+        parser.error(f"on {asked.device} the parts of a block are measured, and no logits: --only stages")
+    device, table = torch.device(asked.device), asked.out or TABLES[asked.device]
     samples: Samples = defaultdict(lambda: defaultdict(Sample))
     runs = 0
     for seed in range(asked.seeds):
@@ -93,24 +102,24 @@ def main(words: list[str] | None = None) -> None:
                 continue
             with tempfile.TemporaryDirectory() as directory:
                 for dtype in (torch.float32, torch.bfloat16):
-                    runs += one_model(
-                        samples, shape, *random_models(shape, seed, dtype, directory), dtype, seed, asked.only
-                    )
+                    models = random_models(shape, seed, dtype, directory)
+                    runs += one_model(samples, shape, *models, dtype, seed, device, asked.only)
         print(f"seed {seed}: {runs} runs", file=sys.stderr, flush=True)
     if asked.models:
         for dtype in (torch.float32, torch.bfloat16):
-            runs += one_model(samples, "smollm2", *default_models(dtype), dtype, 0, asked.only)
-            print(f"smollm2: {runs} runs", file=sys.stderr, flush=True)
+            name, models = ("smollm2", default_models(dtype)) if asked.device == "cpu" else ("7b", gpu_models(dtype))
+            runs += one_model(samples, name, *models, dtype, 0, device, asked.only)
+            print(f"{name}: {runs} runs", file=sys.stderr, flush=True)
     tails = {
         key: {name: by_name[name].tail(TAIL_SHARES[name]) for name in STATISTICS} for key, by_name in samples.items()
     }
     rounded = {
         key: {name: {k: round(v, 5) for k, v in tail.items()} for name, tail in of.items()} for key, of in tails.items()
     }
-    before = json.loads(asked.out.read_text(encoding="utf-8")) if asked.only and asked.out.exists() else {}
+    before = json.loads(table.read_text(encoding="utf-8")) if asked.only and table.exists() else {}
     counts = before.get("runs", {}) | dict.fromkeys([asked.only] if asked.only else ["logits", "stages"], runs)
     document = {"torch": torch.__version__, "runs": counts, "tails": before.get("tails", {}) | rounded}
-    asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    table.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def random_models(shape: str, seed: int, dtype: torch.dtype, directory: str) -> tuple[Checkpoint, dict[str, Any], Any]:
@@ -148,6 +157,11 @@ def default_models(dtype: torch.dtype) -> tuple[Checkpoint, dict[str, Any], Any]
     return found.open(), {"sdpa": theirs}, found.tokenizer().encode
 
 
+def gpu_models(dtype: torch.dtype) -> tuple[Checkpoint, dict[str, Any], Any]:
+    """The 7B shape, drawn where it is used."""
+    return resolve(GPU_MODEL).open(torch.device("cuda"), dtype), {}, None
+
+
 def one_model(
     samples: Samples,
     shape: str,
@@ -156,14 +170,15 @@ def one_model(
     encode: Any,
     dtype: torch.dtype,
     seed: int,
+    device: torch.device,
     only: str | None = None,
 ) -> int:
     """Add every innocent run on one model; their number."""
     config, narrow = checkpoint.config, "narrow" if dtype is torch.bfloat16 else "wide"
     case = standard_case(config.vocab_size, config.max_context, encode, seed=2 * seed + 1)
-    weights = Weights(checkpoint.weights, dtype, torch.device("cpu"))
-    truth = RefSubject(config, weights, torch.float64)
-    one, many = RefSubject(config, weights, dtype), Yardstick(config, weights, dtype)
+    weights = Weights(checkpoint.weights, dtype, device)
+    truth = RefSubject(config, weights, torch.float64, device)
+    one, many = RefSubject(config, weights, dtype, device), Yardstick(config, weights, dtype, device)
     unit = unit_roundoff(dtype)
     benches = {"one": Bench(truth, one), "many": Bench(truth, many)}
     runs = 0
@@ -213,15 +228,15 @@ def stage_runs(
     seed: int,
     rows: Any,
 ) -> int:
-    """Every part of every block on the subject's own inputs; attention by PyTorch's own choice and by its plainest formula."""
+    """Every part of every block on the subject's own inputs; attention by each of the device's ways."""
     narrow, layers = "narrow" if dtype is torch.bfloat16 else "wide", range(checkpoint.config.n_layers)
     layers = layers if len(layers) < 8 else range(0, len(layers), 6)  # of a deep model every sixth block stands for all
     cut = [rows[0][:72], rows[1][:55]]
     orders = (0, ORDERS + 4 * seed, ORDERS + 4 * seed + 1)
-    ways = [(order, "") for order in orders] + [(order, "math") for order in orders]
+    ways = [(order, way) for way in ATTENTIONS[truth.device.type] for order in orders]
     for order, way in ways:
-        with Order(order), sdpa_kernel(SDPBackend.MATH) if way else nullcontext():
-            traces = FastSubject(build(checkpoint, optimised(), "cpu", dtype)).trace(cut, [64, 55])
+        with Order(order), attention_by(way):
+            traces = FastSubject(build(checkpoint, optimised(), truth.device, dtype)).trace(cut, [64, 55])
         shown: list[Trace] = [dict(trace) for trace in traces]
         for layer in layers:
             true = truth.stages_of_block(layer, shown)
@@ -237,6 +252,11 @@ def stage_runs(
                         for statistic, ratio in ratios(seen, t, y, unit_roundoff(dtype), stage=True).items():
                             of_kind[statistic].add(who, ratio)
     return len(ways)
+
+
+def attention_by(way: str) -> AbstractContextManager[Any]:
+    """PyTorch's attention by the backend of this name, and by the plain formula where that cannot; "": as it chooses."""
+    return sdpa_kernel([getattr(SDPBackend, way), SDPBackend.MATH]) if way else nullcontext()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from oracle.budget import LEAST, Tail, factors
+from oracle.budget import LEAST, TABLES, Tail, factors, tails
 from oracle.compare import Check, Outcome, Verdict, compare_logits, compare_stage, empty, unit_roundoff
 
 UNIT = unit_roundoff(torch.float32)
@@ -185,6 +187,17 @@ def test_factors_shrink_with_the_positions_averaged_and_grow_with_those_compared
             assert 1 < a <= b
     many, more = factors(what, unit).of_position(10_000), factors(what, unit).of_position(10**12)
     assert many[1] < more[1] or more[1] == LEAST["position_max"]
+
+
+def test_a_device_is_judged_by_what_was_measured_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And by the CPU's tails where nothing was."""
+    table = tmp_path / "spread.json"
+    looser = {name: tail | {"worst": tail["worst"] + 1} for name, tail in tails("cpu")["attention wide many"].items()}
+    table.write_text(json.dumps({"tails": {"attention wide many": looser}}))
+    monkeypatch.setitem(TABLES, "strange", table)
+    here, there = (factors("attention", UNIT, 3, device).of_average(1000) for device in ("cpu", "strange"))
+    assert there == pytest.approx(here * math.e)
+    assert factors("gate", UNIT, 3, "strange") == factors("gate", UNIT, 3) == factors("gate", UNIT, 3, "unheard of")
 
 
 def test_a_tail_is_extrapolated_by_its_exponential() -> None:
