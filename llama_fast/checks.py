@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.acceptance import accept, accept_greedy
-from llama_fast.sampling import Chooser, uniform
+from llama_fast.sampling import Chooser
 
 JUDGE, LAST = 2, 3
 """Streams of uniforms: whether a proposal stands, and the token after those that do. (0 is plain choice, 1 the draft's.)"""
@@ -84,7 +84,7 @@ def finish(
             q_BKV = torch.zeros_like(p_BTV[:, :K]).scatter(-1, draft_BK[..., None], 1.0)
         last_T = step_T == K  # drawn for the newest token's place, as the next place depends on what stands
         stream_T = torch.where(last_T, LAST, JUDGE)
-        u_BT = uniform_at(choose, position_B[:, None] + torch.where(last_T, 0, 1 + step_T), stream_T)
+        u_BT = choose.uniforms(position_B[:, None] + torch.where(last_T, 0, 1 + step_T), stream_T)
         tokens_BT, count_B = accept(draft_BK, q_BKV, p_BTV, u_BT)
     taken_B = torch.minimum(count_B, limit_B - position_B)
     at_BT = position_B[:, None] + 1 + step_T
@@ -92,10 +92,3 @@ def finish(
     history_BL.scatter_(1, at_BT, written_BT)
     position_B.add_(taken_B)
     return torch.cat([taken_B[:, None], count_B[:, None] - 1, tokens_BT], 1)
-
-
-def uniform_at(choose: Chooser, position_BN: Tensor, stream_N: Tensor) -> Tensor:
-    """The uniforms [B, N] of each row at its positions, in the streams [N]: one pass of the hash for all."""
-    B, N = position_BN.shape
-    key_RB2 = choose.key_B2[:, None].expand(B, N, 2).reshape(-1, 2)
-    return uniform(key_RB2, position_BN.reshape(-1), stream_N.expand(B, N).reshape(-1)).view(B, N)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 MASK_32 = 0xFFFFFFFF
+STREAMS = 4
+"""Of uniforms, for each row and position: 0 is plain choice, the others are speculation's."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,26 @@ class Chooser:
         self.top_p = torch.tensor(sampling.top_p, dtype=torch.float32, device=device)
         words = [[seed & MASK_32, (seed >> 32) & MASK_32] for seed in seeds]
         self.key_B2 = torch.tensor(words, dtype=torch.int64, device=device)
+        self.ahead_BSL: Tensor | None = None
+
+    def look_ahead(self, positions: int) -> None:
+        """Hash the uniforms of all positions below this at once: a draw then looks one up, and launches no hundred small kernels.
+
+        For code that is not compiled; a compiler makes one kernel of the hash.
+        """
+        if not self.coldest:
+            lane_N = torch.arange(STREAMS * positions, device=self.key_B2.device)
+            position_BN = (lane_N % positions).expand(len(self.key_B2), -1)
+            self.ahead_BSL = self.uniforms(position_BN, lane_N // positions).view(-1, STREAMS, positions)
+
+    def uniforms(self, position_BN: Tensor, stream_N: Tensor) -> Tensor:
+        """The uniforms [B, N] of each row at its positions, in the streams [N]."""
+        B, N = position_BN.shape
+        if self.ahead_BSL is not None:
+            row_B1 = torch.arange(B, device=position_BN.device)[:, None]
+            return self.ahead_BSL[row_B1, stream_N, position_BN]
+        key_RB2 = self.key_B2[:, None].expand(B, N, 2).reshape(-1, 2)
+        return uniform(key_RB2, position_BN.reshape(-1), stream_N.expand(B, N).reshape(-1)).view(B, N)
 
     @property
     def code(self) -> tuple[object, ...]:
@@ -103,6 +125,8 @@ class Chooser:
             logits_BV = torch.where(self.seen_BV, lowered_BV, logits_BV)
         if self.coldest:
             return logits_BV.argmax(-1)
+        if self.ahead_BSL is not None:
+            return draw(self.probabilities(logits_BV), self.ahead_BSL[:, 0].gather(1, position_B[:, None])[:, 0])
         return draw(self.probabilities(logits_BV), uniform(self.key_B2, position_B))
 
     def note(self, token_B: Tensor) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.build import Runner
-from llama_fast.checks import State, uniform_at
+from llama_fast.checks import State
 from llama_fast.generate import check
 from llama_fast.ngrams import Text
 from llama_fast.pace import A_DRAFT, Costs
@@ -194,7 +194,7 @@ class Draft(Proposer):
         )
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
-        return DraftSource(self.runner, self.cache(batch, needed), sampling, batch, self.compilations)
+        return DraftSource(self.runner, self.cache(batch, needed), sampling, batch, needed, self.compilations)
 
     def cache(self, batch: int, needed: int) -> KVCache:
         """The draft's cache for `batch` rows: the last one, if it is long enough."""
@@ -209,12 +209,22 @@ class DraftSource:
 
     blind = keeps_up = False
 
-    def __init__(self, runner: Runner, cache: KVCache, sampling: Sampling, batch: int, compilations: Compilations):
+    def __init__(
+        self,
+        runner: Runner,
+        cache: KVCache,
+        sampling: Sampling,
+        batch: int,
+        needed: int,
+        compilations: Compilations,
+    ):
         self.name = f"draft {runner.plan}"
         self.runner, self.cache = runner, cache
         seeds = sampling.seeds(batch)
         self.choose = Chooser(sampling, seeds, runner.device)  # the target's own transforms, so that q is like p
         self.greedy = Chooser(Sampling(), seeds, runner.device)
+        if not runner.plan.compiler.compiles_each_shape:
+            self.choose.look_ahead(needed + 1)
         kind = (self.choose.top_k, self.choose.nucleus, self.choose.floored)
         self.pick = compilations.of(pick, runner, batch, *kind)
 
@@ -231,7 +241,7 @@ class DraftSource:
         tokens, laws = [], []
         if not self.choose.greedy:
             ahead_K = torch.arange(1, k + 1, device=at_B.device)
-            u_BK = uniform_at(self.choose, state.position_B[:, None] + ahead_K, torch.full_like(ahead_K, DRAWN))
+            u_BK = self.choose.uniforms(state.position_B[:, None] + ahead_K, torch.full_like(ahead_K, DRAWN))
         for i in range(k):
             token_B, logits_BTV = self.runner.step(token_BN, at_B, self.cache, self.greedy)
             at_B = state.position_B + (i + 1)

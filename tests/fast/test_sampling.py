@@ -45,6 +45,19 @@ def test_uniforms_are_uniform_and_differ_by_seed_position_and_stream() -> None:
     assert not torch.equal(u, uniform(key + torch.tensor([1, 0]), position))
 
 
+def test_uniforms_looked_up_are_those_hashed() -> None:
+    hashed, looked_up = (Chooser(Sampling(0.7, seed=2**40), [2**40, 9, 11], CPU) for _ in range(2))
+    looked_up.look_ahead(40)
+    position = torch.tensor([[0, 39, 7, 7, 12], [5, 1, 38, 0, 39], [3, 3, 3, 20, 21]])
+    stream = torch.tensor([0, 3, 1, 2, 0])
+    u = hashed.uniforms(position, stream)
+    assert u.unique().numel() == 15
+    assert torch.equal(looked_up.uniforms(position, stream), u)
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for at in (torch.tensor([0, 39, 17]), torch.tensor([5, 5, 6])):
+        assert torch.equal(hashed(logits, at), looked_up(logits, at))
+
+
 def test_greedy_is_the_argmax_with_the_lowest_id_on_a_tie() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, -1.0, 2.0, 2.0]])
     choose = Chooser(Sampling(), [1, 2], CPU)
