@@ -294,7 +294,7 @@ def fail(message: str, code: int) -> NoReturn:
         asking.start()
         asking.join(STORE_SECONDS)  # a stranger's port accepts a connection and never answers
     if claims[-1] == 1:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"\nerror: {message}", file=sys.stderr, flush=True)  # another rank may be in the middle of a line of text
     hard_exit(code)
 
 
