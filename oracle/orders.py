@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 PIECES = (1, 2, 4, 8)
 MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+LINEARS = (F.linear, torch.ops.mkldnn._linear_pointwise)  # oneDNN's begins with the same arguments
 MEANS = (torch.mean, torch.Tensor.mean)
 
 
@@ -43,8 +44,8 @@ class Order(TorchFunctionMode):
         if self.seed:
             if func in MATMULS and args[1].dim() >= 2:
                 return self.product(args[0], -1, args[1], -2, torch.matmul)
-            if func is F.linear:
-                return self.linear(*args, **kwargs)
+            if func in LINEARS:
+                return self.linear(*args[:3], **kwargs)
             if func is torch.einsum and len(args) == 3:
                 return self.einsum(*args)
             if func is torch.outer and self.seed % 2 and args[0].dtype is torch.float64:

@@ -1,0 +1,48 @@
+"""A product of rows and a matrix, by whichever way it is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama_fast import matvec
+from llama_fast.matvec import product
+
+
+@pytest.mark.parametrize("shape", [(1, 96), (3, 96), (2, 5, 96), (1, 1, 96), (40, 96)], ids=str)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_rows_of_any_shape(shape: tuple[int, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matvec, "ONEDNN", onednn and matvec.ONEDNN)
+    torch.manual_seed(0)
+    x, weight, scale = torch.randn(shape), torch.randn(50, 96), torch.rand(50, 1) + 0.5
+    wide = F.linear(x.double(), weight.double())
+    with torch.no_grad():
+        torch.testing.assert_close(product(x, weight).double(), wide, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(product(x, weight, scale).double(), wide * scale[:, 0], atol=1e-4, rtol=1e-5)
+        # rows cut out of a larger tensor, and a matrix that does not begin where an allocation does
+        columns, block = torch.randn(*shape[:-1], 100)[..., 2:98], torch.randn(60, 96)[7:57]
+        cut = F.linear(columns.double(), block.double())
+        torch.testing.assert_close(product(columns, block).double(), cut, atol=1e-4, rtol=1e-5)
+
+
+def test_the_library_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's product where it is right to take it, and not where a gradient or another type is asked for."""
+    taken: list[str] = []
+    library = F.linear
+
+    def seen(*arguments: torch.Tensor) -> torch.Tensor:
+        taken.append("F.linear")
+        return library(*arguments)
+
+    monkeypatch.setattr(F, "linear", seen)
+    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    with torch.no_grad():
+        product(x, weight)
+        assert taken == ([] if matvec.ONEDNN else ["F.linear"])
+        product(x.double(), weight)
+        product(x.bfloat16(), weight)
+    taken.clear()
+    leaf = weight.clone().requires_grad_()
+    product(x, leaf).sum().backward()
+    assert taken == ["F.linear"] and leaf.grad is not None
