@@ -1,11 +1,11 @@
 """Linear layers of 1 to 8 rows, with what stands before (RMS norm) and after (rotary + cache, residual, SiLU) in the same launch.
 
-One row goes through `_one_row`: activations stay in registers, weights stream past them as float32 multiply-adds.
-Two to eight rows go through `_few_rows`: the same epilogues behind tensor-core dots of 16 or more weight rows.
+One row, or two, go through `_in_registers`: activations stay in registers, weights stream past them as float32 multiply-adds.
+Two to eight rows go through `_on_tensor_cores`: the same epilogues behind dots of 16 or more weight rows.
 Both read each weight once. Accumulation, norm and rotary angles are float32; activations keep their own dtype.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment, var-annotated"
 # (functions under triton.jit are compiled from their source; Triton ships no types)
 
 import triton
@@ -145,36 +145,58 @@ def _block_tiles(weight, rows, live, K: tl.constexpr, BK: tl.constexpr, CHECK: t
 
 @triton.jit
 def _products(
-    tiles, xs, factor, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, CONVERT: tl.constexpr
-):
-    """[R, 1]: each weight row times the activations."""
-    acc = tl.zeros([R, BK // V], tl.float32)
-    x_sums = tl.zeros([BK // V], tl.float32)
-    for i in tl.static_range((K + BK - 1) // BK):
-        # Sums of V neighbours stay inside one thread: [R, BK] -> [R, BK / V].
-        acc += tl.sum(tl.reshape(to_float32(tiles[i], CONVERT) * xs[i][None, :], [R, BK // V, V]), 2)
+    tiles, xs, factors, M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    V: tl.constexpr, CONVERT: tl.constexpr,
+):  # fmt: skip
+    """[R, MP]: each weight row times each row of activations, xs[m * chunks + chunk]."""
+    CHUNKS: tl.constexpr = (K + BK - 1) // BK
+    accs, x_sums = (), ()
+    for _ in tl.static_range(M):
+        accs = accs + (tl.zeros([R, BK // V], tl.float32),)
+        x_sums = x_sums + (tl.zeros([BK // V], tl.float32),)
+    for i in tl.static_range(CHUNKS):
+        wide = to_float32(tiles[i], CONVERT)
+        grown, x_grown = (), ()
+        for m in tl.static_range(M):
+            # Sums of V neighbours stay inside one thread: [R, BK] -> [R, BK / V].
+            x_i = xs[m * CHUNKS + i]
+            grown = grown + (accs[m] + tl.sum(tl.reshape(wide * x_i[None, :], [R, BK // V, V]), 2),)
+            if CONVERT == "offset":
+                x_grown = x_grown + (x_sums[m] + tl.sum(tl.reshape(x_i, [BK // V, V]), 1),)
+        accs = grown
         if CONVERT == "offset":
-            x_sums += tl.sum(tl.reshape(xs[i], [BK // V, V]), 1)
-    if CONVERT == "offset":
-        # acc is the sum of (1 + (w + 128) / 2^15) x. The 1s go thread by thread, while sums are short: 1e-4 of the result is lost.
-        acc = (acc - x_sums[None, :]) * 32768.0 - x_sums[None, :] * 128.0
-    return (tl.sum(acc, 1) * factor)[:, None]
+            x_sums = x_grown
+    sums = ()
+    for m in tl.static_range(M):
+        acc = accs[m]
+        if CONVERT == "offset":
+            # acc is the sum of (1 + (w + 128) / 2^15) x. The 1s go thread by thread, while sums are short: 1e-4 of the result is lost.
+            acc = (acc - x_sums[m][None, :]) * 32768.0 - x_sums[m][None, :] * 128.0
+        sums = sums + (tl.sum(acc, 1) * factors[m],)
+    if M == 1:
+        return sums[0][:, None]
+    columns = tl.arange(0, MP)[None, :]
+    acc_RM = tl.zeros([R, MP], tl.float32)
+    for m in tl.static_range(M):
+        acc_RM = tl.where(columns == m, sums[m][:, None], acc_RM)
+    return acc_RM
 
 
 @triton.jit
-def _one_row(
+def _in_registers(
     x, gain, weight, scale, residual, out, start, cos, sin, k_cache, v_cache, slots, eps,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
-    NORM: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr, CONVERT: tl.constexpr, BLOCKS: tl.constexpr,
-    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    T: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr, CONVERT: tl.constexpr,
+    BLOCKS: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
     PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One activation row. A program owns BLOCKS blocks of R weight rows, `programs` blocks apart.
+    """M activation rows (MP: M padded to a power of two). A program owns BLOCKS blocks of R weight rows, `programs` blocks apart.
 
     V: elements of one 16-byte load, summed inside a thread before anything crosses threads. EARLY: `start` may be read before
     the wait.
     """
     CHECK: tl.constexpr = N % (R * BLOCKS) != 0  # for "gated", R and N both count gate and up rows
+    CHUNKS: tl.constexpr = (K + BK - 1) // BK
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     start_next(PDL)
@@ -185,25 +207,27 @@ def _one_row(
     scales = _scales(scale, rows, live, SCALED)
     gains = ()
     if NORM:
-        for i in tl.static_range((K + BK - 1) // BK):
+        for i in tl.static_range(CHUNKS):
             gains = gains + (_vector_tile(gain, i * BK, K, BK),)
     if EARLY:
-        turns = _turns(start, cos, sin, program, R, 1, 1, 1, EPILOGUE, H, HKV, HD)
+        turns = _turns(start, cos, sin, program, R, M, MP, T, EPILOGUE, H, HKV, HD)
     wait(PDL)
-    residuals = _residuals(residual, rows, live, N, 1, 1, EPILOGUE)
+    residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
     if not EARLY:
-        turns = _turns(start, cos, sin, program, R, 1, 1, 1, EPILOGUE, H, HKV, HD)
-    xs = ()
-    squares = tl.zeros([BK], tl.float32)
-    for i in tl.static_range((K + BK - 1) // BK):
-        value = _vector_tile(x, i * BK, K, BK).to(tl.float32)
+        turns = _turns(start, cos, sin, program, R, M, MP, T, EPILOGUE, H, HKV, HD)
+    xs, factors = (), ()
+    for m in tl.static_range(M):
+        squares = tl.zeros([BK], tl.float32)
+        for i in tl.static_range(CHUNKS):
+            value = _vector_tile(x + m * K, i * BK, K, BK).to(tl.float32)
+            if NORM:
+                squares += value * value
+                value *= gains[i].to(tl.float32)
+            xs = xs + (value,)
+        factor = 1.0
         if NORM:
-            squares += value * value
-            value *= gains[i].to(tl.float32)
-        xs = xs + (value,)
-    factor = 1.0
-    if NORM:
-        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+            factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        factors = factors + (factor,)
     for i in tl.static_range(BLOCKS):
         block = program + i * programs
         if i + 1 < BLOCKS:  # what the next block needs travels while this one is worked on
@@ -211,51 +235,72 @@ def _one_row(
             next_live = _live(next_rows, N, EPILOGUE, (block + programs) * (R // 2))
             next_tiles = _block_tiles(weight, next_rows, next_live, K, BK, CHECK)
             next_scales = _scales(scale, next_rows, next_live, SCALED)
-            next_residuals = _residuals(residual, next_rows, next_live, N, 1, 1, EPILOGUE)
-            next_turns = _turns(start, cos, sin, block + programs, R, 1, 1, 1, EPILOGUE, H, HKV, HD)
-        acc_RM = _products(tiles, xs, factor, R, K, BK, V, CONVERT)
+            next_residuals = _residuals(residual, next_rows, next_live, N, M, MP, EPILOGUE)
+            next_turns = _turns(start, cos, sin, block + programs, R, M, MP, T, EPILOGUE, H, HKV, HD)
+        acc_RM = _products(tiles, xs, factors, M, MP, R, K, BK, V, CONVERT)
         _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
-                1, 1, N, R, 1, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
+                M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
         if i + 1 < BLOCKS:
             tiles, rows, live = next_tiles, next_rows, next_live
             scales, residuals, turns = next_scales, next_residuals, next_turns
 
 
 @triton.jit
-def _few_rows(
+def _on_tensor_cores(
     x, weight, scale, residual, out, start, cos, sin, k_cache, v_cache, slots,
     M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, T: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """M activation rows (MP: M padded to a power of two): weights [R, BK] times activations [BK, MP] on tensor cores.
+    """M activation rows (MP: M padded to a power of two): weights [R, BK] times activations [BK, MP].
 
-    The norm is a launch of its own here: inside, every program would repeat it for M rows beside its few weight rows.
+    AHEAD: tiles that are loaded into registers before the wait, and used last. The norm is a launch of its own here: inside,
+    every program would repeat it for M rows beside its few weight rows.
     """
     CHECK: tl.constexpr = (N % R != 0) or (K % BK != 0)
     block = tl.program_id(0)
     start_next(PDL)
     rows = _rows(block, N, R, EPILOGUE)
     live = _live(rows, N, EPILOGUE, block * (R // 2))
-    m = tl.arange(0, MP)
     kind = x.dtype.element_ty
-    pointers = weight + rows.to(tl.int64)[:, None] * K
     scales = _scales(scale, rows, live, SCALED)
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        ahead = ahead + (_tile_at(weight, rows, live, i * BK, K, BK, CHECK),)
     wait(PDL)
     residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
     turns = _turns(start, cos, sin, block, R, M, MP, T, EPILOGUE, H, HKV, HD)
     acc_RM = tl.zeros([R, MP], tl.float32)
-    for first in tl.range(0, K, BK, num_stages=STAGES):
-        cols = first + tl.arange(0, BK)
-        if CHECK:
-            w = tl.load(pointers + cols[None, :], mask=live[:, None] & (cols < K)[None, :], other=0)
-            x_tile = tl.load(x + m[None, :] * K + cols[:, None], mask=(m < M)[None, :] & (cols < K)[:, None], other=0)
-        else:
-            w = tl.load(pointers + cols[None, :])
-            x_tile = tl.load(x + m[None, :] * K + cols[:, None], mask=(m < M)[None, :], other=0)
-        acc_RM = dot(w.to(tl.float32).to(kind), x_tile, acc_RM)
+    for first in tl.range(AHEAD * BK, K, BK, num_stages=STAGES):
+        w = _tile_at(weight, rows, live, first, K, BK, CHECK)
+        acc_RM = dot(w.to(tl.float32).to(kind), _activations_at(x, first, M, MP, K, BK, CHECK), acc_RM)
+    for i in tl.static_range(AHEAD):
+        acc_RM = dot(ahead[i].to(tl.float32).to(kind), _activations_at(x, i * BK, M, MP, K, BK, CHECK), acc_RM)
     _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
             M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
+
+
+@triton.jit
+def _tile_at(weight, rows, live, first, K: tl.constexpr, BK: tl.constexpr, CHECK: tl.constexpr):
+    """weight[rows, first : first + BK], zeros outside; `first` may be known at run time alone."""
+    cols = first + tl.arange(0, BK)
+    pointers = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
+    if CHECK:
+        return tl.load(pointers, mask=live[:, None] & (cols < K)[None, :], other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _activations_at(
+    x, first, M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CHECK: tl.constexpr
+):
+    """x[:, first : first + BK] as [BK, MP], zeros outside."""
+    cols = first + tl.arange(0, BK)
+    m = tl.arange(0, MP)
+    pointers = x + m[None, :] * K + cols[:, None]
+    if CHECK:
+        return tl.load(pointers, mask=(m < M)[None, :] & (cols < K)[:, None], other=0)
+    return tl.load(pointers, mask=(m < M)[None, :], other=0)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from llama_fast.kernels.attention import _attend
-from llama_fast.kernels.linear import _few_rows, _norm, _one_row
+from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
 from llama_fast.kernels.prompt import _gate, _turn_and_store
 from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
@@ -92,26 +92,30 @@ def _linear(
         cos, sin, start, k_cache, v_cache, heads = rope
         batch, kv_heads, slots, head_dim = k_cache.shape
         tokens = m // batch
-    if m > 1 and gain is not None:
+    dots = m > 1 and not tile.vector
+    if dots and gain is not None:
         x, gain = rms_norm(x, gain, eps, pdl=pdl), None
     ends: tuple[Any, ...] = (weight, x if scale is None else scale, x if residual is None else residual, out)
     ends += (start, cos, sin, k_cache, v_cache, slots)
     rows = 2 * tile.rows if epilogue == "gated" else tile.rows
     blocks = triton.cdiv(n, rows)
     shared: dict[str, Any] = dict(
-        N=n, K=k, R=rows, BK=tile.columns, SCALED=scale is not None, EPILOGUE=epilogue, H=heads, HKV=kv_heads, HD=head_dim,
-        PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
+        M=m, N=n, K=k, R=rows, BK=tile.columns, T=tokens, SCALED=scale is not None, EPILOGUE=epilogue,
+        H=heads, HKV=kv_heads, HD=head_dim, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
-    if m == 1:
+    if dots:
+        ahead = min(tile.ahead, triton.cdiv(k, tile.columns))
+        _on_tensor_cores[(blocks,)](
+            x, *ends, MP=max(next_power_of_2(m), 8), AHEAD=ahead, STAGES=tile.stages, **shared
+        )  # fmt: skip
+    else:
         vector = min(16 // weight.element_size(), tile.columns)
         # "offset" costs accuracy that only bf16 activations have already lost.
         convert = tile.convert if weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and x.is_cuda else "plain"
-        _one_row[(triton.cdiv(blocks, tile.blocks),)](
-            x, x if gain is None else gain, *ends, eps, V=vector, NORM=gain is not None, CONVERT=convert,
-            BLOCKS=tile.blocks, EARLY=early, **shared,
+        _in_registers[(triton.cdiv(blocks, tile.blocks),)](
+            x, x if gain is None else gain, *ends, eps, MP=next_power_of_2(m), V=vector, NORM=gain is not None,
+            CONVERT=convert, BLOCKS=tile.blocks, EARLY=early, **shared,
         )  # fmt: skip
-    else:
-        _few_rows[(blocks,)](x, *ends, M=m, MP=max(next_power_of_2(m), 8), STAGES=tile.stages, T=tokens, **shared)
     return out
 
 
@@ -235,7 +239,7 @@ def attention(
         q, k_cache, v_cache, start, out, scratch.part, scratch.part_stats, scratch.arrived, slots,
         head_dim**-0.5,
         T=tokens, G=group, HKV=kv_heads, HD=head_dim, DP=max(next_power_of_2(head_dim), 16),
-        RP=1 if rows == 1 and tile.vector else max(next_power_of_2(rows), 16), BS=tile.slots, SPLITS=tile.splits,
+        RP=rows if rows <= min(2, tile.vector) else max(next_power_of_2(rows), 16), BS=tile.slots, SPLITS=tile.splits,
         SPLITS_P=next_power_of_2(tile.splits), E=min(next_power_of_2(rows * head_dim), 4096 // next_power_of_2(tile.splits)), LEAST=tile.least,
         STAGES=tile.stages, PDL=pdl, EARLY=early, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip

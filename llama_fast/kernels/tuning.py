@@ -6,9 +6,11 @@ from typing import NamedTuple
 class Tile(NamedTuple):
     """How a linear kernel cuts its work.
 
-    rows: weight rows of a block. columns: weight columns of one load. warps: per program. blocks: per program,
-    the next one's weights loading while one is used (one row only). stages: software pipeline (few rows only).
-    convert: int8 to float32: "plain", "exact" or "offset", see common.to_float32 (one row of bf16 activations only).
+    rows: weight rows of a block. columns: weight columns of one load. warps: per program.
+    vector: several rows of activations go as one does, in registers and not to tensor cores.
+    In registers: blocks: per program, the next one's weights loading while one is used. convert: int8 to float32 for bf16
+    activations: "plain", "exact" or "offset", see common.to_float32.
+    On tensor cores: stages: of the software pipeline. ahead: loads before the wait for the kernel ahead.
     """
 
     rows: int
@@ -17,12 +19,14 @@ class Tile(NamedTuple):
     blocks: int = 1
     stages: int = 3
     convert: str = "plain"
+    vector: bool = False
+    ahead: int = 0
 
 
 class AttentionTile(NamedTuple):
     """slots: per step of the loop. splits: programs per key/value head. least: fewest slots worth a program.
 
-    vector: a single query row goes without tensor cores.
+    vector: query rows of a key/value head, up to 2, that go without tensor cores.
     """
 
     slots: int = 64
@@ -30,7 +34,7 @@ class AttentionTile(NamedTuple):
     least: int = 64
     warps: int = 4
     stages: int = 2
-    vector: bool = False
+    vector: int = 0
 
 
 def next_power_of_2(n: int) -> int:
@@ -100,5 +104,5 @@ def attention_tile(pairs: int, group: int, slots: int) -> AttentionTile:
     In a short cache latency counts, in a long one loads in flight: some 256 programs, each loading ahead.
     """
     if slots <= SHORT_CACHE_SLOTS:
-        return AttentionTile(32, 8, 32, 2, 1, vector=True) if group == 1 else AttentionTile(64, 4, 64, 4, 1)
+        return AttentionTile(32, 8, 32, 2, 1, vector=1) if group == 1 else AttentionTile(64, 4, 64, 4, 1)
     return AttentionTile(64, max(4, min(MOST_SPLITS, next_power_of_2(256 // pairs))), 64, 4, 2)

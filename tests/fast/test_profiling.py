@@ -17,9 +17,9 @@ from llama_ref.checkpoint import Checkpoint
 
 def test_overlaps_count_once_and_idle_time_is_named() -> None:
     spans = [
-        Span("_one_row", 100, 140),
+        Span("_in_registers", 100, 140),
         Span("_attend", 130, 150),  # begins under the one before it (programmatic dependent launch)
-        Span("_one_row", 132, 138),  # wholly inside
+        Span("_in_registers", 132, 138),  # wholly inside
         Span("void gemv2T", 154, 174),  # after a gap of 4
         Span("triton_poi_fused_add", 194, 198),  # after 20 without a kernel: the host
         Span("_norm", 400, 500),  # outside the window

@@ -3,7 +3,7 @@
     python tests/gpu/kernel_sweep.py --out DIR [--stages tiles,descend,tokens,long,rows,host] [--budget SECONDS]
 
 Stages: `tiles` sweeps block sizes matrix by matrix; `descend` changes one tile at a time in the whole token; `tokens` times whole
-tokens; `long` does so at 4096 tokens of context; `rows` with 2, 4 and 8 rows; `host` times the launches and tries torch.compile.
+tokens; `long` does so at 4096 tokens of context; `rows` chooses tiles for 2, 5 and 8 rows in the same way; `host` times the launches and tries torch.compile.
 Every time is a median over interleaved rounds, beside the read bandwidth measured in the same process; every whole step is
 checked against a float32 torch step on the same weights.
 """
@@ -512,12 +512,16 @@ def descend(
         )
         return variants[order[0]]
 
+    def label(tile: Tile) -> str:
+        kind = f"s{tile.stages} a{tile.ahead}" if not tile.vector and state.tokens.numel() > 1 else tile.convert
+        return f"{tuple(tile)[:4]} {kind}"
+
     def with_tile(name: str, tile: Tile) -> Options:
         return options._replace(tiles={**options.tiles, name: tile})
 
     options = best_of({f"attention {tuple(a)}": options._replace(attention=a) for a in attention})
     for name, tiles in choices.items():
-        options = best_of({f"{name} {tuple(t)[:4]} {t.convert}": with_tile(name, t) for t in tiles})
+        options = best_of({f"{name} {label(t)}": with_tile(name, t) for t in tiles})
     return options
 
 
@@ -525,7 +529,7 @@ SHORT = (
     AttentionTile(64, 8, 64, 4, 1),
     AttentionTile(64, 4, 64, 4, 1),
     AttentionTile(32, 8, 32, 2, 1),
-    AttentionTile(32, 8, 32, 2, 1, True),
+    AttentionTile(32, 8, 32, 2, 1, 1),
 )
 LONG = (
     AttentionTile(64, 16, 64, 4, 2),
@@ -537,20 +541,49 @@ LONG = (
 )
 
 
-def few_tiles() -> dict[str, dict[str, Tile]]:
-    """Tiles to try with 2 to 8 rows, for every matrix."""
-    found = {}
-    for few in (
-        Tile(16, 128, 1, stages=8),
-        Tile(16, 128, 1, stages=12),
+def several(rows: int, encoding: str) -> dict[str, list[Tile]]:
+    """Tiles to try with 2 to 8 rows of activations, matrix by matrix, the one in use first; "gated" counts its gate rows."""
+    dots = [
         Tile(16, 256, 1, stages=5),
-        Tile(16, 256, 2, stages=5),
-        Tile(16, 64, 1, stages=12),
-    ):
-        names = dict.fromkeys(SHAPES["7b"].matrices(), few)
-        names["gated"] = few._replace(rows=few.rows // 2)
-        found[f"{few.rows}x{few.columns} w{few.warps} s{few.stages}"] = names
+        *(Tile(16, 256, 1, stages=5, ahead=ahead) for ahead in (1, 2)),
+        Tile(16, 128, 1, stages=8),
+        Tile(16, 128, 1, stages=8, ahead=2),
+        *(Tile(32, 256, 2, stages=4, ahead=ahead) for ahead in (0, 1)),
+        Tile(64, 128, 4, stages=6, ahead=1),
+    ]
+    found = {name: [*dots] for name in SHAPES["7b"].matrices()}
+    found["gated"] = [tile._replace(rows=tile.rows // 2) for tile in dots]
+    if rows > 2:
+        return found
+    if encoding == "bf16":
+        cuts = {
+            "qkv": [(2, 4096, 4, 2), (2, 4096, 8, 2), (4, 4096, 8, 2)],
+            "out": [(2, 4096, 8, 2), (4, 4096, 8, 1), (2, 4096, 8, 1)],
+            "gated": [(2, 4096, 8, 2), (1, 4096, 4, 2), (1, 4096, 8, 2)],
+            "down": [(1, 4096, 8, 2), (2, 4096, 8, 1), (1, 4096, 16, 2)],
+            "head": [(2, 4096, 8, 2), (4, 4096, 8, 1)],
+        }
+    else:
+        cuts = {
+            "qkv": [(8, 2048, 8, 1), (8, 4096, 8, 1), (4, 4096, 8, 2), (4, 4096, 8, 1)],
+            "out": [(4, 4096, 8, 2), (8, 4096, 8, 1), (4, 4096, 8, 1), (8, 2048, 8, 1)],
+            "gated": [(4, 4096, 8, 1), (2, 4096, 8, 2), (2, 4096, 4, 1), (2, 4096, 8, 3)],
+            "down": [(4, 4096, 8, 1), (2, 4096, 8, 2), (4, 4096, 16, 1), (2, 4096, 8, 1)],
+            "head": [(4, 4096, 8, 2), (4, 4096, 8, 1), (8, 4096, 8, 1)],
+        }
+    converts = ("plain",) if encoding == "bf16" else ("exact", "offset")
+    for name, shapes in cuts.items():
+        found[name] += [Tile(*cut, convert=convert, vector=True) for cut in shapes for convert in converts]
     return found
+
+
+SEVERAL = ((2, "int8"), (5, "bf16"), (8, "bf16"), (8, "int8"), (2, "bf16"))
+"""Rows and encodings of interest: a draft's step after a round that stood whole, checks of 4 and 7 proposals."""
+FEW_QUERIES = (
+    AttentionTile(32, 8, 32, 2, 1, 1),
+    AttentionTile(32, 8, 32, 2, 1, 2),
+    AttentionTile(32, 8, 32, 4, 1, 2),
+)
 
 
 def tops(shape_name: str, encoding: str) -> dict[str, list[Tile]]:
@@ -696,11 +729,12 @@ def main() -> None:
         tasks += [("attention", s, a) for s in ("7b", "1b") for a in LONG]
     if "rows" in stages:
         tasks += [
-            ("step", "7b", e, 8, Options(tiles, advance=False))
-            for e in ("bf16", "int8")
-            for tiles in few_tiles().values()
+            ("step", "7b", e, rows, Options({name: tile}, advance=False))
+            for rows, e in SEVERAL
+            for name, tiles in several(rows, e).items()
+            for tile in tiles
         ]
-        tasks += [("step", "7b", e, rows, Options(advance=False)) for e in ("bf16", "int8") for rows in (2, 4)]
+        tasks += [("step", "7b", "bf16", 2, Options(attention=a, advance=False)) for a in FEW_QUERIES]
     compile_all(tasks)
     rates = read_bandwidth()
     ceiling = max(rates.values())
@@ -738,11 +772,17 @@ def main() -> None:
                 whole(weights, state, variants, ceiling, results, rounds=5)
                 save()
                 del state
-            if "rows" in stages and shape_name == "7b" and not late():
-                for rows in (8, 4, 2):
-                    cut = few_tiles() if rows == 8 else {"default": {}}
-                    variants = {key: Options(few, advance=False) for key, few in cut.items()}
+            if "rows" in stages and shape_name == "7b":
+                for rows in (rows for rows, kind in SEVERAL if kind == encoding and not late()):
+                    choices = several(rows, encoding)
                     state = new_state(shape, rows, 1, 512, 200)
+                    first = Options({name: found[0] for name, found in choices.items()}, advance=False)
+                    best = descend(
+                        weights, state, first, choices, FEW_QUERIES[:1] if rows > 2 else FEW_QUERIES, results
+                    )
+                    results[f"descended {shape_name} {encoding} rows={rows}"] = repr(best)
+                    print(rows, best, flush=True)
+                    variants = {"in use": Options(advance=False), "descended": best}
                     whole(weights, state, variants, ceiling, results, rounds=5, repeats=5)
                     save()
                     del state

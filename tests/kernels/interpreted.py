@@ -51,13 +51,25 @@ def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 ENCODINGS = ("float32", "bf16", "int8")
-TILES = (Tile(4, 32, 4), Tile(8, 64, 4, blocks=2), Tile(16, 16, 4), Tile(32, 64, 4))
+TILES = (
+    Tile(4, 32, 4),
+    Tile(8, 64, 4, blocks=2),
+    Tile(4, 32, 4, blocks=2, vector=True),
+    Tile(16, 16, 4),
+    Tile(16, 32, 4, ahead=2),
+    Tile(32, 64, 4, ahead=5),
+)
+
+
+def suits(tile: Tile, m: int) -> bool:
+    """Dots want 16 rows of weights, and several of activations."""
+    return tile.vector or (m > 1) == (tile.rows >= 16)
 
 
 def check_linear() -> int:
     n_checked = 0
     for encoding, m, tile, (n, k) in itertools.product(ENCODINGS, (1, 2, 5, 8), TILES, ((37, 72), (5, 20))):
-        if (m > 1) != (tile.rows >= 16):
+        if not suits(tile, m):
             continue
         stored, scale, dense = weight(n, k, encoding, seed=n)
         dtype = activations(encoding)
@@ -94,7 +106,7 @@ def check_qkv() -> int:
     n_checked = 0
     shapes = ((2, 1, 8, 1, 1), (4, 2, 10, 1, 1), (6, 2, 16, 2, 3), (3, 3, 4, 2, 1), (2, 1, 8, 2, 4))  # H, HKV, HD, B, T
     for encoding, (h, hkv, hd, b, t), tile in itertools.product(ENCODINGS, shapes, TILES):
-        if (b * t > 1) != (tile.rows >= 16):
+        if not suits(tile, b * t):
             continue
         slots, dim, m = 7, 40, b * t
         dtype = activations(encoding)
@@ -128,8 +140,9 @@ def check_attention() -> int:
         (6, 2, 20, 2, 3),
         (3, 1, 12, 1, 8),
         (2, 2, 16, 2, 4),
+        (3, 3, 12, 2, 2),
     )  # H, HKV, HD, B, T
-    tiles = (AttentionTile(16, 3, 16), AttentionTile(16, 1, 16, vector=True), AttentionTile(16, 5, 16))
+    tiles = (AttentionTile(16, 3, 16), *(AttentionTile(16, splits, 16, vector=2) for splits in (1, 4)))
     for dtype, (h, hkv, hd, b, t), tile in itertools.product((torch.float32, torch.bfloat16), shapes, tiles):
         slots = 70
         everywhere = dtype == torch.float32 and (h, hkv, b, t) == (4, 2, 2, 1)
