@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from llama_fast.kernels.attention import _attend
+from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
 from llama_fast.kernels.prompt import _gate, _turn_and_store
 from llama_fast.kernels.tokens import _argmax, _embed
@@ -105,14 +106,14 @@ def _linear(
     )  # fmt: skip
     if dots:
         ahead = min(tile.ahead, triton.cdiv(k, tile.columns))
-        _on_tensor_cores[(blocks,)](
+        launch(_on_tensor_cores, (blocks,))(
             x, *ends, MP=max(next_power_of_2(m), 8), AHEAD=ahead, STAGES=tile.stages, **shared
         )  # fmt: skip
     else:
         vector = min(16 // weight.element_size(), tile.columns)
         # "offset" costs accuracy that only bf16 activations have already lost.
         convert = tile.convert if weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and x.is_cuda else "plain"
-        _in_registers[(triton.cdiv(blocks, tile.blocks),)](
+        launch(_in_registers, (triton.cdiv(blocks, tile.blocks),))(
             x, x if gain is None else gain, *ends, eps, MP=next_power_of_2(m), V=vector, NORM=gain is not None,
             CONVERT=convert, BLOCKS=tile.blocks, EARLY=early, **shared,
         )  # fmt: skip
@@ -123,7 +124,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, *, pdl: bool | None = None) ->
     """x [M, D] over its root mean square, times the gain [D]."""
     pdl = machine(x.device).pdl if pdl is None else pdl
     out, width = torch.empty_like(x), x.shape[1]
-    _norm[(x.shape[0],)](
+    launch(_norm, (x.shape[0],))(
         x, gain, out, eps, K=width, BK=next_power_of_2(width), PDL=pdl, num_warps=8, **launch_options(pdl)
     )
     return out
@@ -177,7 +178,7 @@ def turn_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cac
     rows, columns = qkv.shape
     batch, kv_heads, slots, head_dim = k_cache.shape
     out = qkv.new_empty(rows, heads * head_dim)
-    _turn_and_store[(rows, triton.cdiv(columns, 1024))](
+    launch(_turn_and_store, (rows, triton.cdiv(columns, 1024)))(
         qkv, cos, sin, out, k_cache, v_cache, slots, rows // batch, H=heads, HKV=kv_heads, HD=head_dim, BN=1024
     )
     return out
@@ -187,7 +188,7 @@ def gate(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of a prompt's products [M, 2 F], the gate's columns first. [M, F]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
-    _gate[(rows, triton.cdiv(width, 1024))](gate_up, out, F=width, BF=1024)
+    launch(_gate, (rows, triton.cdiv(width, 1024)))(gate_up, out, F=width, BF=1024)
     return out
 
 
@@ -235,7 +236,7 @@ def attention(
         raise ValueError(f"scratch for {scratch.part.numel()} partial results, {tile.splits * q.numel()} needed")
     out = torch.empty_like(q)
     rows = tokens * group
-    _attend[(batch * kv_heads, tile.splits)](
+    launch(_attend, (batch * kv_heads, tile.splits))(
         q, k_cache, v_cache, start, out, scratch.part, scratch.part_stats, scratch.arrived, slots,
         head_dim**-0.5,
         T=tokens, G=group, HKV=kv_heads, HD=head_dim, DP=max(next_power_of_2(head_dim), 16),
@@ -251,7 +252,7 @@ def embed(tokens: Tensor, table: Tensor, *, pdl: bool | None = None) -> Tensor:
     facts = machine(table.device)
     pdl = facts.pdl if pdl is None else pdl
     out = table.new_empty(tokens.numel(), table.shape[1])
-    _embed[(tokens.numel(), triton.cdiv(table.shape[1], 1024))](
+    launch(_embed, (tokens.numel(), triton.cdiv(table.shape[1], 1024)))(
         tokens, table, out, D=table.shape[1], BD=1024, PDL=pdl, **launch_options(pdl)
     )
     return out
@@ -290,7 +291,7 @@ def argmax(
     pdl = facts.pdl if pdl is None else pdl
     splits = triton.cdiv(vocab, ARGMAX_STRETCH)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device) if out is None else out
-    _argmax[(rows, splits)](
+    launch(_argmax, (rows, splits))(
         logits, out, *scratch, out if advance is None else advance, VOCAB=vocab, BV=ARGMAX_STRETCH, SPLITS=splits, SP=next_power_of_2(splits),
         ADVANCE=advance is not None, PDL=pdl,
         num_warps=8, **launch_options(pdl),

@@ -103,11 +103,13 @@ class FusedStep:
 
     def __init__(self, model: Llama):
         from llama_fast.kernels import ops  # Triton is imported by who uses it
+        from llama_fast.kernels.launching import compiled_together
 
-        self.ops = ops
+        self.ops, self.compiled_together = ops, compiled_together
         self.model = model
         self.cos = model.rope_table[..., 0].contiguous()
         self.sin = model.rope_table[..., 1].contiguous()
+        self.alone = all(isinstance(block.all_reduce, Alone) for block in model.blocks)
         self.recorded: weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], Recorded]] = weakref.WeakKeyDictionary()
         config, device = model.config, model.rope_table.device
         self.attention_scratch = ops.AttentionScratch.of(
@@ -125,6 +127,9 @@ class FusedStep:
         B, T = tokens_BT.shape
         shapes = self.recorded.setdefault(cache, {})
         if (B, T) not in shapes:
+            if self.alone:  # several processes would exchange what no kernel has written
+                with self.compiled_together():
+                    self.run(tokens_BT, start_B, cache, blocks=1)
             result = self.run(tokens_BT, start_B, cache)
             shapes[B, T] = self.record(tokens_BT, start_B, cache)
             return result
@@ -143,13 +148,16 @@ class FusedStep:
             token_B, logits_BTV = self.run(tokens_BT, start_B, cache)
         return Recorded(graph, tokens_BT, start_B, token_B, logits_BTV)
 
-    def run(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def run(
+        self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, blocks: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Launch every kernel of the step, or those of its first `blocks` alone."""
         ops, model = self.ops, self.model
         (B, T), config = tokens_BT.shape, model.config
         tokens_M = tokens_BT.reshape(-1).contiguous()  # a column of a larger tensor flattens to a view with gaps
         dense = isinstance(model.embedding, DenseEmbedding)
         x_MD = ops.embed(tokens_M, model.embedding.weight) if dense else model.embedding(tokens_M)
-        for block, layer in zip(model.blocks, cache.layers, strict=True):
+        for block, layer in zip(model.blocks[:blocks], cache.layers[:blocks], strict=True):
             assert isinstance(block, Block)
             rope = ops.Rope(self.cos, self.sin, start_B, layer.k, layer.v, config.n_heads)
             x_MD = self.block(block, x_MD, rope, early=dense)

@@ -1,0 +1,94 @@
+"""Every kernel of a step, compiled for a Hopper GPU on a machine that has none. Run by test_compiled.py, in a process of its own.
+
+Triton's driver is replaced by one that knows the chip and cannot launch: whatever tried to would fail here.
+"""
+
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from llama_fast.build import build
+from llama_fast.kernels import attention, linear, ops, prompt, tokens, tuning
+from llama_fast.kernels.launching import compiled_together
+from llama_fast.optimisations.fused import FusedStep
+from llama_fast.optimisations.int8 import Int8
+from llama_fast.plan import Dense
+from llama_fast.presets import optimised
+from llama_ref.checkpoint import random_checkpoint
+from llama_ref.config import LlamaConfig
+
+CONFIG = LlamaConfig(
+    dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=192, vocab_size=1000, max_context=256
+)
+KERNELS = (
+    linear._in_registers,
+    linear._on_tensor_cores,
+    linear._norm,
+    attention._attend,
+    tokens._embed,
+    tokens._argmax,
+    prompt._turn_and_store,
+    prompt._gate,
+)
+
+
+class Absent:
+    """A Hopper GPU that answers questions."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def ready() -> dict[str, int]:
+    """How many variants of each kernel are compiled."""
+    found = {}
+    for kernel in KERNELS:
+        variants = [*kernel.device_caches[0][0].values()]
+        assert all(type(variant) is triton.compiler.CompiledKernel for variant in variants), variants
+        found[kernel.fn.__name__] = len(variants)
+    return found
+
+
+def main() -> None:
+    ops.machine = lambda device: ops.Machine("NVIDIA H100 80GB HBM3", True)  # type: ignore[assignment]
+    start_B = torch.zeros(1, dtype=torch.int64)
+    for encoding in (Dense(), Int8()):
+        runner = build(random_checkpoint(CONFIG, 1, "cpu", torch.bfloat16), optimised(encoding), "cpu", torch.bfloat16)
+        step, cache = FusedStep(runner.model), runner.allocate(1, 256)
+        before = [tensor.clone() for layer in cache.layers for tensor in (layer.k, layer.v)]
+        with compiled_together():
+            for T in (1, 2, 8):
+                step.run(torch.ones(1, T, dtype=torch.int64), start_B, cache, blocks=1)
+            qkv, (cos, sin) = torch.randn(24, 256).bfloat16(), (step.cos, step.sin)
+            ops.turn_and_store(qkv, cos, sin, cache.layers[0].k, cache.layers[0].v, 4)
+            ops.gate(torch.randn(24, 384).bfloat16())
+            two = torch.randn(2, 128).bfloat16()
+            weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
+            for tile in (tuning.Tile(4, 128, 4, 2, vector=True), tuning.Tile(16, 64, 1, ahead=1)):
+                ops.linear(two, weight, scale, gain=two[0], eps=1e-5, tile=tile)
+        after = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "nothing was to be launched"
+    try:
+        with compiled_together():
+            ops.linear(two, weight, scale, tile=tuning.Tile(3, 64, 1, vector=True))  # no power of two
+        raise AssertionError("an error of the compiler was lost")
+    except triton.CompilationError:
+        pass
+    print("; ".join(f"{name} {count}" for name, count in ready().items()))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as directory, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = directory
+        triton.runtime.driver.set_active(Absent())  # type: ignore[arg-type]
+        main()
+    sys.exit()
