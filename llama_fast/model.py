@@ -235,7 +235,7 @@ def rope_table(config: LlamaConfig) -> Tensor:
     radius = 1.0
     if config.rope_scaling is not None:
         frequency, radius = stretch(frequency, config.rope_scaling)
-    angle = torch.arange(config.max_context, dtype=torch.float64)[:, None] * frequency
+    angle = torch.outer(torch.arange(config.max_context, dtype=torch.float64), frequency)
     return torch.stack([angle.cos() * radius, angle.sin() * radius], -1).float()
 
 

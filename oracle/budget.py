@@ -100,13 +100,13 @@ class Factors:
         return replace(self, rate=self.rate / comparisons)
 
 
-KINDS = {"attention": "attention", "ffn_hidden": "gate"} | dict.fromkeys(
+KINDS = {"attention": "attention", "ffn_hidden": "gate", "q_rope": "rope", "k_rope": "rope"} | dict.fromkeys(
     ("q", "k", "v", "attention_out", "ffn_out", "logits"), "product"
 )
 
 
 def kind_of(stage: str) -> str:
-    """ "layers.3.q" -> "product"; what is neither a product, attention nor the gate is "pointwise"."""
+    """ "layers.3.q" -> "product"; a norm, an embedding or a residual sum is "pointwise"."""
     return KINDS.get(stage.rpartition(".")[2], "pointwise")
 
 

@@ -166,7 +166,7 @@ def compare_stage(
 ) -> Verdict:
     """The same for rows [T_b, features] of a part of a block, each error relative to the size of its number.
 
-    `kind`: product, attention, gate or pointwise, which scatter unlike.
+    `kind`: product, attention, rope, gate or pointwise, which scatter unlike.
     """
     factors = factors_of(kind, unit, orders_of(yardstick)) if factors is None else factors
     wrong = misfit(subject, truth)

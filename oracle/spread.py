@@ -245,9 +245,9 @@ def stage_runs(
                 for stage in true[0]:
                     if stage in traces[0] and (not way or kind_of(stage) == "attention"):
                         seen, t, y = ([row[stage] for row in part] for part in (traces, true, plain))
-                        who = (
-                            f"{stage.split('.', 2)[-1]} {shape} {order > 0} {way}" if stage.count(".") > 1 else "block"
-                        )
+                        # Odd orders have their angles in float32: of a RoPE another implementation, of the rest another order.
+                        which = f"{stage.split('.', 2)[-1]} {shape} {order and 1 + order % 2} {way}"
+                        who = which if stage.count(".") > 1 else "block"
                         of_kind = samples[f"{kind_of(stage)} {narrow} {name}"]
                         for statistic, ratio in ratios(seen, t, y, unit_roundoff(dtype), stage=True).items():
                             of_kind[statistic].add(who, ratio)

@@ -178,7 +178,7 @@ def test_one_huge_activation_neither_hides_a_fault_nor_makes_one(seed: int, size
 
 
 @pytest.mark.parametrize("unit", [UNIT, NARROW])
-@pytest.mark.parametrize("what", ["logits", "product", "attention", "gate", "pointwise"])
+@pytest.mark.parametrize("what", ["logits", "product", "attention", "rope", "gate", "pointwise"])
 def test_factors_shrink_with_the_positions_averaged_and_grow_with_those_compared(what: str, unit: float) -> None:
     found = [factors(what, unit).of_average(n) for n in range(1, 400)]
     assert found == sorted(found, reverse=True)
