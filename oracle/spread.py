@@ -18,7 +18,7 @@ import math
 import sys
 import tempfile
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -95,7 +95,7 @@ def main(words: list[str] | None = None) -> None:
         parser.error(f"on {asked.device} the parts of a block are measured, and no logits: --only stages")
     device, table = torch.device(asked.device), asked.out or TABLES[asked.device]
     samples: Samples = defaultdict(lambda: defaultdict(Sample))
-    runs = 0
+    runs: Counter[str] = Counter()
     for seed in range(asked.seeds):
         for shape in SHAPES:
             if shape == "wide" and seed >= max(1, asked.seeds // 4):
@@ -104,12 +104,12 @@ def main(words: list[str] | None = None) -> None:
                 for dtype in (torch.float32, torch.bfloat16):
                     models = random_models(shape, seed, dtype, directory)
                     runs += one_model(samples, shape, *models, dtype, seed, device, asked.only)
-        print(f"seed {seed}: {runs} runs", file=sys.stderr, flush=True)
+        print(f"seed {seed}: {runs.total()} runs", file=sys.stderr, flush=True)
     if asked.models:
         for dtype in (torch.float32, torch.bfloat16):
             name, models = ("smollm2", default_models(dtype)) if asked.device == "cpu" else ("7b", gpu_models(dtype))
             runs += one_model(samples, name, *models, dtype, 0, device, asked.only)
-            print(f"{name}: {runs} runs", file=sys.stderr, flush=True)
+            print(f"{name}: {runs.total()} runs", file=sys.stderr, flush=True)
     tails = {
         key: {name: by_name[name].tail(TAIL_SHARES[name]) for name in STATISTICS} for key, by_name in samples.items()
     }
@@ -117,7 +117,7 @@ def main(words: list[str] | None = None) -> None:
         key: {name: {k: round(v, 5) for k, v in tail.items()} for name, tail in of.items()} for key, of in tails.items()
     }
     before = json.loads(table.read_text(encoding="utf-8")) if asked.only and table.exists() else {}
-    counts = before.get("runs", {}) | dict.fromkeys([asked.only] if asked.only else ["logits", "stages"], runs)
+    counts = before.get("runs", {}) | runs
     document = {"torch": torch.__version__, "runs": counts, "tails": before.get("tails", {}) | rounded}
     table.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -172,8 +172,8 @@ def one_model(
     seed: int,
     device: torch.device,
     only: str | None = None,
-) -> int:
-    """Add every innocent run on one model; their number."""
+) -> Counter[str]:
+    """Add every innocent run on one model; their numbers, of "logits" and "stages"."""
     config, narrow = checkpoint.config, "narrow" if dtype is torch.bfloat16 else "wide"
     case = standard_case(config.vocab_size, config.max_context, encode, seed=2 * seed + 1)
     weights = Weights(checkpoint.weights, dtype, device)
@@ -181,9 +181,10 @@ def one_model(
     one, many = RefSubject(config, weights, dtype, device), Yardstick(config, weights, dtype, device)
     unit = unit_roundoff(dtype)
     benches = {"one": Bench(truth, one), "many": Bench(truth, many)}
-    runs = 0
+    runs: Counter[str] = Counter()
     if only != "logits":
-        runs += stage_runs(samples, shape, checkpoint, truth, {"one": one, "many": many}, dtype, seed, case.rows)
+        yardsticks = {"one": one, "many": many}
+        runs["stages"] = stage_runs(samples, shape, checkpoint, truth, yardsticks, dtype, seed, case.rows)
     if only == "stages":
         return runs
     known = {name: bench.of(case.rows) for name, bench in benches.items()}
@@ -191,7 +192,7 @@ def one_model(
         with Order(order):
             found = [subject.prefill_logits(case.rows)]
             found.append(subject.decode_logits(case.rows, case.splits[0].starts) if shape != "smollm2" else [])
-        runs += 1
+        runs["logits"] += 1
         for name, rows in known.items():
             for route, starts in ((0, [1] * len(rows)), (1, case.splits[0].starts)):
                 if found[route]:
