@@ -284,6 +284,12 @@ class Runner:
         cache.reserve(torch.zeros(B, dtype=torch.int64), T)
         return self.model(tokens_BT, None, cache)  # type: ignore[no-any-return]
 
+    def prepared(self, choose: Chooser, positions: int) -> Chooser:
+        """`choose`, for a request of so many positions: with its uniforms hashed at once where no compiler merges the hash."""
+        if not self.plan.compiler.compiles_each_shape:
+            choose.look_ahead(positions)
+        return choose
+
     def reference_weights(self) -> Mapping[str, Tensor]:
         """decode(encode(w)) under canonical names: what a reference must compute with to be comparable."""
         return DecodedWeights(self)

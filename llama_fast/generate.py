@@ -111,9 +111,7 @@ def stream(
         raise ValueError(f"held={held}: the cache must be given, and every prompt longer")
     cache = cache if cache is not None else runner.allocate(len(prompts), length)
     seeds, vocabulary = sampling.seeds(len(prompts)), runner.config.vocab_size
-    choose = Chooser(sampling, seeds, runner.device, prompts, vocabulary)
-    if not runner.plan.compiler.compiles_each_shape:
-        choose.look_ahead(length + 1)
+    choose = runner.prepared(Chooser(sampling, seeds, runner.device, prompts, vocabulary), length + 1)
     tokens_BT, position_B = pad([prompt[held:] for prompt in prompts], runner.device)
     token_B1 = torch.empty(len(prompts), 1, dtype=torch.int64, device=runner.device)
 

@@ -191,8 +191,7 @@ class Rounds:
         B, width = tokens_BT.shape
         columns = max(self.cache.length, width + self.max_new_tokens + max(self.ks, default=0)) + 1
         history_BL = torch.zeros(B, columns, dtype=torch.int64, device=device)
-        if not self.target.plan.compiler.compiles_each_shape:
-            self.choose.look_ahead(columns + 1)
+        self.target.prepared(self.choose, columns + 1)
         history_BL[:, :width] = tokens_BT
         token_B, _ = self.target.start(tokens_BT, lengths_B, self.cache, self.choose)
         history_BL.scatter_(1, lengths_B[:, None], token_B[:, None])

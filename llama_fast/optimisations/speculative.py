@@ -221,10 +221,9 @@ class DraftSource:
         self.name = f"draft {runner.plan}"
         self.runner, self.cache = runner, cache
         seeds = sampling.seeds(batch)
-        self.choose = Chooser(sampling, seeds, runner.device)  # the target's own transforms, so that q is like p
+        # The target's own transforms, so that q is like p.
+        self.choose = runner.prepared(Chooser(sampling, seeds, runner.device), needed + 1)
         self.greedy = Chooser(Sampling(), seeds, runner.device)
-        if not runner.plan.compiler.compiles_each_shape:
-            self.choose.look_ahead(needed + 1)
         kind = (self.choose.top_k, self.choose.nucleus, self.choose.floored)
         self.pick = compilations.of(pick, runner, batch, *kind)
 

@@ -103,11 +103,16 @@ def test_seven_billion() -> None:
     target, small = (build(checkpoint, fused(kind), cuda) for kind in (Dense(), Int8()))
     cache = target.allocate(1, 256)
     best = 0.0
-    for name, sampling in (("greedy", Sampling()), ("temperature 0.8, top-k 200", Sampling(0.8, top_k=200))):
+    settings = {
+        "greedy": Sampling(),
+        "temperature 0.8, top-k 200": Sampling(0.8, top_k=200),
+        "temperature 1": Sampling(1.0),
+    }
+    for name, sampling in settings.items():
         plain, _ = timed(target, cache, sampling, None)
         print(f"{name}: plain {plain:.1f} tokens/s")
         automatic = Draft(small)
-        for k, draft in ((None, automatic), *((k, Draft(small, k)) for k in (4, 7))):
+        for k, draft in ((None, automatic), *((k, Draft(small, k)) for k in (4, 5, 7))):
             rate, done = timed(target, cache, sampling, draft)
             counted = done.speculation
             assert counted is not None
