@@ -92,8 +92,9 @@ class Factors:
     def of_position(self, positions: int) -> tuple[float, float]:
         """The factors for the RMS and the largest error at any of so many positions."""
         chance = self.rate / len(STATISTICS) / positions
-        rms, largest = self.position_rms.factor(chance), self.position_max.factor(chance)
-        return max(LEAST["position_rms"], rms), max(LEAST["position_max"], largest)
+        # Of tails that cross the longest holds: a single position is allowed no less than an average over many.
+        rms = max(tail.factor(chance) for tail in (self.position_rms, self.window, self.whole))
+        return max(LEAST["position_rms"], rms), max(LEAST["position_max"], self.position_max.factor(chance))
 
     def shared_by(self, comparisons: int) -> Factors:
         """The same where so many comparisons share the rate."""

@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -33,9 +34,10 @@ from llama_fast.build import build
 from llama_fast.plan import Plan
 from llama_fast.presets import optimised
 from llama_ref.checkpoint import Checkpoint, open_checkpoint
+from llama_ref.config import LlamaConfig
 from llama_ref.models import DEFAULT_MODEL, resolve
 from oracle.adapters import RefSubject, Weights, Yardstick
-from oracle.budget import ORDERS, STATISTICS, TABLES, kind_of
+from oracle.budget import KINDS, ORDERS, STATISTICS, TABLES, kind_of
 from oracle.cases import standard_case
 from oracle.compare import ratios, unit_roundoff
 from oracle.fast import FastSubject
@@ -56,6 +58,7 @@ TOO_FEW = 20  # numbers that a tail must rest on
 GPU_MODEL = "random:llama-2-7b"
 ATTENTIONS = {"cpu": ("", "MATH"), "cuda": ("", "MATH", "EFFICIENT_ATTENTION")}
 """PyTorch's own choice, and kernels that it might have chosen."""
+USUAL_ANGLES = "usual angles"
 
 
 @dataclass
@@ -234,9 +237,10 @@ def stage_runs(
     layers = layers if len(layers) < 8 else range(0, len(layers), 6)  # of a deep model every sixth block stands for all
     cut = [rows[0][:72], rows[1][:55]]
     orders = (0, ORDERS + 4 * seed, ORDERS + 4 * seed + 1)
-    ways = [(order, way) for way in ATTENTIONS[truth.device.type] for order in orders]
+    ways = [(order, way) for way in (*ATTENTIONS[truth.device.type], USUAL_ANGLES) for order in orders]
     for order, way in ways:
-        with Order(order), attention_by(way):
+        judged = {"": set(KINDS.values()) | {"pointwise"}, USUAL_ANGLES: {"rope"}}.get(way, {"attention"})
+        with Order(order), as_usual() if way == USUAL_ANGLES else attention_by(way):
             traces = FastSubject(build(checkpoint, optimised(), truth.device, dtype)).trace(cut, [64, 55])
         shown: list[Trace] = [dict(trace) for trace in traces]
         for layer in layers:
@@ -244,7 +248,7 @@ def stage_runs(
             for name, yardstick in yardsticks.items():
                 plain = yardstick.stages_of_block(layer, shown)
                 for stage in true[0]:
-                    if stage in traces[0] and (not way or kind_of(stage) == "attention"):
+                    if stage in traces[0] and kind_of(stage) in judged:
                         seen, t, y = ([row[stage] for row in part] for part in (traces, true, plain))
                         # Odd orders have their angles in float32: of a RoPE another implementation, of the rest another order.
                         which = f"{stage.split('.', 2)[-1]} {shape} {order and 1 + order % 2} {way}"
@@ -253,6 +257,17 @@ def stage_runs(
                         for statistic, ratio in ratios(seen, t, y, unit_roundoff(dtype), stage=True).items():
                             of_kind[statistic].add(who, ratio)
     return len(ways)
+
+
+def as_usual() -> AbstractContextManager[Any]:
+    """Angles from powers in float32, as most implementations have them."""
+
+    def table(config: LlamaConfig) -> Tensor:
+        power = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        angle = torch.outer(torch.arange(config.max_context).float(), 1.0 / config.rope_theta**power)
+        return torch.stack([angle.cos(), angle.sin()], -1)
+
+    return patch("llama_fast.model.rope_table", table)
 
 
 def attention_by(way: str) -> AbstractContextManager[Any]:
