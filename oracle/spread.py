@@ -126,12 +126,15 @@ def main(words: list[str] | None = None) -> None:
 
 
 def random_models(shape: str, seed: int, dtype: torch.dtype, directory: str) -> tuple[Checkpoint, dict[str, Any], Any]:
-    """A random model as a checkpoint and as `transformers` reads it from the same directory."""
+    """A random model as a checkpoint and as `transformers` reads it from the same directory. Each seed has its own RoPE theta,
+    whose powers round in their own way."""
     import transformers
 
+    rope = {"rope_type": "default", "rope_theta": 10_000.0 * 1.1**seed}
     config = transformers.LlamaConfig(
-        vocab_size=257, num_hidden_layers=LAYERS[shape], max_position_embeddings=256, rms_norm_eps=1e-5, **SHAPES[shape]
-    )
+        vocab_size=257, num_hidden_layers=LAYERS[shape], max_position_embeddings=256, rms_norm_eps=1e-5,
+        rope_parameters=rope, **SHAPES[shape],
+    )  # fmt: skip
     if not (Path(directory) / "config.json").exists():
         torch.manual_seed(seed)
         model = transformers.LlamaForCausalLM(config)
@@ -252,6 +255,9 @@ def stage_runs(
                         seen, t, y = ([row[stage] for row in part] for part in (traces, true, plain))
                         # Odd orders have their angles in float32: of a RoPE another implementation, of the rest another order.
                         which = f"{stage.split('.', 2)[-1]} {shape} {order and 1 + order % 2} {way}"
+                        which += (
+                            f" {seed}" if way == USUAL_ANGLES else ""
+                        )  # which do not scatter: each table is its own maker
                         who = which if stage.count(".") > 1 else "block"
                         of_kind = samples[f"{kind_of(stage)} {narrow} {name}"]
                         for statistic, ratio in ratios(seen, t, y, unit_roundoff(dtype), stage=True).items():
