@@ -132,7 +132,12 @@ class FastSubject:
         return [(tokens, logits) for tokens, _, logits in self._generated(prompts, n, Sampling())]
 
     def sample(self, prompts: Rows, n: int, setting: Setting, seed: int) -> list[tuple[list[int], Tensor]]:
-        sampling = Sampling(setting.temperature, setting.top_k, setting.top_p, seed)
+        sampling = Sampling(setting.temperature, setting.top_k, setting.top_p, seed, setting.min_p)
+        return [(tokens, logits) for tokens, _, logits in self._generated(prompts, n, sampling)]
+
+    def penalised(self, prompts: Rows, n: int, penalty: float) -> list[tuple[list[int], Tensor]]:
+        """n greedy tokens with a repetition penalty, and the logits [n, V] before it."""
+        sampling = Sampling(repetition_penalty=penalty)
         return [(tokens, logits) for tokens, _, logits in self._generated(prompts, n, sampling)]
 
     def until(self, prompts: Rows, n: int, eos_ids: Collection[int]) -> list[tuple[list[int], str]]:
@@ -194,7 +199,8 @@ class FastSampler:
         self.device = device
 
     def _chooser(self, setting: Setting, seeds: Sequence[int]) -> Chooser:
-        return Chooser(Sampling(setting.temperature, setting.top_k, setting.top_p), seeds, self.device)
+        sampling = Sampling(setting.temperature, setting.top_k, setting.top_p, min_p=setting.min_p)
+        return Chooser(sampling, seeds, self.device)
 
     def probabilities(self, logits_BV: Tensor, setting: Setting) -> Tensor:
         return self._chooser(setting, [0] * len(logits_BV)).probabilities(logits_BV)

@@ -24,14 +24,15 @@ from oracle.subject import Generates, Setting
 
 FALSE_ALARM = 1e-6
 CELLS = 10
+WARM = Setting(3.0)  # so warm that a text does not come twice by chance
 SETTINGS = (Setting(), Setting(0.7, top_k=20), Setting(1.3, top_p=0.9), Setting(0.9, top_k=50, top_p=0.8))
 
 
 def judge_stopping(subject: Generates, prompts: Sequence[Sequence[int]], n: int) -> Verdict:
     """Each row ends with its first end id, which it keeps, or after n tokens; rows do not end each other.
 
-    What a row says without end ids is what it must say up to one. Tried are ids that end the first row at once, in its
-    middle, at its last token; two ids at once; and one that never comes.
+    What a row says without end ids is what it must say up to one. Tried are ids that end the first row at its first tokens,
+    in its middle, at its last ones; two ids at once; and one that never comes.
     """
     if not prompts or n < 1:
         return empty("stop rules", "no prompts")
@@ -39,7 +40,8 @@ def judge_stopping(subject: Generates, prompts: Sequence[Sequence[int]], n: int)
     said = {token for tokens in free for token in tokens}
     never = next(token for token in itertools.count() if token not in said)
     middle = free[0][len(free[0]) // 2]
-    sets = [(free[0][0],), (middle,), (free[0][-1],), (free[-1][-1], middle), (never,)]
+    edges = [(token,) for token in (*free[0][:3], *free[0][-3:])]
+    sets = [*edges, (middle,), (free[-1][-1], middle), (never,)]
     wrong, where, compared = 0, "", 0
     for ids in dict.fromkeys(sets):
         for row, ((tokens, reason), whole) in enumerate(zip(subject.until(prompts, n, ids), free, strict=True)):
@@ -83,6 +85,8 @@ def judge_draws(subject: Generates, prompts: Sequence[Sequence[int]], n: int, ru
                 likelier = float(p_nV[step][p_nV[step] > p].sum())
                 points[-1].append(min(below + p * share, 1 - 1e-12))
                 ranked.append(min(likelier + p * share, 1 - 1e-12))
+    twins = [tokens for tokens, _ in subject.sample([prompts[0]] * max(2, len(prompts)), n, WARM, seed=40)]
+    alike = len(twins) - len({tuple(tokens) for tokens in twins})
     first, again = (subject.sample(prompts, n, SETTINGS[0], seed=5) for _ in range(2))
     other = subject.sample(prompts, n, SETTINGS[0], seed=6 + len(prompts))
     unlike = sum(a[0] != b[0] for a, b in zip(first, again, strict=True))
@@ -96,6 +100,7 @@ def judge_draws(subject: Generates, prompts: Sequence[Sequence[int]], n: int, ru
             pairs_check("neighbouring draws, one later", [row[1:] for row in points]),
             Check("rows that differ with the same seed", unlike, 0, "", len(prompts)),
             Check("rows that stay with another seed", same, 0, "", len(prompts)),
+            Check("equal prompts that draw alike in one batch", alike, 0, "", len(twins)),
         )
     )
 
@@ -113,6 +118,9 @@ def distribution(logits_nV: Tensor, setting: Setting) -> Tensor:
     if setting.top_p < 1:
         before_nV = p_nV.cumsum(-1) - p_nV
         p_nV = torch.where(before_nV < setting.top_p, p_nV, 0.0)
+        p_nV = p_nV / p_nV.sum(-1, keepdim=True)
+    if setting.min_p > 0:
+        p_nV = torch.where(p_nV >= setting.min_p * p_nV[:, :1], p_nV, 0.0)
         p_nV = p_nV / p_nV.sum(-1, keepdim=True)
     return torch.zeros_like(p_nV).scatter(-1, order_nV, p_nV)
 

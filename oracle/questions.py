@@ -9,15 +9,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from llama_fast.build import Runner, build, encoded
 from llama_fast.plan import Plan
-from llama_fast.text import TextStream
+from llama_fast.text import UNFINISHED, TextStream
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from llama_ref.tokenizer import Tokenizer
+from llama_ref.tokenizer import Tokenizer, load_tokenizer
 from oracle.adapters import RefSubject, Weights, Yardstick
 from oracle.budget import ORDERS
 from oracle.cases import random_row
@@ -25,11 +26,11 @@ from oracle.compare import Check, Verdict, compare_logits, empty, unit_roundoff
 from oracle.fast import FastSubject
 from oracle.localise import judge_weights
 from oracle.subject import Setting
-from oracle.tokens import Encode, judge_tokens, judge_writer
+from oracle.tokens import TEXTS, Encode, judge_tokens, judge_writer
 
 WINDOW_TAIL, WINDOW_STEPS = 40, 8
+EMPTY = torch.empty(0)
 LONGEST_WINDOW = {"cpu": 8192, "cuda": 32768}
-SAVED_BLOCKS = 2
 
 
 def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
@@ -40,6 +41,18 @@ def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
         if not name.startswith("layers.") or int(name.split(".")[1]) < count
     }
     return replace(checkpoint, config=replace(checkpoint.config, n_layers=count), weights=kept)
+
+
+def end_blocks(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint's first block and its last as a model of their own: what is numbered is counted to the end."""
+    last = checkpoint.config.n_layers - 1
+    kept = {}
+    for name, source in checkpoint.weights.items():
+        if not name.startswith("layers."):
+            kept[name] = source
+        elif (number := int(name.split(".")[1])) in (0, last):
+            kept[name.replace(f"layers.{number}.", f"layers.{min(number, 1)}.", 1)] = source
+    return replace(checkpoint, config=replace(checkpoint.config, n_layers=min(2, last + 1)), weights=kept)
 
 
 def references(runner: Runner, checkpoint: Checkpoint, orders: int = ORDERS) -> tuple[RefSubject, RefSubject]:
@@ -84,8 +97,11 @@ def judge_window(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype
 
 
 def judge_round_trip(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> Verdict:
-    """Encode, save, open again: the same matrices bit for bit, and the same logits, of the first blocks."""
-    some = first_blocks(checkpoint, min(SAVED_BLOCKS, checkpoint.config.n_layers))
+    """Encode, save, open again: the same matrices bit for bit, and the same logits, of the first block and the last.
+
+    Encoded once more from a file, few rows at a time: the same again.
+    """
+    some = end_blocks(checkpoint)
     tensors = {
         f"{stem}.{part}": tensor for stem, parts in encoded(some, plan, dtype, device) for part, tensor in parts.items()
     }
@@ -97,14 +113,37 @@ def judge_round_trip(checkpoint: Checkpoint, plan: Plan, device: torch.device, d
         after = build(again, plan, device=device, dtype=dtype)
         verdict = judge_weights(after.reference_weights(), before.reference_weights(), 0.0).named("saved")
         a, b = (FastSubject(runner).prefill_logits(rows) for runner in (before, after))
+        striped = _in_stripes(some, plan, dtype, device, tensors, Path(folder) / "dense")
     unlike = sum(int((x != y).any(-1).sum()) for x, y in zip(a, b, strict=True))
     config = "" if again.config == some.config else f"config {again.config} instead of {some.config}"
     return verdict + Verdict(
         (
             Check("saved: positions whose logits changed", unlike, 0, "", sum(map(len, rows))),
             Check("saved: config", float(bool(config)), 0, config),
+            Check(
+                "tensors that few rows at a time encode otherwise", len(striped), 0, "".join(striped[:1]), len(tensors)
+            ),
         )
     )
+
+
+def _in_stripes(
+    some: Checkpoint, plan: Plan, dtype: torch.dtype, device: torch.device, wanted: dict[str, Tensor], folder: Path
+) -> list[str]:
+    """Names of the tensors that come out otherwise where a file is read and encoded some rows at a time."""
+    if plan.encoding.name == "dense":  # is read whole
+        return []
+    parts_of = encoded(some, Plan(), None, device)
+    save_checkpoint(
+        folder, some.config, {f"{stem}.{k}": v for stem, parts in parts_of for k, v in parts.items()}, "dense"
+    )
+    again = open_checkpoint(folder)
+    matrices = [source for source in again.weights.values() if len(source.shape) == 2]
+    row_bytes = max(source.shape[1] * source.dtype.itemsize for source in matrices)
+    rows = max(1, min(source.shape[0] for source in matrices) // 2 - 1)
+    with patch("llama_fast.build.STRIPE_BYTES", rows * row_bytes):
+        found = {f"{stem}.{k}": v for stem, parts in encoded(again, plan, dtype, device) for k, v in parts.items()}
+    return [name for name in {**wanted, **found} if not torch.equal(found.get(name, EMPTY), wanted.get(name, EMPTY))]
 
 
 def judge_repetition(subject: FastSubject, rows: Sequence[Sequence[int]], n: int) -> Verdict:
@@ -164,7 +203,40 @@ def judge_text(tokenizer: Tokenizer, checkpoint: Checkpoint, witness: Encode | N
     config = checkpoint.config
     verdict = judge_tokens(tokenizer, config.vocab_size, config.bos_id, config.eos_ids, witness)
     known = min(config.vocab_size, tokenizer.vocab_size)
-    return verdict + judge_writer(lambda stop: TextStream(tokenizer.decode, stop), tokenizer, known)
+    verdict += judge_writer(lambda stop: TextStream(tokenizer.decode, stop), tokenizer, known)
+    return verdict + Verdict((_behind_prompts(tokenizer), _reloaded(tokenizer)))
+
+
+def _behind_prompts(tokenizer: Tokenizer) -> Check:
+    """What a continuation's text is: prompt and continuation as text, without the prompt's."""
+    wrong, compared = [], 0
+    for text in TEXTS:
+        ids = tokenizer.encode(text, bos=False)
+        for cut in {len(ids) // 3, len(ids) // 2, len(ids) - 1}:
+            if not 0 < cut < len(ids):
+                continue
+            prompt, rest = ids[:cut], ids[cut:]
+            before, whole = tokenizer.decode(prompt), tokenizer.decode(ids)
+            if before.endswith(UNFINISHED) or not whole.startswith(before):
+                continue
+            stream = TextStream(tokenizer.decode, before=prompt)
+            said = "".join([*(stream.push(token) for token in rest), stream.finish()])
+            compared += 1
+            if said != whole[len(before) :]:
+                wrong.append(f"{said[:24]!r} instead of {whole[len(before) :][:24]!r}")
+    return Check("continuations that read otherwise behind their prompt", len(wrong), 0, "".join(wrong[:1]), compared)
+
+
+def _reloaded(tokenizer: Tokenizer) -> Check:
+    """A saved tokenizer is the same one: ids, special tokens, conversations."""
+    with tempfile.TemporaryDirectory(prefix="llama-oracle-") as folder:
+        tokenizer.save(Path(folder))
+        again = load_tokenizer(Path(folder))
+    unlike = [repr(text[:24]) for text in TEXTS if again.encode(text) != tokenizer.encode(text)]
+    for name in ("bos_id", "eos_ids", "vocab_size", "chat_template"):
+        if getattr(again, name, None) != getattr(tokenizer, name, None):
+            unlike.append(name)
+    return Check("what a saved tokenizer has otherwise", len(unlike), 0, "".join(unlike[:1]), len(TEXTS) + 4)
 
 
 __all__ = [

@@ -34,8 +34,19 @@ SETTINGS = (
     Setting(1.0, top_p=0.05),
     Setting(1.2, top_p=0.62),
     Setting(0.9, top_k=12, top_p=0.71),
+    Setting(1.0, min_p=0.13),
+    Setting(1.2, top_k=30, top_p=0.9, min_p=0.41),
+)
+WIDE = 601
+WIDE_SETTINGS = (
+    Setting(0.02),
+    Setting(5.0),
+    Setting(1.0, top_k=100),
+    Setting(1.0, top_k=WIDE - 1),
+    Setting(1.0, top_p=0.999),
 )
 DRAWS = 4096
+LARGE = 1 << 17
 
 
 class Sampler(Protocol):
@@ -50,16 +61,34 @@ class Sampler(Protocol):
 
 def judge_sampling(sampler: Sampler, device: torch.device) -> Verdict:
     """Distributions at every setting, the argmax at temperature 0, draws by frequency and by independence."""
-    logits_BV = _logits().to(device)
+    narrow_BV, wide_BV = _logits().to(device), _wide_logits().to(device)
+    asked = [(setting, narrow_BV) for setting in SETTINGS] + [(setting, wide_BV) for setting in WIDE_SETTINGS]
     worst, where = 0.0, ""
-    for setting in SETTINGS:
+    for setting, logits_BV in asked:
         found = sampler.probabilities(logits_BV.clone(), setting).double().cpu()
         error = (found - distribution(logits_BV, setting)).abs().nan_to_num(nan=math.inf)
         if float(error.max()) > worst:
-            row, token = divmod(int(error.argmax()), V)
+            row, token = divmod(int(error.argmax()), logits_BV.shape[1])
             worst, where = float(error.max()), f"{setting}: row {row}, token {token}"
-    checks = [Check("largest error of a probability", worst, ROUNDING, where, len(SETTINGS) * len(logits_BV) * V)]
+    numbers = sum(logits_BV.numel() for _, logits_BV in asked)
+    checks = [Check("largest error of a probability", worst, ROUNDING, where, numbers), _fineness(sampler, device)]
     return Verdict((*checks, _greedy(sampler, device), *_draws(sampler, device), *_rows(sampler, device)))
+
+
+def _wide_logits() -> Tensor:
+    """Two rows of many distinct logits in a shuffled order, so gentle that the coldest setting keeps its digits."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([-step * torch.randperm(WIDE, generator=generator) for step in (0.001, 0.0007)])
+
+
+def _fineness(sampler: Sampler, device: torch.device) -> Check:
+    """Of 2^17 equally likely tokens as many odd ones as even ones come: a coarser number would draw every second, or fewer."""
+    rows, steps = 32, 8
+    level_BV = torch.zeros(rows, LARGE, device=device)
+    odd = sum(
+        int((sampler.draw(level_BV, Setting(), list(range(rows)), [step] * rows) % 2).sum()) for step in range(steps)
+    )
+    return chi_square("parity of many tokens", [odd, rows * steps - odd], [rows * steps / 2] * 2, 1)
 
 
 def _logits() -> Tensor:

@@ -7,7 +7,7 @@ same rules as plain decoding: each token the argmax of the logits shown, each di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,10 +24,12 @@ from oracle.cases import random_row
 from oracle.certificate import Certificate
 from oracle.compare import Check, Verdict, empty
 from oracle.fast import FastSubject
+from oracle.generation import judge_stopping
 from oracle.judge import Bench
 from oracle.questions import references
 from oracle.rejection import Accept, Tables, worst_error
 
+STOP_AMONG = 12  # new tokens where many runs are needed
 AcceptGreedy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -77,6 +79,15 @@ class SpeculativeSubject(FastSubject):
                 found.append((tokens, torch.stack([said.get(len(row) - 1 + i, unsaid_V) for i in range(len(tokens))])))
         return found
 
+    def until(self, prompts: Rows, n: int, eos_ids: Collection[int]) -> list[tuple[list[int], str]]:
+        found: list[tuple[list[int], str]] = []
+        for group, real in self._groups(prompts):
+            needed = max(2, *(len(row) for row in group)) + n + self.draft.slack
+            cache = self._cache(len(group), min(needed, self.runner.config.max_context))
+            done = generate(self.runner, group, n, eos_ids=eos_ids, cache=cache, draft=self.draft)
+            found += [(completion.tokens, completion.finish_reason) for completion in done.completions[:real]]
+        return found
+
 
 def judge_speculation(
     runner: Runner,
@@ -87,7 +98,7 @@ def judge_speculation(
     batch: int | None = None,
     cache_length: int | None = None,
 ) -> Verdict:
-    """Greedy continuations of `prompts` (two random ones of unequal length by default) with `draft`, against truth."""
+    """Greedy continuations of `prompts` (by default two random ones of unequal length) with `draft`, and their ends."""
     config = checkpoint.config
     rows = [list(prompt) for prompt in prompts] or [list(random_row(config.vocab_size, n, n)) for n in (6, 11)]
     longest = max(map(len, rows))
@@ -97,7 +108,8 @@ def judge_speculation(
         return empty("room", f"a cache of {room} leaves none after {longest} tokens and {draft.slack} proposals")
     truth, yardstick = references(runner, checkpoint)
     subject = SpeculativeSubject(runner, draft, batch, cache_length)
-    return Bench(truth, yardstick).greedy(subject, rows, new_tokens)
+    verdict = Bench(truth, yardstick).greedy(subject, rows, new_tokens)
+    return verdict + judge_stopping(subject, rows, min(STOP_AMONG, new_tokens))
 
 
 def verify_speculation(
@@ -110,8 +122,13 @@ def verify_speculation(
     prompts: Sequence[Sequence[int]] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Add to a certificate: the law of `accept` by enumeration, and greedy streams with every proposer, in both types."""
+    """Add to a certificate: the law of `accept` by enumeration, that of whole rounds by sampling, and greedy streams with every
+    proposer, in both types."""
+    from oracle.law import judge_rounds  # which builds on this file
+
     certificate.parts["acceptance law"] = judge_acceptance()
+    progress("the law of whole rounds")
+    certificate.parts["law of rounds"] = judge_rounds(device)
     for of_type in dict.fromkeys((torch.float32, dtype)):
         name = str(of_type).removeprefix("torch.")
         progress(f"{name}: speculation")

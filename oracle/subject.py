@@ -53,14 +53,17 @@ class ManyRoutes(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """How tokens are drawn: softmax(logits / temperature) restricted to the top k, then to the top p."""
+    """How tokens are drawn: softmax(logits / temperature) restricted to the top k, then to the top p, then to those at least
+    `min_p` times as likely as the likeliest."""
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __str__(self) -> str:
-        return f"temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}"
+        least = f", min-p {self.min_p:g}" if self.min_p else ""
+        return f"temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}{least}"
 
 
 @runtime_checkable

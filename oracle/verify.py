@@ -30,6 +30,7 @@ from oracle.generation import judge_draws, judge_stopping
 from oracle.judge import Bench, judge
 from oracle.localise import Stage, first_beyond, judge_rope_table, judge_stages, judge_weights, layer_curve, summary
 from oracle.questions import OtherProcess, judge_repetition, judge_round_trip, judge_text, judge_window, references
+from oracle.requests import judge_requests
 from oracle.sampling import judge_sampling
 from oracle.subject import Subject
 from oracle.tokens import Encode
@@ -160,8 +161,9 @@ def _verify_window(
     certificate: Certificate, checkpoint: Checkpoint, plan: Plan, device: torch.device, progress: Callable[[str], None]
 ) -> None:
     """The whole window; compiled code is left aside, since its shapes would be compiled for this alone."""
-    progress("float32: the whole window")
+    progress("float32: requests of unusual shapes, the whole window")
     uncompiled = replace(plan, compiler=Eager()) if isinstance(plan.compiler, Compiled) else plan
+    certificate.parts["requests"] = judge_requests(checkpoint, uncompiled, device)
     verdict, length = judge_window(checkpoint, uncompiled, device, torch.float32)
     certificate.parts["float32 window"] = verdict
     if length < checkpoint.config.max_context:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast import acceptance, checks, sampling, text
+from llama_fast import acceptance, checks, logprobs, rounds, sampling, text
 from llama_fast import model as fast
 from llama_fast import plan as plan_module
-from llama_fast.optimisations import int8, static_cache, tensor_parallel
+from llama_fast.optimisations import int8, speculative, static_cache, tensor_parallel
 from llama_fast.plan import Plan
 from llama_fast.presets import encoding_named, optimised
 from llama_fast.sampling import Chooser
@@ -328,6 +328,46 @@ def chosen_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
         change(self)
 
     return around(Chooser, "__init__", init)
+
+
+def ahead_of_row_0(look_ahead: Any, self: Any, positions: int) -> None:
+    look_ahead(self, positions)
+    if self.ahead_BSL is not None:
+        self.ahead_BSL = self.ahead_BSL[:1].expand_as(self.ahead_BSL)
+
+
+def likeliest_told(columns: Any, self: Any, token_B1: Tensor, logits_BV: Tensor) -> Tensor:
+    found: Tensor = columns(self, token_B1, logits_BV)
+    return torch.cat([found[:, :1], logits_BV.double().log_softmax(-1).amax(-1, keepdim=True), found[:, 2:]], -1)
+
+
+def absolute_floor(keep_likely: Any, p_BV: Tensor, min_p: Tensor) -> Tensor:
+    kept_BV = torch.where((p_BV >= min_p) | (p_BV == p_BV.amax(-1, keepdim=True)), p_BV, 0.0)
+    return kept_BV / kept_BV.sum(-1, keepdim=True)
+
+
+def plain_steps_greedy(run: Any, self: Any, state: Any, k: int, behind: bool) -> Any:
+    choose = self.choose
+    self.choose = choose if k else self.greedy
+    try:
+        return run(self, state, k, behind)
+    finally:
+        self.choose = choose
+
+
+def never_ends(init: Any, self: Any, *args: Any) -> None:
+    init(self, *args)
+    self.eos_ids = ()
+
+
+def saves_one_file(save: Any, self: Any, directory: Any) -> None:
+    name, words = next(iter(self._files.items()))
+    (directory / name).write_text(words, encoding="utf-8")
+
+
+def flips_short_stripes(encode: Any, self: Any, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = encode(self, weight, dtype)
+    return {name: part.flip(0) for name, part in parts.items()} if len(weight) < 20 else parts
 
 
 def one_more_of_k(self: Any) -> None:
@@ -668,6 +708,24 @@ LOOP_FAULTS = [
     f("uniforms of 4 bits", "sampling", around(sampling, "uniform", lambda u, *args: (u(*args) * 16).floor() / 16), "draws over", trial="sampling"),
     f("position ignored", "sampling", around(sampling, "uniform", lambda u, key, at, *rest: u(key, at * 0, *rest)), "draws over positions", trial="sampling"),
     f("highest id on a tie", "sampling", around(Chooser, "__call__", highest_id), "argmax", trial="sampling"),
+    f("row 0's mask in large batches", "mask", masked(lambda m: m[:1].expand_as(m) if len(m) > 4 else m), "seven rows", trial="loop"),
+    f("the longest row's last token behind a prefix", "loop", around(BUILD.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="loop"),
+    f("one seed for all rows", "loop", around(sampling.Sampling, "seeds", lambda seeds, self, rows: seeds(self, rows)[:1] * rows), "draw alike", trial="loop"),
+    f("row 0's uniforms ahead", "loop", around(Chooser, "look_ahead", ahead_of_row_0), "draw alike", trial="loop"),
+    f("penalty squared", "loop", chosen_with(lambda self: setattr(self, "penalty", self.penalty**2)), "penalised", trial="loop"),
+    f("log-probability of the likeliest", "loop", around(logprobs.Logprobs, "columns", likeliest_told), "log-probability", trial="loop"),
+    f("at most 64 tokens", "sampling", chosen_with(lambda self: setattr(self, "top_k", self.top_k and min(self.top_k, 64))), "probability", trial="sampling"),
+    f("never colder than 0.1", "sampling", chosen_with(lambda self: self.temperature.clamp_(min=0.1)), "probability", trial="sampling"),
+    f("never warmer than 2", "sampling", chosen_with(lambda self: self.temperature.clamp_(max=2)), "probability", trial="sampling"),
+    f("uniforms of 16 bits", "sampling", around(sampling, "uniform", lambda u, *args: (u(*args) * 2**16).floor() / 2**16), "parity", trial="sampling"),
+    f("min-p of the whole", "sampling", around(sampling, "keep_likely", absolute_floor), "probability", trial="sampling"),
+    f("one uniform judges and draws the last", "rounds", lambda patch: patch.setattr(checks, "JUDGE", checks.LAST), "law of 4", trial="rounds"),
+    f("proposals drawn and judged by one uniform", "rounds", lambda patch: patch.setattr(speculative, "DRAWN", checks.JUDGE), "law of 4", trial="rounds"),
+    f("plain steps between rounds are greedy", "rounds", around(rounds.Rounds, "run", plain_steps_greedy), "plain steps: law", trial="rounds"),
+    f("proposals past the window stand", "rounds", around(rounds, "within", lambda within, row, draft, logits: (draft, within(row, draft, logits)[1])), "aligned", trial="rounds"),
+    f("rounds never end", "stop rules", around(rounds.Rounds, "__init__", never_ends), "end elsewhere", trial="speculation"),
+    f("tokenizer saved without its settings", "tokenizer", around(tokenizer.JsonTokenizer, "save", saves_one_file), "saved tokenizer", trial="text"),
+    f("short stripes upside down", "int8", around(int8.Int8, "encode", flips_short_stripes), "at a time", trial="round trip", plan=INT8),
     f("always accepted", "acceptance", accepting(always), "emitted law", trial="speculation"),
     f("p and q swapped", "acceptance", accepting(swapped_laws), "emitted law", trial="speculation"),
     f("one uniform for all", "acceptance", accepting(same_uniform), "emitted law", trial="speculation"),

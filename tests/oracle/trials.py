@@ -23,9 +23,11 @@ from oracle.compare import Verdict
 from oracle.fast import FastSampler, FastSubject
 from oracle.generation import judge_draws, judge_stopping
 from oracle.judge import Bench, judge
+from oracle.law import judge_rounds
 from oracle.localise import first_beyond, judge_rope_table, judge_weights, summary
 from oracle.others import HFSubject
 from oracle.questions import judge_repetition, judge_round_trip, judge_text, judge_window, references
+from oracle.requests import judge_requests
 from oracle.sampling import judge_sampling
 from oracle.speculation import judge_acceptance, judge_speculation
 from oracle.threads import judge_ranks
@@ -89,6 +91,7 @@ def loop(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) 
         "stop rules": judge_stopping(subject, prompts, 12),
         "draws": judge_draws(subject, prompts, 12, runs=8),
         "repetition": judge_repetition(subject, prompts, 8),
+        "requests": judge_requests(checkpoint, plan, CPU),
     }
     return Found(parts)
 
@@ -110,6 +113,10 @@ def speculation(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: in
         for name, draft in drafts.items()
     }
     return Found({"acceptance": judge_acceptance(acceptance.accept, acceptance.accept_greedy), **verdicts})
+
+
+def rounds(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"rounds": judge_rounds(CPU)})
 
 
 def ranks(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
@@ -173,6 +180,7 @@ TRIALS = {
     "loop": loop,
     "sampling": sampling,
     "speculation": speculation,
+    "rounds": rounds,
     "ranks": ranks,
     "text": text,
     "round trip": round_trip,
