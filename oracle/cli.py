@@ -187,7 +187,11 @@ def texts(found: Model) -> tuple[Encode | None, Encode | None]:
         return ours, None
     from transformers import AutoTokenizer
 
-    return ours, AutoTokenizer.from_pretrained(found.path).encode
+    try:
+        return ours, AutoTokenizer.from_pretrained(found.path).encode
+    except (ImportError, OSError, ValueError, RuntimeError) as error:  # a witness may want packages of its own
+        typer.echo(f"· no witness for ids: {(str(error).strip().splitlines() or ['transformers has none'])[0]}", err=True)
+        return ours, None
 
 
 def other_named(name: str, found: Model, vocab_size: int, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]

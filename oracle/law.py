@@ -8,8 +8,9 @@ judged is the arithmetic of rounds, which does not depend on the model.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -63,17 +64,30 @@ def judge_rounds(device: torch.device) -> Verdict:
         "a lookup, k 2": (Ngram(2, shortest=1), Setting(1.5, top_p=0.9)),
         "a lookup and plain steps": (Changing(shortest=1), Setting(1.2)),
     }
-    checks = [check for name, (proposer, setting) in ways.items() for check in law_of(name, target, proposer, setting)]
-    aligned, padded = (
-        SpeculativeSubject(target, proposer).greedy(RAGGED, 24) for proposer in (Ngram(3, aligned=True, shortest=1), Padded(3))
-    )  # fmt: skip
+    questions: dict[str, Callable[[], Verdict]] = {
+        name: functools.partial(law_of, name, target, proposer, setting) for name, (proposer, setting) in ways.items()
+    }
+    stopping = SpeculativeSubject(target, Draft(target, 3))  # which ends within rounds that stand whole
+    questions["ends"] = functools.partial(judge_stopping, stopping, RAGGED, 12)
+    questions["aligned rounds"] = functools.partial(aligned_as_padded, target)
+    return sum((survived(name, ask) for name, ask in questions.items()), Verdict())
+
+
+def survived(name: str, ask: Callable[[], Verdict]) -> Verdict:
+    """The answer; a failed check where the code on trial ended with an error: impossible tokens lead to many."""
+    try:
+        return ask()
+    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+        told = (str(error).strip().splitlines() or [""])[0]
+        return Verdict((Check(f"{name}: ended with an error", 1, 0, f"{type(error).__name__}: {told}"),))
+
+
+def aligned_as_padded(target: Runner) -> Verdict:
+    """Aligned rounds against plain decoding through checks of their shape: the same tokens and logits, bit for bit."""
+    proposers = (Ngram(3, aligned=True, shortest=1), Padded(3))
+    aligned, padded = (SpeculativeSubject(target, proposer).greedy(RAGGED, 24) for proposer in proposers)
     unlike = sum(a[0] != b[0] or not torch.equal(a[1], b[1]) for a, b in zip(aligned, padded, strict=True))
-    stops = judge_stopping(
-        SpeculativeSubject(target, Draft(target, 3)), RAGGED, 12
-    )  # ends within rounds that stand whole
-    return stops + Verdict(
-        (*checks, Check("aligned rows that are not those of padded checks", unlike, 0, "", len(RAGGED)))
-    )
+    return Verdict((Check("aligned rows that are not those of padded checks", unlike, 0, "", len(RAGGED)),))
 
 
 def tiny(config: LlamaConfig, seed: int, device: torch.device) -> Runner:
@@ -81,7 +95,7 @@ def tiny(config: LlamaConfig, seed: int, device: torch.device) -> Runner:
     return build(random_checkpoint(config, seed, device, torch.float32), plan, device, torch.float32)
 
 
-def law_of(name: str, target: Runner, proposer: Proposer, setting: Setting) -> Iterator[Check]:
+def law_of(name: str, target: Runner, proposer: Proposer, setting: Setting) -> Verdict:
     """Sequences that came, against their probabilities."""
     sampling = Sampling(setting.temperature, setting.top_k, setting.top_p)
     place = V ** torch.arange(NEW - 1, -1, -1)
@@ -93,13 +107,14 @@ def law_of(name: str, target: Runner, proposer: Proposer, setting: Setting) -> I
         counts += torch.bincount(tokens @ place, minlength=V**NEW)
     expected = joint_law(target, setting) * ROWS * BATCHES
     possible = expected > 0
-    yield Check(f"{name}: sequences of probability 0", int(counts[~possible].sum()), 0, "", ROWS * BATCHES)
+    impossible = Check(f"{name}: sequences of probability 0", int(counts[~possible].sum()), 0, "", ROWS * BATCHES)
     common = possible & (expected >= LEAST)
     cells = [*zip(counts[common].tolist(), expected[common].tolist())]
     rare = possible & ~common
     if float(expected[rare].sum()) >= LEAST:
         cells.append((float(counts[rare].sum()), float(expected[rare].sum())))
-    yield chi_square(f"{name}: law of {NEW} tokens", [c for c, _ in cells], [e for _, e in cells], len(cells) - 1)
+    law = chi_square(f"{name}: law of {NEW} tokens", [c for c, _ in cells], [e for _, e in cells], len(cells) - 1)
+    return Verdict((impossible, law))
 
 
 def joint_law(target: Runner, setting: Setting) -> Tensor:

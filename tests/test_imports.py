@@ -104,6 +104,8 @@ def test_judging_knows_no_llama(path: Path) -> None:
         "rungs",
         "again",
         "speculation",
+        "law",
+        "requests",
         "threads",
         "verify",
         "cli",
