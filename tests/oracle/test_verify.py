@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,3 +179,20 @@ def test_the_reference_in_float64_is_never_read_at_once(tiny: Checkpoint) -> Non
     assert alive == []
     subject.prefill_logits([[1, 2, 3]])
     assert len(alive) == len(tiny.weights)
+
+
+def test_a_witness_that_cannot_be_had_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As where a tokenizer's class wants a package that is not installed: the model is judged all the same."""
+    import transformers
+
+    def absent(*_: object, **__: object) -> None:
+        raise ImportError("needs mistral-common\nand more words")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", absent)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    ours = SimpleNamespace(encode=list)
+    found = SimpleNamespace(has_tokenizer=True, tokenizer=lambda: ours, path=tmp_path)
+    assert cli.texts(found) == (list, None)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "· no witness for ids: needs mistral-common\n"
