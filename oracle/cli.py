@@ -190,7 +190,9 @@ def texts(found: Model) -> tuple[Encode | None, Encode | None]:
     try:
         return ours, AutoTokenizer.from_pretrained(found.path).encode
     except (ImportError, OSError, ValueError, RuntimeError) as error:  # a witness may want packages of its own
-        typer.echo(f"· no witness for ids: {(str(error).strip().splitlines() or ['transformers has none'])[0]}", err=True)
+        typer.echo(
+            f"· no witness for ids: {(str(error).strip().splitlines() or ['transformers has none'])[0]}", err=True
+        )
         return ours, None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_fast.build import Runner, build
 from llama_fast.generate import generate, pad, stream
 from llama_fast.logprobs import Logprobs
-from llama_fast.plan import Plan
+from llama_fast.plan import KVCache, Plan
 from llama_fast.sampling import Chooser, Sampling
 from llama_ref.checkpoint import Checkpoint
 from oracle.adapters import Rows
@@ -67,11 +67,12 @@ class Extended:
         runner, cache = self.runner, held_cache(self.runner, rows, max(map(len, rows)))
         tokens_BT, lengths_B = pad([row[HELD:] for row in rows], runner.device)
         start_B = torch.full_like(lengths_B, HELD)
-        logits_BV = runner.extend(tokens_BT, start_B, lengths_B, cache, runner._greedy(tokens_BT))[1]
+        greedy = Chooser(Sampling(), [0] * len(rows), runner.device)
+        logits_BV = runner.extend(tokens_BT, start_B, lengths_B, cache, greedy)[1]
         return [logits_V[None] for logits_V in logits_BV]
 
 
-def held_cache(runner: Runner, rows: Rows, length: int):  # type: ignore[no-untyped-def]
+def held_cache(runner: Runner, rows: Rows, length: int) -> KVCache:
     """A cache that holds the first `HELD` tokens of every row."""
     cache = runner.allocate(len(rows), length)
     tokens_BT, lengths_B = pad([row[:HELD] for row in rows], runner.device)
