@@ -1,4 +1,4 @@
-"""Every kernel of a step, compiled for a Hopper GPU on a machine that has none. Run by test_compiled.py, in a process of its own.
+"""Every kernel of a step, compiled for a Hopper GPU on a machine that has none. Run by test_for_hopper.py in its own process.
 
 Triton's driver is replaced by one that knows the chip and cannot launch: whatever tried to would fail here.
 """
