@@ -27,7 +27,8 @@ WAITS_FOR_HOST_US = 10.0
 
 ATTENTION = re.compile(r"sdpa|flash|fmha|_attend|attention|softmax", re.IGNORECASE)
 PRODUCTS = re.compile(
-    r"gemm|gemv|gemvx|cutlass|nvjet|xmma|splitk|_in_registers|_on_tensor_cores|fused.*_mm|aten::(linear|addmm|mm|mv|bmm|matmul)",
+    r"gemm|gemv|gemvx|cutlass|nvjet|xmma|splitk|_in_registers|_on_tensor_cores|fused.*_mm|mkldnn::_linear"
+    r"|aten::(linear|addmm|mm|mv|bmm|matmul)",
     re.IGNORECASE,
 )
 GENERATED = re.compile(r"CompiledFxGraph|Torch-Compiled|cpp_fused")

@@ -249,11 +249,12 @@ def _in_registers(
 def _on_tensor_cores(
     x, weight, scale, residual, out, start, cos, sin, k_cache, v_cache, slots,
     M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    AHEAD: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr,
-    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr, SCALED: tl.constexpr,
+    EPILOGUE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """M activation rows (MP: M padded to a power of two): weights [R, BK] times activations [BK, MP].
 
+    SLICES: of the BK columns, each a warp's own sum [R, MP]; one warp's dots wait for each other, and would not keep up with memory.
     AHEAD: tiles that are loaded into registers before the wait, and used last. The norm is a launch of its own here: inside,
     every program would repeat it for M rows beside its few weight rows.
     """
@@ -266,41 +267,44 @@ def _on_tensor_cores(
     scales = _scales(scale, rows, live, SCALED)
     ahead = ()
     for i in tl.static_range(AHEAD):
-        ahead = ahead + (_tile_at(weight, rows, live, i * BK, K, BK, CHECK),)
+        ahead = ahead + (_tile_at(weight, rows, live, i * BK, K, BK, SLICES, CHECK),)
     wait(PDL)
     residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
     turns = _turns(start, cos, sin, block, R, M, MP, T, EPILOGUE, H, HKV, HD)
-    acc_RM = tl.zeros([R, MP], tl.float32)
+    acc_SRM = tl.zeros([SLICES, R, MP], tl.float32)
     for first in tl.range(AHEAD * BK, K, BK, num_stages=STAGES):
-        w = _tile_at(weight, rows, live, first, K, BK, CHECK)
-        acc_RM = dot(w.to(tl.float32).to(kind), _activations_at(x, first, M, MP, K, BK, CHECK), acc_RM)
+        w = _tile_at(weight, rows, live, first, K, BK, SLICES, CHECK)
+        acc_SRM = dot(w.to(tl.float32).to(kind), _activations_at(x, first, M, MP, K, BK, SLICES, CHECK), acc_SRM)
     for i in tl.static_range(AHEAD):
-        acc_RM = dot(ahead[i].to(tl.float32).to(kind), _activations_at(x, i * BK, M, MP, K, BK, CHECK), acc_RM)
-    _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+        acc_SRM = dot(
+            ahead[i].to(tl.float32).to(kind), _activations_at(x, i * BK, M, MP, K, BK, SLICES, CHECK), acc_SRM
+        )
+    _finish(tl.sum(acc_SRM, 0), rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
             M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
 
 
 @triton.jit
-def _tile_at(weight, rows, live, first, K: tl.constexpr, BK: tl.constexpr, CHECK: tl.constexpr):
-    """weight[rows, first : first + BK], zeros outside; `first` may be known at run time alone."""
-    cols = first + tl.arange(0, BK)
-    pointers = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
+def _tile_at(weight, rows, live, first, K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, CHECK: tl.constexpr):
+    """weight[rows, first : first + BK] as [SLICES, R, BK / SLICES], zeros outside; `first` may be known at run time alone."""
+    cols = first + tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
+    pointers = weight + rows.to(tl.int64)[None, :, None] * K + cols[:, None, :]
     if CHECK:
-        return tl.load(pointers, mask=live[:, None] & (cols < K)[None, :], other=0)
+        return tl.load(pointers, mask=live[None, :, None] & (cols < K)[:, None, :], other=0)
     return tl.load(pointers)
 
 
 @triton.jit
 def _activations_at(
-    x, first, M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CHECK: tl.constexpr
-):
-    """x[:, first : first + BK] as [BK, MP], zeros outside."""
-    cols = first + tl.arange(0, BK)
+    x, first, M: tl.constexpr, MP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    CHECK: tl.constexpr,
+):  # fmt: skip
+    """x[:, first : first + BK] as [SLICES, BK / SLICES, MP], zeros outside."""
+    cols = first + tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
     m = tl.arange(0, MP)
-    pointers = x + m[None, :] * K + cols[:, None]
+    pointers = x + m[None, None, :] * K + cols[:, :, None]
     if CHECK:
-        return tl.load(pointers, mask=(m < M)[None, :] & (cols < K)[:, None], other=0)
-    return tl.load(pointers, mask=(m < M)[None, :], other=0)
+        return tl.load(pointers, mask=(m < M)[None, None, :] & (cols < K)[:, :, None], other=0)
+    return tl.load(pointers, mask=(m < M)[None, None, :], other=0)
 
 
 @triton.jit

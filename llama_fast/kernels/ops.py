@@ -107,7 +107,7 @@ def _linear(
     if dots:
         ahead = min(tile.ahead, triton.cdiv(k, tile.columns))
         launch(_on_tensor_cores, (blocks,))(
-            x, *ends, MP=max(next_power_of_2(m), 8), AHEAD=ahead, STAGES=tile.stages, **shared
+            x, *ends, MP=max(next_power_of_2(m), 8), SLICES=tile.slices, AHEAD=ahead, STAGES=tile.stages, **shared
         )  # fmt: skip
     else:
         vector = min(16 // weight.element_size(), tile.columns)

@@ -10,7 +10,8 @@ class Tile(NamedTuple):
     vector: several rows of activations go as one does, in registers and not to tensor cores.
     In registers: blocks: per program, the next one's weights loading while one is used. convert: int8 to float32 for bf16
     activations: "plain", "exact" or "offset", see common.to_float32.
-    On tensor cores: stages: of the software pipeline. ahead: loads before the wait for the kernel ahead.
+    On tensor cores: stages: of the software pipeline. slices: of the columns of a load, a warp or more to each. ahead: loads
+    before the wait for the kernel ahead.
     """
 
     rows: int
@@ -21,6 +22,7 @@ class Tile(NamedTuple):
     convert: str = "plain"
     vector: bool = False
     ahead: int = 0
+    slices: int = 1
 
 
 class AttentionTile(NamedTuple):

@@ -58,6 +58,8 @@ TILES = (
     Tile(16, 16, 4),
     Tile(16, 32, 4, ahead=2),
     Tile(32, 64, 4, ahead=5),
+    Tile(16, 128, 4, slices=4),
+    Tile(16, 64, 2, slices=2, ahead=1),
 )
 
 
