@@ -35,8 +35,6 @@ def _attend_to(
     slot = lo + tl.arange(0, BS)
     if RP == 1:
         scores = tl.sum(tl.reshape(q, [1, DP]).to(tl.float32) * k.to(tl.float32), 1)[None, :]
-    elif RP < 16:
-        scores = tl.sum(q.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
     else:
         scores = dot(q, tl.trans(k), tl.zeros([RP, BS], tl.float32))
     scores *= log2_scale
@@ -48,8 +46,6 @@ def _attend_to(
     total = total * shrink + tl.sum(p, 1)
     if RP == 1:
         acc = acc * shrink[:, None] + tl.sum(tl.reshape(p, [BS, 1]) * v.to(tl.float32), 0)[None, :]
-    elif RP < 16:
-        acc = acc * shrink[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32)[None, :, :], 1)
     else:
         acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
     return new_peak, total, acc
@@ -62,7 +58,7 @@ def _attend(
     RP: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, E: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * HKV, SPLITS). RP: T * G query rows padded (1, 2, or >= 16 for tensor cores). LEAST: fewest slots worth a program."""
+    """Grid (B * HKV, SPLITS). RP: T * G query rows padded (1, or >= 16 for tensor cores). LEAST: fewest slots worth a program."""
     pair = tl.program_id(0)
     split = tl.program_id(1)
     b = pair // HKV

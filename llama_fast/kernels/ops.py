@@ -231,7 +231,7 @@ def attention(
         raise ValueError(f"{tokens} tokens x {group} query heads per key head: at most {MOST_ATTENTION_ROWS}")
     facts = machine(q.device)
     pdl = facts.pdl if pdl is None else pdl
-    tile = tile or attention_tile(batch * kv_heads, group, slots)
+    tile = tile or attention_tile(batch * kv_heads, tokens * group, slots)
     if scratch.part.numel() < tile.splits * q.numel() or scratch.arrived.numel() < batch * kv_heads:
         raise ValueError(f"scratch for {scratch.part.numel()} partial results, {tile.splits * q.numel()} needed")
     out = torch.empty_like(q)
@@ -240,7 +240,7 @@ def attention(
         q, k_cache, v_cache, start, out, scratch.part, scratch.part_stats, scratch.arrived, slots,
         head_dim**-0.5,
         T=tokens, G=group, HKV=kv_heads, HD=head_dim, DP=max(next_power_of_2(head_dim), 16),
-        RP=rows if rows <= min(2, tile.vector) else max(next_power_of_2(rows), 16), BS=tile.slots, SPLITS=tile.splits,
+        RP=1 if rows == 1 and tile.vector else max(next_power_of_2(rows), 16), BS=tile.slots, SPLITS=tile.splits,
         SPLITS_P=next_power_of_2(tile.splits), E=min(next_power_of_2(rows * head_dim), 4096 // next_power_of_2(tile.splits)), LEAST=tile.least,
         STAGES=tile.stages, PDL=pdl, EARLY=early, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip

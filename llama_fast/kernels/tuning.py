@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 class AttentionTile(NamedTuple):
     """slots: per step of the loop. splits: programs per key/value head. least: fewest slots worth a program.
 
-    vector: query rows of a key/value head, up to 2, that go without tensor cores.
+    vector: a key/value head's one query row goes without tensor cores.
     """
 
     slots: int = 64
@@ -36,7 +36,7 @@ class AttentionTile(NamedTuple):
     least: int = 64
     warps: int = 4
     stages: int = 2
-    vector: int = 0
+    vector: bool = False
 
 
 def next_power_of_2(n: int) -> int:
@@ -46,7 +46,7 @@ def next_power_of_2(n: int) -> int:
 
 # On an NVIDIA H100 80GB HBM3: tests/gpu/kernel_sweep.py, the fastest in a whole token and not alone.
 # (GPU name contains, epilogue, N, K, bytes per weight) -> Tile for one row
-MEASURED: dict[tuple[str, str, int, int, int], Tile] = {
+ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     # llama-2-7b
     ("H100", "rope", 12288, 4096, 2): Tile(2, 4096, 4, 2),
     ("H100", "add", 4096, 4096, 2): Tile(2, 4096, 8, 2),
@@ -76,20 +76,32 @@ MEASURED: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "add", 2048, 8192, 2): Tile(1, 4096, 8, 2),
     ("H100", "plain", 128256, 2048, 2): Tile(4, 2048, 8, 2),
 }
+# The same with two rows, where registers beat tensor cores.
+TWO_ROWS: dict[tuple[str, str, int, int, int], Tile] = {
+    ("H100", "rope", 12288, 4096, 2): Tile(2, 4096, 4, 2, vector=True),
+    ("H100", "add", 4096, 4096, 2): Tile(2, 4096, 8, 2, vector=True),
+    ("H100", "gated", 22016, 4096, 2): Tile(1, 4096, 8, 2, vector=True),
+    ("H100", "add", 4096, 11008, 2): Tile(2, 4096, 8, vector=True),
+}
 SAME_CHIP = {"H200": "H100"}  # with another memory: not swept, but a better guess than the rule
 SHORT_CACHE_SLOTS = 1024
 MOST_SPLITS = 16
+MANY_ROWS = 8192
+"""Weight rows of which 16 at a time make three programs or more for each multiprocessor."""
 
 
 def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int) -> Tile:
     """For a weight [n, k] of `itemsize` bytes per element and m activation rows."""
-    if m > 1:
-        columns = min(256, max(16, next_power_of_2(k)))
-        return Tile(rows=8 if epilogue == "gated" else 16, columns=columns, warps=1, stages=5 if itemsize < 4 else 3)
     gpu = next((chip for name, chip in SAME_CHIP.items() if name in gpu), gpu)
-    for (name, *rest), tile in MEASURED.items():
+    table = {1: ONE_ROW, 2: TWO_ROWS}.get(m, {})
+    for (name, *rest), tile in table.items():
         if name in gpu and tuple(rest) == (epilogue, n, k, itemsize):
             return tile
+    return one_row_tile(epilogue, k, itemsize) if m == 1 else few_rows_tile(epilogue, n, k, itemsize)
+
+
+def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
+    """16 KB of weights a block, as most of the measured tiles have."""
     columns = min(next_power_of_2(k), 4096)
     bytes_per_row = columns * itemsize
     rows = max(1, min(8, 16384 // bytes_per_row))
@@ -100,11 +112,30 @@ def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int) 
     return Tile(rows, columns, warps=8 if bytes_per_row >= 8192 else 4, convert="exact")
 
 
-def attention_tile(pairs: int, group: int, slots: int) -> AttentionTile:
-    """For `pairs` = batch x key/value heads, `group` query heads each, and a cache of `slots`.
+def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int) -> Tile:
+    """16 weight rows a program. Where that makes few programs, each has more warps and more loads under way.
+
+    On the 7B shape in whole steps of 2, 5 and 8 rows (kernel_sweep.py --stages rows) within 1% of the best tile of each matrix.
+    """
+    rows = 8 if epilogue == "gated" else 16
+    most = max(16, next_power_of_2(k))
+    if itemsize > 2:
+        return Tile(rows, min(256, most), warps=1, stages=3)
+    if n >= MANY_ROWS:
+        columns, slices, stages = 512, 2, 3
+    else:
+        columns, slices, stages = (512, 4, 4) if itemsize == 2 else (1024, 8, 3 if k <= 4096 else 2)
+    columns = min(columns, most)
+    slices = min(slices, columns // 16)
+    ahead = int(n < MANY_ROWS or epilogue == "rope")
+    return Tile(rows, columns, warps=slices, stages=stages, slices=slices, ahead=ahead)
+
+
+def attention_tile(pairs: int, rows: int, slots: int) -> AttentionTile:
+    """For `pairs` = batch x key/value heads, `rows` = query heads x tokens of each, and a cache of `slots`.
 
     In a short cache latency counts, in a long one loads in flight: some 256 programs, each loading ahead.
     """
     if slots <= SHORT_CACHE_SLOTS:
-        return AttentionTile(32, 8, 32, 2, 1, vector=1) if group == 1 else AttentionTile(64, 4, 64, 4, 1)
+        return AttentionTile(32, 8, 32, 2, 1, vector=True) if rows == 1 else AttentionTile(64, 4, 64, 4, 1)
     return AttentionTile(64, max(4, min(MOST_SPLITS, next_power_of_2(256 // pairs))), 64, 4, 2)

@@ -144,7 +144,7 @@ def check_attention() -> int:
         (2, 2, 16, 2, 4),
         (3, 3, 12, 2, 2),
     )  # H, HKV, HD, B, T
-    tiles = (AttentionTile(16, 3, 16), *(AttentionTile(16, splits, 16, vector=2) for splits in (1, 4)))
+    tiles = (AttentionTile(16, 3, 16), *(AttentionTile(16, splits, 16, vector=True) for splits in (1, 4)))
     for dtype, (h, hkv, hd, b, t), tile in itertools.product((torch.float32, torch.bfloat16), shapes, tiles):
         slots = 70
         everywhere = dtype == torch.float32 and (h, hkv, b, t) == (4, 2, 2, 1)
