@@ -178,11 +178,12 @@ class Readback:
     """Rows of numbers on their way to the host, oldest first; on a CPU they are there at once."""
 
     def __init__(self, device: torch.device):
-        self.depth = IN_FLIGHT if device.type == "cuda" else 0
+        self._on_gpu = device.type == "cuda"
+        self.depth = IN_FLIGHT if self._on_gpu else 0
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, rows_BN: Tensor) -> None:
-        if self.depth == 0:
+        if not self._on_gpu:
             self._pending.append((rows_BN.clone(), None))
             return
         host_BN = torch.empty(

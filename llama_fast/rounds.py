@@ -47,14 +47,18 @@ class Source(Protocol):
     def keeps_up(self) -> bool:
         """Whether it can propose again after plain steps without more ado."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether it proposes from what is on the device alone, before the round ahead has come to the host."""
+
     def join(self, state: State, width: int) -> None:
         """Take in what was written so far; no row has more than `width` tokens before its newest."""
 
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, k] and the laws [B, k, V] they were drawn from; None: they are certain.
 
-        `behind`: the round before accepted all of some row's proposals, so that the token before the newest is not yet
-        known to the source.
+        `behind`: the round before may have accepted all of some row's proposals, so that the token before the newest is not
+        yet known to the source.
         """
 
     def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -174,14 +178,22 @@ class Rounds:
         self.look([[token] for token in first])
         yield from self.columns([[token] for token in first])
         while any(self.left):
-            k, ahead = self.next_k(), len(self.launched)
-            if k and not ahead:
+            k = self.next_k()
+            if self.is_due(k):
                 self.launch(state, k)
-            elif not k and max(self.left) > ahead and ahead <= self.readback.depth:  # plain steps may run ahead
-                self.launch(state, 0)
-                if ahead < self.readback.depth and max(self.left) > ahead + 1:
-                    continue
-            yield from self.columns(self.take())
+            else:
+                yield from self.columns(self.take())
+
+    def is_due(self, k: int) -> bool:
+        """Whether a step of k proposals is to be launched before the oldest under way is read.
+
+        It must be needed whatever those under way bring, and nothing of theirs may be needed to propose.
+        """
+        depth = self.readback.depth
+        if k:
+            depth = min(depth, 1) if self.joined and self.source.runs_ahead else 0
+        most = sum(step.k + 1 for step in self.launched)
+        return len(self.launched) <= depth and most < max(self.left)
 
     @torch.no_grad()
     def begin(self) -> tuple[State, list[int]]:
@@ -251,7 +263,7 @@ class Rounds:
     def launch(self, state: State, k: int) -> None:
         if k and not self.joined:
             self.join(state)
-        marks, report_BN = self.run(state, k, self.behind)
+        marks, report_BN = self.run(state, k, self.behind or bool(self.launched))
         self.readback.push(report_BN)
         self.launched.append(Launched(k, marks))
 

@@ -81,7 +81,9 @@ class Factors:
         chance = self.rate / len(STATISTICS) / among
         tails = {"position_rms": self.position_rms, "window": self.window, "whole": self.whole}
         single, window, whole = (math.log(max(LEAST[k], tail.factor(chance))) for k, tail in tails.items())
-        window = max(window, whole)  # tails that are fitted apart may cross; an average of fewer is allowed no less
+        whole = min(
+            whole, window
+        )  # tails that are fitted apart may cross; that of windows has more measurements behind it
         single = max(single, window)
         if positions <= self.window_positions:
             share = math.log(positions) / math.log(self.window_positions)
@@ -92,8 +94,8 @@ class Factors:
     def of_position(self, positions: int) -> tuple[float, float]:
         """The factors for the RMS and the largest error at any of so many positions."""
         chance = self.rate / len(STATISTICS) / positions
-        # Of tails that cross the longest holds: a single position is allowed no less than an average over many.
-        rms = max(tail.factor(chance) for tail in (self.position_rms, self.window, self.whole))
+        # Of tails that cross the longest holds: a single position is allowed no less than an average over a window.
+        rms = max(tail.factor(chance) for tail in (self.position_rms, self.window))
         return max(LEAST["position_rms"], rms), max(LEAST["position_max"], self.position_max.factor(chance))
 
     def shared_by(self, comparisons: int) -> Factors:

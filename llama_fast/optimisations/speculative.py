@@ -208,6 +208,7 @@ class DraftSource:
     """Proposals of a model, token by token. The host waits for none of them."""
 
     blind = keeps_up = False
+    runs_ahead = True
 
     def __init__(
         self,
@@ -287,7 +288,7 @@ class Ngram(Proposer):
 class NgramSource:
     """Proposals by the host, from the tokens that it reads in any case."""
 
-    blind, keeps_up = False, True
+    blind, keeps_up, runs_ahead = False, True, False
 
     def __init__(self, batch: int, longest: int, shortest: int):
         self.name = f"n-gram, {shortest} to {longest} tokens"
@@ -327,7 +328,7 @@ class PaddedSource:
     """Rows that are there for their number alone."""
 
     name = "none, padded"
-    blind = keeps_up = True
+    blind = keeps_up = runs_ahead = True
 
     def guess(self, evidence: int) -> tuple[float, float]:
         return A_DRAFT

@@ -175,6 +175,37 @@ def test_one_wait_for_the_device_a_round(target: Runner, int8: Runner, monkeypat
     )  # the first is the prefill's token
 
 
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [(name, sampling) for name in ("int8", "other", "ngram") for sampling in (Sampling(), SAMPLED)]
+    + [("automatic", Sampling())],
+)
+def test_steps_launched_before_the_last_is_read_change_nothing(
+    target: Runner, int8: Runner, other: Runner, name: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the host is ahead: rounds of a draft by one, plain steps by several, and no step too many."""
+    draft = Draft(int8) if name == "automatic" else proposer(name, 3, int8, other)
+    eos_ids = {generate(target, PROMPTS[2:3], NEW, sampling).completions[0].tokens[NEW // 2]}
+    alone = [generate(target, PROMPTS, NEW, sampling, ids, draft=draft).completions for ids in ((), eos_ids)]
+
+    begin, seen = rounds.Readback.__init__, []
+
+    def ahead(self: rounds.Readback, device: torch.device) -> None:
+        begin(self, device)
+        self.depth = 2
+
+    def watched(self: rounds.Rounds, state: State, k: int, launch: Any = rounds.Rounds.launch) -> None:
+        seen.append((self, len(self.launched)))
+        launch(self, state, k)
+
+    monkeypatch.setattr(rounds.Readback, "__init__", ahead)
+    monkeypatch.setattr(rounds.Rounds, "launch", watched)
+    assert generate(target, PROMPTS, NEW, sampling, draft=draft).completions == alone[0]
+    assert max(under_way for _, under_way in seen) == {"ngram": 0, "automatic": 2}.get(name, 1)
+    assert not seen[-1][0].launched, "every step was needed"
+    assert generate(target, PROMPTS, NEW, sampling, eos_ids, draft=draft).completions == alone[1]
+
+
 def test_the_statistics_add_up(target: Runner, int8: Runner, other: Runner) -> None:
     for name in ("int8", "other", "ngram"):
         done = generate(target, PROMPTS, NEW, draft=proposer(name, 4, int8, other))
