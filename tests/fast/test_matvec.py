@@ -11,9 +11,15 @@ from llama_fast.matvec import product
 
 
 @pytest.mark.parametrize("shape", [(1, 96), (3, 96), (2, 5, 96), (1, 1, 96), (40, 96)], ids=str)
-@pytest.mark.parametrize("onednn", [True, False])
-def test_rows_of_any_shape(shape: tuple[int, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matvec, "ONEDNN", onednn and matvec.ONEDNN)
+@pytest.mark.parametrize("libraries", ["all", "onednn", "none"])
+@pytest.mark.parametrize("threads", [1, 5, 7])
+def test_rows_of_any_shape(
+    shape: tuple[int, ...], libraries: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 outputs are shared by five threads, and not by seven."""
+    monkeypatch.setattr(matvec, "MKL", libraries == "all" and matvec.MKL)
+    monkeypatch.setattr(matvec, "ONEDNN", libraries != "none" and matvec.ONEDNN)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     x, weight, scale = torch.randn(shape), torch.randn(50, 96), torch.rand(50, 1) + 0.5
     wide = F.linear(x.double(), weight.double())
@@ -21,13 +27,19 @@ def test_rows_of_any_shape(shape: tuple[int, ...], onednn: bool, monkeypatch: py
         torch.testing.assert_close(product(x, weight).double(), wide, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(product(x, weight, scale).double(), wide * scale[:, 0], atol=1e-4, rtol=1e-5)
         # rows cut out of a larger tensor, and a matrix that does not begin where an allocation does
-        columns, block = torch.randn(*shape[:-1], 100)[..., 2:98], torch.randn(60, 96)[7:57]
+        columns, block, turned = (
+            torch.randn(*shape[:-1], 100)[..., 2:98],
+            torch.randn(60, 96)[7:57],
+            torch.randn(96, 50).t(),
+        )
         cut = F.linear(columns.double(), block.double())
         torch.testing.assert_close(product(columns, block).double(), cut, atol=1e-4, rtol=1e-5)
+        wide = F.linear(columns.double(), turned.double())
+        torch.testing.assert_close(product(columns, turned).double(), wide, atol=1e-4, rtol=1e-5)
 
 
 def test_the_library_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN's product where it is right to take it, and not where a gradient or another type is asked for."""
+    """Its own product where it is right to take it, and not where a gradient or another type is asked for."""
     taken: list[str] = []
     library = F.linear
 
@@ -40,6 +52,9 @@ def test_the_library_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         product(x, weight)
         assert taken == ([] if matvec.ONEDNN else ["F.linear"])
+        taken.clear()
+        product(x[:1], weight)
+        assert taken == ([] if matvec.MKL or matvec.ONEDNN else ["F.linear"])
         product(x.double(), weight)
         product(x.bfloat16(), weight)
     taken.clear()
