@@ -19,6 +19,8 @@ FEW = 8
 """Rows up to which reading the weights, not multiplying, takes the time."""
 FEW_OF_BF16 = 4
 """The same for bf16 weights: for these the library's product of many rows costs what five rows of the loop cost."""
+FEW_OF_MKL = 4
+"""Rows up to which a batch of matrices by MKL is faster than oneDNN's product (tests/speed/products.py)."""
 ONEDNN, MKL = torch.backends.mkldnn.is_available(), torch.backends.mkl.is_available()
 
 
@@ -45,16 +47,18 @@ def scaled(y: Tensor, scale_N1: Tensor | None) -> Tensor:
 def library_product(x: Tensor, weight_NK: Tensor) -> Tensor:
     """x @ weight.T by the library that is fastest at it.
 
-    On a CPU PyTorch takes MKL for float32, whose product of a single row reads weights at a third of the memory's speed on
-    CPUs of other makers. As a batch of one matrix for each thread it reads them at two thirds. For more rows oneDNN is faster.
+    On a CPU PyTorch takes MKL for float32, whose product of a few rows reads weights at a third of the memory's speed on CPUs
+    of other makers. As a batch of one matrix for each thread it reads them at two thirds. For more rows oneDNN is faster.
     """
     if x.device.type != "cpu" or x.dtype is not torch.float32 or torch.is_grad_enabled():  # oneDNN's has no gradient
         return F.linear(x, weight_NK)
     N, K = weight_NK.shape
-    if MKL and x.numel() == K:
+    x_RK = x.reshape(-1, K)
+    R = x_RK.shape[0]
+    if MKL and R <= FEW_OF_MKL:
         parts = math.gcd(N, torch.get_num_threads())
-        column_1K1 = x.reshape(1, K).t().expand(parts, K, 1)
-        return torch.bmm(weight_NK.unflatten(0, (parts, -1)), column_1K1).view(*x.shape[:-1], N)
+        y_PnR = torch.bmm(weight_NK.unflatten(0, (parts, -1)), x_RK.t().expand(parts, K, R))
+        return y_PnR.permute(2, 0, 1).reshape(*x.shape[:-1], N)
     if ONEDNN:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, None, "none", [], "")
         return y

@@ -10,7 +10,7 @@ from llama_fast import matvec
 from llama_fast.matvec import product
 
 
-@pytest.mark.parametrize("shape", [(1, 96), (3, 96), (2, 5, 96), (1, 1, 96), (40, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 96), (3, 96), (2, 2, 96), (2, 5, 96), (1, 1, 96), (40, 96)], ids=str)
 @pytest.mark.parametrize("libraries", ["all", "onednn", "none"])
 @pytest.mark.parametrize("threads", [1, 5, 7])
 def test_rows_of_any_shape(
@@ -48,12 +48,12 @@ def test_the_library_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return library(*arguments)
 
     monkeypatch.setattr(F, "linear", seen)
-    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    x, weight = torch.randn(9, 8), torch.randn(4, 8)
     with torch.no_grad():
         product(x, weight)
         assert taken == ([] if matvec.ONEDNN else ["F.linear"])
         taken.clear()
-        product(x[:1], weight)
+        product(x[:4], weight)
         assert taken == ([] if matvec.MKL or matvec.ONEDNN else ["F.linear"])
         product(x.double(), weight)
         product(x.bfloat16(), weight)

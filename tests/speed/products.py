@@ -47,6 +47,7 @@ def main() -> None:
     print(f"{gigabytes:.3f} GB of weights, {gigabytes / read * 1e3:.1f} ms to read them at {read:.1f} GB/s")
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "F.linear": F.linear,
+        "oneDNN": lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),
         "library_product": library_product,
         "generated": torch.compile(product, dynamic=False),
     }
