@@ -3,7 +3,7 @@
 On a CPU a library's matrix product has no good path for a single row, least of all for int8 weights. Written as a sum,
 the same product becomes a loop that inductor generates: it streams the weights once, converts them in registers and
 runs on all cores. Every row keeps an accumulator of its own, so a row's result has the same bits alone and among others.
-Where nothing is compiled a library's product it is, in float32 oneDNN's.
+Where nothing is compiled a library's product it is, though not always the one that PyTorch would take.
 Shapes: R rows, N outputs, K inputs.
 """
 

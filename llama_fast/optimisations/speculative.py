@@ -58,7 +58,7 @@ class Proposer:
             raise ValueError("aligned checks need a fixed k")
         self.k, self.most, self.aligned = k, most, aligned
         self.compilations = Compilations()
-        self._costs: dict[tuple[int, int], Costs] = {}
+        self._costs: dict[tuple[object, ...], Costs] = {}
         self._seen: weakref.WeakKeyDictionary[KVCache, set[object]] = weakref.WeakKeyDictionary()
 
     @property
@@ -116,8 +116,9 @@ class Proposer:
             self.compilations,
             self.aligned,
         )
-        rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length), Costs(agreement(target)))
-        rounds.rehearsal = self.is_new(cache, sampling) and not isinstance(target.plan.compiler, Eager)
+        kind = kind_of(sampling)
+        rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length, *kind), Costs(agreement(target)))
+        rounds.rehearsal = self.is_new(cache, kind) and not isinstance(target.plan.compiler, Eager)
         if (
             not fixed and target.device.type == "cuda"
         ):  # up to eight rows cost a GPU the same, another shape costs kernels
@@ -135,10 +136,9 @@ class Proposer:
         possible = (min(self.only, self.most),) if single else AUTOMATIC
         return tuple(k for k in possible if k <= min(self.most, room))
 
-    def is_new(self, cache: KVCache, sampling: Sampling) -> bool:
+    def is_new(self, cache: KVCache, kind: tuple[object, ...]) -> bool:
         """Whether this is the first generation of its kind in that cache; a compiler has then not seen its shapes."""
         known = self._seen.setdefault(cache, set())
-        kind = (sampling.temperature == 0, sampling.top_k, sampling.top_p < 1, sampling.min_p > 0)
         new = kind not in known
         known.add(kind)
         return new
@@ -149,6 +149,11 @@ class Proposer:
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         """For one generation of `batch` rows, up to `needed` positions."""
         raise NotImplementedError
+
+
+def kind_of(sampling: Sampling) -> tuple[object, ...]:
+    """What of it changes which code runs, and so what a choice costs."""
+    return (sampling.temperature == 0, sampling.top_k, sampling.top_p < 1, sampling.min_p > 0)
 
 
 class Draft(Proposer):
