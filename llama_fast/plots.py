@@ -37,7 +37,8 @@ def draw(ladder: Ladder, path: Path) -> None:
         label = "most the memory allows, and the share of it reached" if x == 0 else None
         speed.hlines(rung.floor_tokens_per_second, x - 0.42, x + 0.42, color=FLOOR, linewidth=1.6, label=label)
         share = rung.tokens_per_second.median / rung.floor_tokens_per_second
-        speed.text(x, rung.floor_tokens_per_second, f"{share:.0%}", ha="center", va="bottom", color=FLOOR, size=8)
+        above = max(rung.floor_tokens_per_second, high)
+        speed.text(x, above, f"{share:.0%}", ha="center", va="bottom", color=FLOOR, size=8)
     for axis in (bandwidth, speed):
         axis.legend(loc="upper left", frameon=False, fontsize=8)
     figure.suptitle(f"{ladder.model} on {ladder.device}", color=INK, fontsize=13, fontweight="bold")
