@@ -162,6 +162,7 @@ def bench(
         times = profile_decoding(runs, prompt, trace, steps=min(8, new_tokens // 2))
     resident_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     if device.type == "cpu":  # its memory is often shared with others, and what it gives drifts
+        progress.say("measuring the read bandwidth again")
         bandwidth = max(bandwidth, read_bandwidth_gb_per_s(device))
     return Ladder(
         model=model,

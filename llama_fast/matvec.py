@@ -3,13 +3,11 @@
 On a CPU a library's matrix product has no good path for a single row, least of all for int8 weights. Written as a sum,
 the same product becomes a loop that inductor generates: it streams the weights once, converts them in registers and
 runs on all cores. Every row keeps an accumulator of its own, so a row's result has the same bits alone and among others.
-Where nothing is compiled a library's product it is, though not always the one that PyTorch would take.
+Where nothing is compiled a library multiplies; not always the one that PyTorch would choose.
 Shapes: R rows, N outputs, K inputs.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -47,17 +45,16 @@ def scaled(y: Tensor, scale_N1: Tensor | None) -> Tensor:
 def library_product(x: Tensor, weight_NK: Tensor) -> Tensor:
     """x @ weight.T by the library that is fastest at it.
 
-    On a CPU PyTorch takes MKL for float32, whose product of a few rows reads weights at a third of the memory's speed on CPUs
-    of other makers. As a batch of one matrix for each thread it reads them at two thirds. For more rows oneDNN is faster.
+    For float32 on a CPU PyTorch takes MKL. On an AMD CPU its product of a few rows reads weights at under half of the memory's
+    speed; as a batch of one matrix for each thread, at nearly all of it. For more rows oneDNN is faster.
     """
     if x.device.type != "cpu" or x.dtype is not torch.float32 or torch.is_grad_enabled():  # oneDNN's has no gradient
         return F.linear(x, weight_NK)
     N, K = weight_NK.shape
     x_RK = x.reshape(-1, K)
-    R = x_RK.shape[0]
-    if MKL and R <= FEW_OF_MKL:
-        parts = math.gcd(N, torch.get_num_threads())
-        y_PnR = torch.bmm(weight_NK.unflatten(0, (parts, -1)), x_RK.t().expand(parts, K, R))
+    R, threads = x_RK.shape[0], torch.get_num_threads()
+    if MKL and R <= FEW_OF_MKL and N and N % threads == 0:
+        y_PnR = torch.bmm(weight_NK.unflatten(0, (threads, -1)), x_RK.t().expand(threads, K, R))
         return y_PnR.permute(2, 0, 1).reshape(*x.shape[:-1], N)
     if ONEDNN:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, None, "none", [], "")

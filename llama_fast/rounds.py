@@ -192,8 +192,10 @@ class Rounds:
         depth = self.readback.depth
         if k:
             depth = min(depth, 1) if self.joined and self.source.runs_ahead else 0
-        most = sum(step.k + 1 for step in self.launched)
-        return len(self.launched) <= depth and most < max(self.left)
+        under_way, left = [step.k for step in self.launched], max(self.left)
+        if len(under_way) > depth or sum(of + 1 for of in under_way) >= left:
+            return False
+        return self.fixed or k == 0 or not under_way or self.pace.covers(k, under_way, left)
 
     @torch.no_grad()
     def begin(self) -> tuple[State, list[int]]:
@@ -226,9 +228,10 @@ class Rounds:
         self.joined, self.behind = True, False
 
     def rehearse(self, state: State) -> None:
-        """Run every shape twice on a copy: the first compiles, the second is timed. Slots it writes are written again."""
+        """Run every shape on a copy: the first run compiles, the last, as most rounds are, is timed. Slots are written again."""
+        ahead = self.readback.depth and self.source.runs_ahead
         for k in (PLAIN, *self.ks):
-            for behind in (True, False, False):
+            for behind in (False, True, True) if ahead else (True, False, False):
                 copy = state.clone()
                 if k and not self.joined:
                     self.join(copy)

@@ -73,6 +73,11 @@ class Factors:
     set_aside: float = 0.0
     """Share of the positions that may be chaotic."""
 
+    @property
+    def windows(self) -> float:
+        """How many windows a whole run has."""
+        return self.whole_positions / self.window_positions
+
     def of_average(self, positions: int, among: int = 1) -> float:
         """The factor for an RMS over so many positions, one of `among` such.
 
@@ -81,9 +86,10 @@ class Factors:
         chance = self.rate / len(STATISTICS) / among
         tails = {"position_rms": self.position_rms, "window": self.window, "whole": self.whole}
         single, window, whole = (math.log(max(LEAST[k], tail.factor(chance))) for k, tail in tails.items())
-        whole = min(
-            whole, window
-        )  # tails that are fitted apart may cross; that of windows has more measurements behind it
+        # Tails are fitted apart and may cross. A run's average is beyond a factor only where one of its windows is, so it is
+        # allowed no more than they are with a share of the chance each; an average of fewer positions no less than of more.
+        whole = min(whole, math.log(max(LEAST["window"], self.window.factor(chance / self.windows))))
+        window = max(window, whole)
         single = max(single, window)
         if positions <= self.window_positions:
             share = math.log(positions) / math.log(self.window_positions)
@@ -94,8 +100,8 @@ class Factors:
     def of_position(self, positions: int) -> tuple[float, float]:
         """The factors for the RMS and the largest error at any of so many positions."""
         chance = self.rate / len(STATISTICS) / positions
-        # Of tails that cross the longest holds: a single position is allowed no less than an average over a window.
-        rms = max(tail.factor(chance) for tail in (self.position_rms, self.window))
+        # Again no less than an average over a window.
+        rms = max(self.position_rms.factor(chance), self.window.factor(chance / self.windows))
         return max(LEAST["position_rms"], rms), max(LEAST["position_max"], self.position_max.factor(chance))
 
     def shared_by(self, comparisons: int) -> Factors:

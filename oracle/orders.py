@@ -44,6 +44,8 @@ class Order(TorchFunctionMode):
         if self.seed:
             if func in MATMULS and args[1].dim() >= 2:
                 return self.product(args[0], -1, args[1], -2, torch.matmul)
+            if func is torch.bmm:
+                return self.product(args[0], -1, args[1], -2, torch.bmm)
             if func in LINEARS:
                 return self.linear(*args[:3], **kwargs)
             if func is torch.einsum and len(args) == 3:

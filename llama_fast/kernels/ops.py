@@ -85,7 +85,7 @@ def _linear(
         raise ValueError(f"{m} rows: these kernels take 1 to {MOST_ROWS}")
     facts = machine(x.device)
     pdl = facts.pdl if pdl is None else pdl
-    tile = tile or linear_tile(facts.name, epilogue, n, k, m, weight.element_size())
+    tile = tile or linear_tile(facts.name, epilogue, n, k, m, weight.element_size(), x.element_size())
     # Absent tensors: any pointer will do, the kernel is compiled without their loads.
     heads = kv_heads = head_dim = slots = tokens = 1
     cos = sin = start = k_cache = v_cache = x

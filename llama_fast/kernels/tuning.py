@@ -76,7 +76,7 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "add", 2048, 8192, 2): Tile(1, 4096, 8, 2),
     ("H100", "plain", 128256, 2048, 2): Tile(4, 2048, 8, 2),
 }
-# The same with two rows, where registers beat tensor cores.
+# The same with two rows.
 TWO_ROWS: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "rope", 12288, 4096, 2): Tile(2, 4096, 4, 2, vector=True),
     ("H100", "add", 4096, 4096, 2): Tile(2, 4096, 8, 2, vector=True),
@@ -90,14 +90,14 @@ MANY_ROWS = 8192
 """Weight rows of which 16 at a time make three programs or more for each multiprocessor."""
 
 
-def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int) -> Tile:
-    """For a weight [n, k] of `itemsize` bytes per element and m activation rows."""
+def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, of_activations: int = 2) -> Tile:
+    """For a weight [n, k] of `itemsize` bytes per element and m rows of activations of so many bytes."""
     gpu = next((chip for name, chip in SAME_CHIP.items() if name in gpu), gpu)
     table = {1: ONE_ROW, 2: TWO_ROWS}.get(m, {})
     for (name, *rest), tile in table.items():
         if name in gpu and tuple(rest) == (epilogue, n, k, itemsize):
             return tile
-    return one_row_tile(epilogue, k, itemsize) if m == 1 else few_rows_tile(epilogue, n, k, itemsize)
+    return one_row_tile(epilogue, k, itemsize) if m == 1 else few_rows_tile(epilogue, n, k, itemsize, of_activations)
 
 
 def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
@@ -112,14 +112,14 @@ def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
     return Tile(rows, columns, warps=8 if bytes_per_row >= 8192 else 4, convert="exact")
 
 
-def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int) -> Tile:
+def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: int = 2) -> Tile:
     """16 weight rows a program. Where that makes few programs, each has more warps and more loads under way.
 
-    On the 7B shape in whole steps of 2, 5 and 8 rows (kernel_sweep.py --stages rows) within 1% of the best tile of each matrix.
+    Stages hold weights and activations in shared memory: at most 88 KB, as every GPU since Ampere has.
     """
     rows = 8 if epilogue == "gated" else 16
     most = max(16, next_power_of_2(k))
-    if itemsize > 2:
+    if max(itemsize, of_activations) > 2:
         return Tile(rows, min(256, most), warps=1, stages=3)
     if n >= MANY_ROWS:
         columns, slices, stages = 512, 2, 3

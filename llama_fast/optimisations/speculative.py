@@ -241,7 +241,8 @@ class DraftSource:
         self.runner.start(state.history_BL[:, :width].contiguous(), state.position_B.clone(), self.cache, self.greedy)
 
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
-        # After full acceptance the last proposal was never fed to the draft: its first step takes two tokens.
+        # After full acceptance the last proposal was never fed to the draft: its first step takes two tokens. So it does where
+        # the round before is under way still, and may have been accepted in full.
         token_BN, at_B = state.newest(2 if behind else 1), state.position_B - int(behind)
         tokens, laws = [], []
         if not self.choose.greedy:

@@ -197,3 +197,19 @@ def test_what_is_hoped_of_a_match_decides_whether_it_is_tried_at_once() -> None:
     for _ in range(8):
         pace.watch([2], [True])
     assert pace.choose([2], 1000) == 7, "seven right guesses in turn, seen for nothing"
+
+
+def test_a_round_follows_unread_ones_only_where_the_account_covers_all() -> None:
+    """Costs of a round: k=7 1.1 + 7 * 0.6 = 5.3 steps, k=2 2.3. Of 200 tokens 4 may be lost."""
+    costs = Costs()
+    for kind, seconds in ((PLAIN, 1.0), (DRAFT, 0.6), (2, 1.1), (7, 1.1)):
+        costs.add(kind, seconds)
+        costs.add(kind, seconds)
+    pace = Pace((2, 7), costs, 200)
+    assert pace.may_lose(7) and not pace.covers(7, [7], 100), "the first is on trust, not the first two"
+    assert pace.covers(2, [2], 100), "2.6 steps at worst"
+    pace.balance = 4.0
+    assert pace.covers(2, [7], 100) and pace.covers(7, [2], 100)
+    assert pace.covers(7, [2], 11) and not pace.covers(7, [2], 9), (
+        "of 9 tokens 3 are likely under way: a round of 7 is too long"
+    )

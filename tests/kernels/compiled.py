@@ -35,6 +35,10 @@ KERNELS = (
 )
 
 
+SHARED = 101_376
+"""Bytes of shared memory that a program may have on a GPU of compute capability 8.6 or 8.9; others have more."""
+
+
 class Absent:
     """A Hopper GPU that answers questions."""
 
@@ -54,6 +58,7 @@ def ready() -> dict[str, int]:
     for kernel in KERNELS:
         variants = [*kernel.device_caches[0][0].values()]
         assert all(type(variant) is triton.compiler.CompiledKernel for variant in variants), variants
+        assert all(variant.metadata.shared <= SHARED for variant in variants), "more shared memory than some GPUs have"
         found[kernel.fn.__name__] = len(variants)
     return found
 
@@ -73,6 +78,14 @@ def main() -> None:
             ops.gate(torch.randn(24, 384).bfloat16())
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
+            for activations in (
+                two,
+                two.float(),
+            ):  # the rule's tiles for large matrices, with narrow and wide activations
+                wide = torch.randn(8, 2048).to(activations.dtype)
+                for stored, scales in ((torch.int8, True), (wide.dtype, False)):
+                    large = torch.ones(2048, 2048, dtype=stored)
+                    ops.linear(wide, large, torch.ones(2048, 1, dtype=wide.dtype) if scales else None)
             for tile in (tuning.Tile(4, 128, 4, 2, vector=True), tuning.Tile(16, 64, 1, ahead=1)):
                 ops.linear(two, weight, scale, gain=two[0], eps=1e-5, tile=tile)
         after = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]

@@ -177,13 +177,17 @@ def test_one_huge_activation_neither_hides_a_fault_nor_makes_one(seed: int, size
     assert compare_stage(subject, truth, rounded(seed + 2), UNIT).outcome is Outcome.DIFFER
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("unit", [UNIT, NARROW])
 @pytest.mark.parametrize("what", ["logits", "product", "attention", "rope", "gate", "pointwise"])
-def test_factors_shrink_with_the_positions_averaged_and_grow_with_those_compared(what: str, unit: float) -> None:
-    found = [factors(what, unit).of_average(n) for n in range(1, 400)]
+def test_factors_shrink_with_the_positions_averaged_and_grow_with_those_compared(
+    what: str, unit: float, device: str
+) -> None:
+    found = [factors(what, unit, 1, device).of_average(n) for n in range(1, 400)]
     assert found == sorted(found, reverse=True)
     for orders in (1, 3):  # at one of several positions no less is allowed than on average over a window
-        assert factors(what, unit, orders).of_position(225)[0] >= factors(what, unit, orders).of_average(32, 225)
+        of = factors(what, unit, orders, device)
+        assert of.of_position(225)[0] >= of.of_average(32, 225)
     for few, many in ((1, 225), (225, 10_000)):
         for a, b in zip(factors(what, unit).of_position(few), factors(what, unit).of_position(many), strict=True):
             assert 1 < a <= b

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_fast.matvec import library_product
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.model import Llama
 from oracle.adapters import RefSubject, Yardstick
@@ -37,6 +38,20 @@ def test_orders_are_the_same_at_every_run_and_differ_from_each_other(tiny: Check
     again = [logits(tiny, torch.float32, order) for order in (1, 2, 3)]
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_an_order_reaches_our_products_of_few_rows(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, 96, generator=generator), torch.randn(40, 96, generator=generator)
+    with torch.no_grad():
+        plain = library_product(x, weight)
+        found = []
+        for seed in (1, 2):
+            with Order(seed):
+                found.append(library_product(x, weight))
+    assert not torch.equal(found[0], plain) and not torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], plain, rtol=1e-4, atol=1e-4)
 
 
 def test_order_0_is_the_librarys_own(tiny: Checkpoint) -> None:
