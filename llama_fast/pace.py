@@ -210,17 +210,16 @@ class Pace:
         """The plain steps that trials may cost."""
         return max(1.0, self.share * self.new_tokens)
 
-    def may_lose(self, k: int) -> bool:
-        """Whether the account covers a round of k of which nothing stands; the first is on trust."""
-        return self.balance >= min(0.0, self.cost(k) - 1 - self.credit)
+    def may_lose(self, k: int, under_way: Sequence[int] = ()) -> bool:
+        """Whether the account covers a round of k of which nothing stands, nor of those not yet read; the first is on trust."""
+        balance = self.balance - sum(self.cost(of) - 1 for of in under_way)
+        return balance >= min(0.0, self.cost(k) - 1 - self.credit)
 
     def covers(self, k: int, under_way: Sequence[int], remaining: int) -> bool:
         """Whether a round of k may follow rounds that are not yet read.
 
-        Even if nothing of theirs stands the account covers it, and after what they are likely to bring of the `remaining` tokens
-        more than k are still wanted.
+        The account covers them all, and after what they are likely to bring of the `remaining` tokens more than k are wanted.
         """
         rate = self.estimate(0).rate
         likely = sum(expected_tokens(rate, of) for of in under_way)
-        left = self.balance - sum(self.cost(of) - 1 for of in under_way)
-        return k < remaining - likely and left >= min(0.0, self.cost(k) - 1 - self.credit)
+        return k < remaining - likely and self.may_lose(k, under_way)

@@ -291,8 +291,7 @@ class Rounds:
             draft_BK, logits_BTV = within(row_B, draft_BK, logits_BTV)
         if self.source.blind:
             draft_BK, q_BKV, logits_BTV = draft_BK[:, :0].contiguous(), None, logits_BTV[:, :1].contiguous()
-        kind = (self.choose.greedy, self.choose.top_k, self.choose.nucleus, self.choose.floored)
-        finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, *kind)
+        finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, self.choose.code)
         report_BN = finish_round(
             self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B
         )

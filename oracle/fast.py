@@ -132,8 +132,7 @@ class FastSubject:
         return [(tokens, logits) for tokens, _, logits in self._generated(prompts, n, Sampling())]
 
     def sample(self, prompts: Rows, n: int, setting: Setting, seed: int) -> list[tuple[list[int], Tensor]]:
-        sampling = Sampling(setting.temperature, setting.top_k, setting.top_p, seed, setting.min_p)
-        return [(tokens, logits) for tokens, _, logits in self._generated(prompts, n, sampling)]
+        return [(tokens, logits) for tokens, _, logits in self._generated(prompts, n, sampling_of(setting, seed))]
 
     def penalised(self, prompts: Rows, n: int, penalty: float) -> list[tuple[list[int], Tensor]]:
         """n greedy tokens with a repetition penalty, and the logits [n, V] before it."""
@@ -192,6 +191,11 @@ class FastSubject:
         return [{stage: torch.cat(values) for stage, values in row.items()} for row in seen]
 
 
+def sampling_of(setting: Setting, seed: int = 0) -> Sampling:
+    """The oracle's words for how tokens are drawn in the twin's."""
+    return Sampling(setting.temperature, setting.top_k, setting.top_p, seed, setting.min_p)
+
+
 class FastSampler:
     """The Chooser of `llama_fast` by itself."""
 
@@ -199,8 +203,7 @@ class FastSampler:
         self.device = device
 
     def _chooser(self, setting: Setting, seeds: Sequence[int]) -> Chooser:
-        sampling = Sampling(setting.temperature, setting.top_k, setting.top_p, min_p=setting.min_p)
-        return Chooser(sampling, seeds, self.device)
+        return Chooser(sampling_of(setting), seeds, self.device)
 
     def probabilities(self, logits_BV: Tensor, setting: Setting) -> Tensor:
         return self._chooser(setting, [0] * len(logits_BV)).probabilities(logits_BV)

@@ -23,10 +23,10 @@ from llama_fast.optimisations.speculative import Draft, Ngram, Padded, Proposer
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import Dense, Plan
 from llama_fast.rounds import Rounds
-from llama_fast.sampling import Sampling
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from oracle.compare import Check, Verdict
+from oracle.fast import sampling_of
 from oracle.generation import chi_square, distribution, judge_stopping
 from oracle.questions import references
 from oracle.speculation import SpeculativeSubject
@@ -97,12 +97,11 @@ def tiny(config: LlamaConfig, seed: int, device: torch.device) -> Runner:
 
 def law_of(name: str, target: Runner, proposer: Proposer, setting: Setting) -> Verdict:
     """Sequences that came, against their probabilities."""
-    sampling = Sampling(setting.temperature, setting.top_k, setting.top_p)
     place = V ** torch.arange(NEW - 1, -1, -1)
     counts = torch.zeros(V**NEW, dtype=torch.float64)
     for batch in range(BATCHES):
-        seeded = replace(sampling, seed=1000 + ROWS * batch)
-        done = generate(target, [PROMPT] * ROWS, NEW, seeded, draft=proposer)
+        sampling = sampling_of(setting, seed=1000 + ROWS * batch)
+        done = generate(target, [PROMPT] * ROWS, NEW, sampling, draft=proposer)
         tokens = torch.tensor([completion.tokens for completion in done.completions])
         counts += torch.bincount(tokens @ place, minlength=V**NEW)
     expected = joint_law(target, setting) * ROWS * BATCHES

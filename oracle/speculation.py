@@ -69,9 +69,7 @@ class SpeculativeSubject(FastSubject):
         found: list[tuple[list[int], Tensor]] = []
         for group, real in self._groups(prompts):
             watched = Watched(self.runner, len(group))
-            needed = max(2, *(len(row) for row in group)) + n + self.draft.slack
-            cache = self._cache(len(group), min(needed, self.runner.config.max_context))
-            done = generate(cast(Runner, watched), group, n, cache=cache, draft=self.draft)
+            done = self._generation(cast(Runner, watched), group, n)
             self.generations.append(done)
             for row, completion, said in list(zip(group, done.completions, watched.said, strict=True))[:real]:
                 tokens = completion.tokens
@@ -82,11 +80,15 @@ class SpeculativeSubject(FastSubject):
     def until(self, prompts: Rows, n: int, eos_ids: Collection[int]) -> list[tuple[list[int], str]]:
         found: list[tuple[list[int], str]] = []
         for group, real in self._groups(prompts):
-            needed = max(2, *(len(row) for row in group)) + n + self.draft.slack
-            cache = self._cache(len(group), min(needed, self.runner.config.max_context))
-            done = generate(self.runner, group, n, eos_ids=eos_ids, cache=cache, draft=self.draft)
+            done = self._generation(self.runner, group, n, eos_ids)
             found += [(completion.tokens, completion.finish_reason) for completion in done.completions[:real]]
         return found
+
+    def _generation(self, runner: Runner, group: Rows, n: int, eos_ids: Collection[int] = ()) -> Generation:
+        """n tokens with proposals, in a cache with room for them."""
+        needed = max(2, *(len(row) for row in group)) + n + self.draft.slack
+        cache = self._cache(len(group), min(needed, runner.config.max_context))
+        return generate(runner, group, n, eos_ids=eos_ids, cache=cache, draft=self.draft)
 
 
 def judge_speculation(

@@ -255,9 +255,8 @@ def stage_runs(
                         seen, t, y = ([row[stage] for row in part] for part in (traces, true, plain))
                         # Odd orders have their angles in float32: of a RoPE another implementation, of the rest another order.
                         which = f"{stage.split('.', 2)[-1]} {shape} {order and 1 + order % 2} {way}"
-                        which += (
-                            f" {seed}" if way == USUAL_ANGLES else ""
-                        )  # which do not scatter: each table is its own maker
+                        if way == USUAL_ANGLES:  # which do not scatter: each table is its own maker
+                            which += f" {seed}"
                         who = which if stage.count(".") > 1 else "block"
                         of_kind = samples[f"{kind_of(stage)} {narrow} {name}"]
                         for statistic, ratio in ratios(seen, t, y, unit_roundoff(dtype), stage=True).items():

@@ -116,8 +116,8 @@ class Proposer:
             self.compilations,
             self.aligned,
         )
-        kind = kind_of(sampling)
-        rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length, *kind), Costs(agreement(target)))
+        kind = rounds.choose.code
+        rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length, kind), Costs(agreement(target)))
         rounds.rehearsal = self.is_new(cache, kind) and not isinstance(target.plan.compiler, Eager)
         if (
             not fixed and target.device.type == "cuda"
@@ -149,11 +149,6 @@ class Proposer:
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         """For one generation of `batch` rows, up to `needed` positions."""
         raise NotImplementedError
-
-
-def kind_of(sampling: Sampling) -> tuple[object, ...]:
-    """What of it changes which code runs, and so what a choice costs."""
-    return (sampling.temperature == 0, sampling.top_k, sampling.top_p < 1, sampling.min_p > 0)
 
 
 class Draft(Proposer):
@@ -230,8 +225,7 @@ class DraftSource:
         # The target's own transforms, so that q is like p.
         self.choose = runner.prepared(Chooser(sampling, seeds, runner.device), needed + 1)
         self.greedy = Chooser(Sampling(), seeds, runner.device)
-        kind = (self.choose.top_k, self.choose.nucleus, self.choose.floored)
-        self.pick = compilations.of(pick, runner, batch, *kind)
+        self.pick = compilations.of(pick, runner, batch, self.choose.code)
 
     def guess(self, evidence: int) -> tuple[float, float]:
         return A_DRAFT

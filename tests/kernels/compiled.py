@@ -78,14 +78,10 @@ def main() -> None:
             ops.gate(torch.randn(24, 384).bfloat16())
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
-            for activations in (
-                two,
-                two.float(),
-            ):  # the rule's tiles for large matrices, with narrow and wide activations
-                wide = torch.randn(8, 2048).to(activations.dtype)
-                for stored, scales in ((torch.int8, True), (wide.dtype, False)):
-                    large = torch.ones(2048, 2048, dtype=stored)
-                    ops.linear(wide, large, torch.ones(2048, 1, dtype=wide.dtype) if scales else None)
+            for dtype in (torch.bfloat16, torch.float32):  # the rule's tiles for large matrices
+                eight, large = torch.randn(8, 2048).to(dtype), torch.ones(2048, 2048)
+                ops.linear(eight, large.to(dtype), None)
+                ops.linear(eight, large.to(torch.int8), torch.ones(2048, 1, dtype=dtype))
             for tile in (tuning.Tile(4, 128, 4, 2, vector=True), tuning.Tile(16, 64, 1, ahead=1)):
                 ops.linear(two, weight, scale, gain=two[0], eps=1e-5, tile=tile)
         after = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]
