@@ -231,7 +231,9 @@ def attention(
         raise ValueError(f"{tokens} tokens x {group} query heads per key head: at most {MOST_ATTENTION_ROWS}")
     facts = machine(q.device)
     pdl = facts.pdl if pdl is None else pdl
-    tile = tile or attention_tile(batch * kv_heads, tokens * group, slots)
+    tile = tile or attention_tile(
+        batch * kv_heads, tokens * group, slots, next_power_of_2(head_dim) * k_cache.element_size()
+    )
     if scratch.part.numel() < tile.splits * q.numel() or scratch.arrived.numel() < batch * kv_heads:
         raise ValueError(f"scratch for {scratch.part.numel()} partial results, {tile.splits * q.numel()} needed")
     out = torch.empty_like(q)

@@ -54,7 +54,7 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "add", 4096, 11008, 2): Tile(1, 4096, 8, 2),
     ("H100", "plain", 32000, 4096, 2): Tile(2, 4096, 8, 2),
     ("H100", "rope", 12288, 4096, 1): Tile(8, 2048, 4, convert="offset"),
-    ("H100", "add", 4096, 4096, 1): Tile(4, 4096, 8, 2, convert="exact"),
+    ("H100", "add", 4096, 4096, 1): Tile(4, 2048, 4, 2, convert="offset"),
     ("H100", "gated", 22016, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
     ("H100", "add", 4096, 11008, 1): Tile(4, 4096, 8, convert="offset"),
     ("H100", "plain", 32000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
@@ -84,10 +84,13 @@ TWO_ROWS: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "add", 4096, 11008, 2): Tile(2, 4096, 8, vector=True),
 }
 SAME_CHIP = {"H200": "H100"}  # with another memory: not swept, but a better guess than the rule
+VERY_SHORT_CACHE_SLOTS = 256
 SHORT_CACHE_SLOTS = 1024
 MOST_SPLITS = 16
 MANY_ROWS = 8192
 """Weight rows of which 16 at a time make three programs or more for each multiprocessor."""
+LONG_ROW = 4096
+"""Columns of which a program's registers hold most, or all, before the wait."""
 
 
 def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, of_activations: int = 2) -> Tile:
@@ -113,29 +116,37 @@ def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
 
 
 def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: int = 2) -> Tile:
-    """16 weight rows a program. Where that makes few programs, each has more warps and more loads under way.
+    """16 weight rows a program. Where that makes few programs, each has more warps and more loads under way, before the wait too.
 
-    Stages hold weights and activations in shared memory: at most 88 KB, as every GPU since Ampere has.
+    Stages hold weights and activations in shared memory: at most 99 KB, as every GPU since Ampere has.
     """
     rows = 8 if epilogue == "gated" else 16
     most = max(16, next_power_of_2(k))
     if max(itemsize, of_activations) > 2:
         return Tile(rows, min(256, most), warps=1, stages=3)
-    if n >= MANY_ROWS:
-        columns, slices, stages = 512, 2, 3
+    if n >= MANY_ROWS and epilogue != "rope":
+        columns, slices, stages, ahead = 512, 2, 3, 0
+    elif n >= MANY_ROWS:
+        columns, slices, stages, ahead = (512, 4, 2, 3) if itemsize == 2 else (512, 2, 3, 2)
+    elif k <= LONG_ROW:
+        columns, slices, stages, ahead = (512, 4, 3, 3) if itemsize == 2 else (1024, 8, 1, 4)
     else:
-        columns, slices, stages = (512, 4, 4) if itemsize == 2 else (1024, 8, 3 if k <= 4096 else 2)
+        columns, slices, stages, ahead = (512, 4, 4, 1) if itemsize == 2 else (1024, 8, 3, 2)
     columns = min(columns, most)
     slices = min(slices, columns // 16)
-    ahead = int(n < MANY_ROWS or epilogue == "rope")
     return Tile(rows, columns, warps=slices, stages=stages, slices=slices, ahead=ahead)
 
 
-def attention_tile(pairs: int, rows: int, slots: int) -> AttentionTile:
-    """For `pairs` = batch x key/value heads, `rows` = query heads x tokens of each, and a cache of `slots`.
+def attention_tile(pairs: int, rows: int, slots: int, key_bytes: int = 256) -> AttentionTile:
+    """For `pairs` = batch x key/value heads, `rows` = query heads x tokens of each, and a cache of `slots` keys.
 
     In a short cache latency counts, in a long one loads in flight: some 256 programs, each loading ahead.
     """
+    if slots <= SHORT_CACHE_SLOTS and rows > 1:
+        at_once = 128 if key_bytes <= 256 else 64  # shared memory
+        return AttentionTile(at_once, max(2, min(8, 64 // pairs)), at_once, 8, 1)
+    if slots <= VERY_SHORT_CACHE_SLOTS:
+        return AttentionTile(32, 8, 32, 2, 1, vector=True)
     if slots <= SHORT_CACHE_SLOTS:
-        return AttentionTile(32, 8, 32, 2, 1, vector=True) if rows == 1 else AttentionTile(64, 4, 64, 4, 1)
+        return AttentionTile(64, 8, 64, 4, 1)
     return AttentionTile(64, max(4, min(MOST_SPLITS, next_power_of_2(256 // pairs))), 64, 4, 2)

@@ -3,6 +3,7 @@
 Triton's driver is replaced by one that knows the chip and cannot launch: whatever tried to would fail here.
 """
 
+import itertools
 import sys
 import tempfile
 
@@ -78,10 +79,16 @@ def main() -> None:
             ops.gate(torch.randn(24, 384).bfloat16())
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
-            for dtype in (torch.bfloat16, torch.float32):  # the rule's tiles for large matrices
-                eight, large = torch.randn(8, 2048).to(dtype), torch.ones(2048, 2048)
+            for dtype, k in itertools.product(
+                (torch.bfloat16, torch.float32), (2048, 8192)
+            ):  # the rule's tiles for large matrices
+                eight, large = torch.randn(8, k).to(dtype), torch.ones(2048, k)
                 ops.linear(eight, large.to(dtype), None)
                 ops.linear(eight, large.to(torch.int8), torch.ones(2048, 1, dtype=dtype))
+            for dtype in (torch.bfloat16, torch.float32):  # and for attention of several rows
+                keys = torch.zeros(1, 2, 512, 128, dtype=dtype)
+                scratch = ops.AttentionScratch.of(8, 8, 2, 128, keys.device)
+                ops.attention(torch.zeros(8, 1024, dtype=dtype), keys, keys.clone(), start_B, scratch)
             for tile in (tuning.Tile(4, 128, 4, 2, vector=True), tuning.Tile(16, 64, 1, ahead=1)):
                 ops.linear(two, weight, scale, gain=two[0], eps=1e-5, tile=tile)
         after = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]

@@ -23,5 +23,8 @@ def test_linear_tiles_are_powers_of_two(gpu: str) -> None:
 
 
 def test_attention_splits_fit_the_scratch() -> None:
-    for pairs, rows, slots in itertools.product((1, 3, 8, 32, 256), (1, 4, 7, 64), (64, 1024, 131072)):
-        assert 1 <= attention_tile(pairs, rows, slots).splits <= 16
+    for pairs, rows, slots in itertools.product((1, 3, 8, 32, 256), (1, 4, 7, 64), (64, 256, 1024, 131072)):
+        for key_bytes in (128, 256, 1024):
+            tile = attention_tile(pairs, rows, slots, key_bytes)
+            assert 1 <= tile.splits <= 16 and tile.slots == next_power_of_2(tile.slots) <= tile.least
+            assert 2 * tile.slots * min(key_bytes, 512) <= 65_536  # keys and values of a step in shared memory
