@@ -285,9 +285,12 @@ class Runner:
         return self.model(tokens_BT, None, cache)  # type: ignore[no-any-return]
 
     def prepared(self, choose: Chooser, positions: int) -> Chooser:
-        """`choose`, for a request of so many positions: with its uniforms hashed at once where no compiler merges the hash."""
+        """`choose`, for a request of so many positions: where no compiler merges them, uniforms are hashed at once, and tokens
+        chosen by the kernels that the plan has.
+        """
         if not self.plan.compiler.compiles_each_shape:
             choose.look_ahead(positions)
+            choose.kernels = self.plan.compiler.choosing
         return choose
 
     def reference_weights(self) -> Mapping[str, Tensor]:

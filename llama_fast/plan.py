@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.matvec import product
+from llama_fast.sampling import Choosing
 from llama_ref.config import LlamaConfig
 
 Parts = Mapping[str, Tensor]
@@ -87,6 +88,10 @@ class Compiler(Protocol):
     @property
     def compiles_each_shape(self) -> bool:
         """Whether a decode step of another number of tokens costs a compilation of its own, in tens of seconds."""
+
+    @property
+    def choosing(self) -> Choosing | None:
+        """Kernels that choose tokens, where a step is not compiled with its choice."""
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         """The two functions, compiled or not; a compiler may instead compile the model's blocks in place of the whole."""
@@ -219,6 +224,7 @@ class Eager:
     """Run the two phases as written."""
 
     compiles_each_shape: ClassVar[bool] = False
+    choosing: ClassVar[None] = None
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         return prefill, decode

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +61,18 @@ class Sampling:
         return list(self.seed)
 
 
+class Choosing(Protocol):
+    """Kernels that do in one launch each what is written below in many."""
+
+    MOST_VOCABULARY: int
+
+    def law(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
+        """The distribution [M, V] of tokens with these logits."""
+
+    def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
+        """As `draw`."""
+
+
 class Chooser:
     """A Sampling made ready for B rows on a device.
 
@@ -92,6 +105,8 @@ class Chooser:
         words = [[seed & MASK_32, (seed >> 32) & MASK_32] for seed in seeds]
         self.key_B2 = torch.tensor(words, dtype=torch.int64, device=device)
         self.ahead_BSL: Tensor | None = None
+        self.kernels: Choosing | None = None
+        """Where nothing is compiled: what chooses in few launches, for vocabularies that it takes."""
 
     def look_ahead(self, positions: int) -> None:
         """Hash the uniforms of all positions below this at once: a draw then looks one up, and launches no hundred small kernels.
@@ -126,8 +141,10 @@ class Chooser:
         if self.coldest:
             return logits_BV.argmax(-1)
         if self.ahead_BSL is not None:
-            return draw(self.probabilities(logits_BV), self.ahead_BSL[:, 0].gather(1, position_B[:, None])[:, 0])
-        return draw(self.probabilities(logits_BV), uniform(self.key_B2, position_B))
+            u_B = self.ahead_BSL[:, 0].gather(1, position_B[:, None])[:, 0]
+        else:
+            u_B = uniform(self.key_B2, position_B)
+        return self.draw(self.probabilities(logits_BV), u_B)
 
     def note(self, token_B: Tensor) -> None:
         """The token that each row now also holds. Apart from choosing, so that no compiled graph writes to its inputs."""
@@ -136,6 +153,8 @@ class Chooser:
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """The distribution that tokens are drawn from, float32 [B, V]."""
+        if self.kernels is not None and not self.nucleus and logits_BV.shape[-1] <= self.kernels.MOST_VOCABULARY:
+            return self.kernels.law(logits_BV, self.temperature, self.top_k, self.min_p if self.floored else None)
         scaled_BV = logits_BV.float() / self.temperature
         if self.top_k is not None and self.top_k < scaled_BV.shape[-1]:
             least_B1 = scaled_BV.topk(self.top_k, -1).values[:, -1:]
@@ -143,6 +162,12 @@ class Chooser:
         p_BV = scaled_BV.softmax(-1)
         p_BV = keep_nucleus(p_BV, self.top_p) if self.nucleus else p_BV
         return keep_likely(p_BV, self.min_p) if self.floored else p_BV
+
+    def draw(self, p_BV: Tensor, uniform_B: Tensor) -> Tensor:
+        """The token [B] of each distribution at which the cumulative probability passes u."""
+        if self.kernels is not None and p_BV.shape[-1] <= self.kernels.MOST_VOCABULARY:
+            return self.kernels.draw(p_BV, uniform_B)
+        return draw(p_BV, uniform_B)
 
 
 def seen(written: Sequence[Sequence[int]], vocab_size: int) -> Tensor:

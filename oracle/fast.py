@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama_fast.build import Runner
 from llama_fast.generate import generate
-from llama_fast.sampling import Chooser, Sampling
+from llama_fast.sampling import Chooser, Choosing, Sampling
 from oracle.adapters import Rows, padded
 from oracle.localise import Trace
 from oracle.subject import Route, Setting
@@ -197,13 +197,15 @@ def sampling_of(setting: Setting, seed: int = 0) -> Sampling:
 
 
 class FastSampler:
-    """The Chooser of `llama_fast` by itself."""
+    """The Chooser of `llama_fast` by itself, with the kernels that a plan gives it."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, kernels: Choosing | None = None):
+        self.device, self.kernels = device, kernels
 
     def _chooser(self, setting: Setting, seeds: Sequence[int]) -> Chooser:
-        return Chooser(sampling_of(setting), seeds, self.device)
+        chooser = Chooser(sampling_of(setting), seeds, self.device)
+        chooser.kernels = self.kernels
+        return chooser
 
     def probabilities(self, logits_BV: Tensor, setting: Setting) -> Tensor:
         return self._chooser(setting, [0] * len(logits_BV)).probabilities(logits_BV)

@@ -74,7 +74,7 @@ def verify(
     )
     try:
         progress("sampling, text")
-        certificate.parts["sampling"] = judge_sampling(FastSampler(device), device)
+        certificate.parts["sampling"] = judge_sampling(FastSampler(device, plan.compiler.choosing), device)
         if extras.tokenizer is not None:
             certificate.parts["text"] = judge_text(extras.tokenizer, checkpoint, extras.witness)
         for of_type in dict.fromkeys((torch.float32, dtype)):

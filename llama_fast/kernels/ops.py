@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from llama_fast.kernels.attention import _attend
+from llama_fast.kernels.choosing import _draw, _law
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
 from llama_fast.kernels.prompt import _gate, _turn_and_store
@@ -28,6 +29,7 @@ from llama_fast.kernels.tuning import (
 MOST_ROWS = 8  # of activations in one linear launch
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
 ARGMAX_STRETCH = 2048
+MOST_VOCABULARY = 32768  # that one program holds
 
 
 class Machine(NamedTuple):
@@ -298,4 +300,27 @@ def argmax(
         ADVANCE=advance is not None, PDL=pdl,
         num_warps=8, **launch_options(pdl),
     )  # fmt: skip
+    return out
+
+
+def law(logits: Tensor, temperature: Tensor, top_k: int | None = None, min_p: Tensor | None = None) -> Tensor:
+    """The distribution that tokens are drawn from, as `sampling.Chooser.probabilities` has it. logits [M, V]; float32 [M, V]."""
+    rows, vocab = logits.shape
+    if vocab > MOST_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab}: this kernel takes up to {MOST_VOCABULARY}")
+    out = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)
+    launch(_law, (rows,))(
+        logits.contiguous(), temperature, temperature if min_p is None else min_p, out, V=vocab, BV=next_power_of_2(vocab),
+        TOP_K=top_k if top_k is not None and top_k < vocab else 0, FLOORED=min_p is not None, num_warps=32,
+    )  # fmt: skip
+    return out
+
+
+def draw(p: Tensor, uniform: Tensor) -> Tensor:
+    """The tokens [M] at which the cumulative sums of p [M, V] pass `uniform` [M], float64 in [0, 1), times their totals."""
+    rows, vocab = p.shape
+    if vocab > MOST_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab}: this kernel takes up to {MOST_VOCABULARY}")
+    out, wide = torch.empty(rows, dtype=torch.int64, device=p.device), next_power_of_2(vocab)
+    launch(_draw, (rows,))(p.contiguous(), uniform.contiguous(), out, V=vocab, BV=wide, E=min(128, wide), num_warps=32)
     return out

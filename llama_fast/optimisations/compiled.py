@@ -40,6 +40,7 @@ class Compiled:
 
     regions: bool = True
     compiles_each_shape: ClassVar[bool] = True
+    choosing: ClassVar[None] = None
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         assert isinstance(model, Llama)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llama_fast.matvec import product
 from llama_fast.model import Block, Joined, Llama, SplitHead
 from llama_fast.plan import AllReduce, Alone, DenseEmbedding, KVCache, Phase
-from llama_fast.sampling import Chooser
+from llama_fast.sampling import Chooser, Choosing
 from llama_ref.config import LlamaConfig
 
 if TYPE_CHECKING:
@@ -37,6 +37,13 @@ class Fused:
     """Decode by the kernels of `llama_fast.kernels`. Needs a CUDA device, joined projections and a static cache."""
 
     compiles_each_shape: ClassVar[bool] = False
+
+    @property
+    def choosing(self) -> Choosing:
+        """The kernels of `ops` that choose."""
+        from llama_fast.kernels import ops  # Triton is imported by who uses it
+
+        return ops
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         """Raises ValueError where the kernels cannot run."""

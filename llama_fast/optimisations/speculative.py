@@ -32,7 +32,7 @@ from llama_fast.pace import A_DRAFT, Costs
 from llama_fast.plan import Eager, GrowingCache, KVCache
 from llama_fast.roofline import stored_bytes, weight_bytes_per_step
 from llama_fast.rounds import NO_GUESS, Compilations, Rounds, Source, agreement
-from llama_fast.sampling import Chooser, Sampling, draw
+from llama_fast.sampling import Chooser, Sampling
 from llama_fast.speculation import Statistics
 
 AUTOMATIC = (1, 2, 4, 7)
@@ -261,7 +261,7 @@ class DraftSource:
 def pick(choose: Chooser, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
     """The token proposed, and the law [B, V] it was drawn from: one law for both, to the last bit."""
     law_BV = choose.probabilities(logits_BV)
-    return draw(law_BV, u_B), law_BV
+    return choose.draw(law_BV, u_B), law_BV
 
 
 class Ngram(Proposer):

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from llama_fast.build import build
-from llama_fast.kernels import attention, linear, ops, prompt, tokens, tuning
+from llama_fast.kernels import attention, choosing, linear, ops, prompt, tokens, tuning
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.optimisations.fused import FusedStep
 from llama_fast.optimisations.int8 import Int8
@@ -31,6 +31,8 @@ KERNELS = (
     attention._attend,
     tokens._embed,
     tokens._argmax,
+    choosing._law,
+    choosing._draw,
     prompt._turn_and_store,
     prompt._gate,
 )
@@ -85,6 +87,9 @@ def main() -> None:
                 eight, large = torch.randn(8, k).to(dtype), torch.ones(2048, k)
                 ops.linear(eight, large.to(dtype), None)
                 ops.linear(eight, large.to(torch.int8), torch.ones(2048, 1, dtype=dtype))
+            logits = torch.zeros(3, 32000)
+            for top_k, min_p in ((None, None), (200, logits[0])):
+                ops.draw(ops.law(logits, logits[0], top_k, min_p), torch.zeros(3, dtype=torch.float64))
             for dtype in (torch.bfloat16, torch.float32):  # and for attention of several rows
                 keys = torch.zeros(1, 2, 512, 128, dtype=dtype)
                 scratch = ops.AttentionScratch.of(8, 8, 2, 128, keys.device)

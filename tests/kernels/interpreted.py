@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama_fast.kernels import ops
 from llama_fast.kernels.tuning import AttentionTile, Tile
+from llama_fast.sampling import Chooser, Sampling, draw
 
 NAN = float("nan")
 
@@ -194,6 +195,40 @@ def check_ends() -> int:
     return 10
 
 
+def check_choosing() -> int:
+    """Laws and draws against `sampling`: the same tokens are kept, ties among them, and the same ones drawn."""
+    n_checked = 0
+    for vocab, top_k, min_p in itertools.product((5, 35, 300), (None, 1, 4, 34, 999), (0.0, 0.1)):
+        logits = rand(4, vocab, seed=vocab)
+        logits[1] = (logits[1] * 2).round() / 2  # many ties, zeros of both signs
+        logits[2, ::2] = -torch.inf
+        sampling = Sampling(0.7, top_k=top_k, min_p=min_p)
+        choose = Chooser(sampling, [0] * 4, torch.device("cpu"))
+        want = choose.probabilities(logits)
+        got = ops.law(logits, choose.temperature, top_k, choose.min_p if min_p else None)
+        assert torch.equal(got > 0, want > 0), f"law {vocab} {sampling}: other tokens are kept"
+        assert (got - want).abs().max() <= 1e-6, f"law {vocab} {sampling}: {(got - want).abs().max():.1e}"
+        n_checked += 1
+        for u in (0.0, 1e-12, 0.3, 0.5, 0.99, 1 - 2**-53):
+            uniform = torch.tensor([u, 1 - u if u else 0.25, u, u], dtype=torch.float64)
+            tokens = ops.draw(want, uniform)
+            assert torch.equal(tokens, draw(want, uniform)), f"draw {vocab} {sampling} {u}: {tokens}"
+            assert (want.gather(1, tokens[:, None]) > 0).all()
+            n_checked += 1
+    coins = torch.rand(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    law = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).expand(2000, -1)
+    assert torch.equal(ops.draw(law, coins), draw(law, coins))
+    short = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1e-30]])
+    assert ops.draw(short, torch.tensor([0.0, 0.7], dtype=torch.float64)).tolist() == [1, 2]
+    laws = torch.rand(500, 290, generator=torch.Generator().manual_seed(2)).pow(8)
+    laws[:, 100:128], laws[:, 250:] = 0.0, 0.0  # the ends of stretches
+    stretch = laws[:, :128].double().sum(1) / laws.double().sum(1)
+    for uniform in (torch.full((500,), 1 - 2**-53, dtype=torch.float64), stretch * (1 - 2**-53), stretch.clone()):
+        tokens = ops.draw(laws, uniform)  # where the last digit of a sum decides
+        assert (laws.gather(1, tokens[:, None]) > 0).all()
+    return n_checked + 3
+
+
 def check_operators() -> int:
     """Every operator under torch.library.opcheck: its schema, fake version and mutations are what they say."""
     from llama_fast.kernels import operators
@@ -227,6 +262,7 @@ CHECKS: dict[str, Callable[[], int]] = {
     "qkv": check_qkv,
     "attention": check_attention,
     "ends": check_ends,
+    "choosing": check_choosing,
     "operators": check_operators,
 }
 

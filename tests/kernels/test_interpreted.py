@@ -23,7 +23,7 @@ def unable() -> str:
 
 
 @pytest.mark.skipif(bool(unable()), reason=unable())
-@pytest.mark.parametrize("group", ["linear", "qkv", "attention", "ends", "operators", "step"])
+@pytest.mark.parametrize("group", ["linear", "qkv", "attention", "ends", "choosing", "operators", "step"])
 def test_kernels_agree_with_float64(group: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("interpreted.py")
