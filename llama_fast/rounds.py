@@ -228,16 +228,19 @@ class Rounds:
         self.joined, self.behind = True, False
 
     def rehearse(self, state: State) -> None:
-        """Run every shape on a copy: the first run compiles, the last, as most rounds are, is timed. Slots are written again."""
+        """Run every shape on a copy: the first runs compile, the last, as most rounds are, is timed. Slots are written again.
+
+        On a GPU the last is launched right behind another: after a wait the device would stand idle while the host launches.
+        """
         ahead = self.readback.depth and self.source.runs_ahead
         for k in (PLAIN, *self.ks):
-            for behind in (False, True, True) if ahead else (True, False, False):
+            for behind in (False, True, True, True) if ahead else (True, False, False):
                 copy = state.clone()
                 if k and not self.joined:
                     self.join(copy)
                 marks = self.run(copy, k, behind)[0]
-                if self.target.device.type == "cuda":
-                    torch.cuda.synchronize(self.target.device)
+            if self.target.device.type == "cuda":
+                torch.cuda.synchronize(self.target.device)
             self.measure(k, marks)
             self.measure(k, marks)
 

@@ -14,15 +14,17 @@ def _ordered(bits):
 
 
 @triton.jit
-def _kth_largest(x, K: tl.constexpr):
-    """The K-th largest of a vector of float32, equal ones counted apart: found bit by bit, by counting."""
+def _least_of_largest(x, K: tl.constexpr):
+    """A bound that the K largest of a vector of float32, and those equal to the least of them, reach: found bit by bit, by counting."""
     # int64, so that no candidate overflows; the least int32 is where the search begins
     key = _ordered(x.to(tl.int32, bitcast=True))
     found = tl.full([], -2147483648, tl.int64)
-    for bit in tl.range(32):
-        candidate = found + (tl.full([], 1, tl.int64) << (31 - bit))
-        count = tl.sum((key >= candidate.to(tl.int32)).to(tl.int32), 0)
-        found = tl.where(count >= K, candidate, found)
+    step = tl.full([], 2147483648, tl.int64)
+    count = K + 1
+    while (step > 0) & (count != K):
+        count = tl.sum((key >= (found + step).to(tl.int32)).to(tl.int32), 0)
+        found = tl.where(count >= K, found + step, found)
+        step = step // 2
     return _ordered(found.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
@@ -36,7 +38,7 @@ def _law(
     x = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
     x = tl.div_rn(x, tl.load(temperature))
     if TOP_K:
-        x = tl.where(x >= _kth_largest(x, TOP_K), x, float("-inf"))
+        x = tl.where(x >= _least_of_largest(x, TOP_K), x, float("-inf"))
     p = tl.exp(x - tl.max(x, 0))
     p = p / tl.sum(p, 0)
     if FLOORED:
