@@ -224,6 +224,7 @@ def prepare(
         climber.peak_memory_bytes = stored_bytes(runner.model) + cache_bytes + (draft.held_bytes if draft else 0)
     progress.say(f"{rung.name}: asking the oracle")
     climber.verdict = judge(runner, cache.length or None, *([draft] if draft else []))
+    progress.say(f"{rung.name}: {climber.verdict}")
     return climber
 
 

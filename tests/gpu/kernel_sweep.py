@@ -560,6 +560,8 @@ def several(rows: int, encoding: str) -> dict[str, list[Tile]]:
         (32, 512, 4, 3),
     ]
     dots = [Tile(r, c, w, stages=stages, slices=w, ahead=ahead) for r, c, w, stages in cuts for ahead in (0, 1)]
+    more = [(512, 2, 3, 2), (512, 4, 2, 3), (512, 4, 3, 3), (512, 4, 4, 2), (1024, 8, 1, 4), (1024, 8, 3, 2)]
+    dots += [Tile(16, c, w, stages=stages, slices=w, ahead=ahead) for c, w, stages, ahead in more]
     found = {name: [*dots] for name in SHAPES["7b"].matrices()}
     found["gated"] = [tile._replace(rows=tile.rows // 2) for tile in dots]
     if rows > 2 or encoding == "int8":  # int8 in registers, once for each row: 290 to 328 steps/s where dots give 353
@@ -579,6 +581,7 @@ def several(rows: int, encoding: str) -> dict[str, list[Tile]]:
 SEVERAL = ((2, "int8"), (5, "bf16"), (8, "bf16"), (8, "int8"), (2, "bf16"))
 """Rows and encodings of interest: a draft's first step of a round, checks of 4 and 7 proposals."""
 FEW_QUERIES = (
+    AttentionTile(128, 2, 128, 8, 1),
     AttentionTile(64, 4, 64, 4, 1),
     AttentionTile(64, 2, 64, 4, 2),
     AttentionTile(64, 8, 64, 4, 1),
