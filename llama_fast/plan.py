@@ -91,7 +91,7 @@ class Compiler(Protocol):
 
     @property
     def choosing(self) -> Choosing | None:
-        """Kernels that choose tokens, where a step is not compiled with its choice."""
+        """Kernels that choose tokens, of a compiler that has its own; None: `sampling` as it is written, compiled or not."""
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         """The two functions, compiled or not; a compiler may instead compile the model's blocks in place of the whole."""

@@ -230,7 +230,8 @@ class Rounds:
     def rehearse(self, state: State) -> None:
         """Run every shape on a copy: the first runs compile, the last, as most rounds are, is timed. Slots are written again.
 
-        On a GPU the last is launched right behind another: after a wait the device would stand idle while the host launches.
+        A plain step, and a round of a source that runs ahead, is launched right behind another, as it will be: after a wait the
+        device would stand idle while the host launches, and seem slower.
         """
         ahead = self.readback.depth and self.source.runs_ahead
         for k in (PLAIN, *self.ks):
@@ -238,11 +239,17 @@ class Rounds:
                 copy = state.clone()
                 if k and not self.joined:
                     self.join(copy)
+                if k and not ahead:
+                    self.wait()
                 marks = self.run(copy, k, behind)[0]
-            if self.target.device.type == "cuda":
-                torch.cuda.synchronize(self.target.device)
+            self.wait()
             self.measure(k, marks)
             self.measure(k, marks)
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
 
     def next_k(self) -> int:
         """The next round's k, from what is known now; 0 is a plain step. A draft that stops does not start again."""

@@ -74,7 +74,8 @@ def verify(
     )
     try:
         progress("sampling, text")
-        certificate.parts["sampling"] = judge_sampling(FastSampler(device, plan.compiler.choosing), device)
+        kernels = plan.compiler.choosing if device.type == "cuda" else None  # elsewhere such a plan cannot be built
+        certificate.parts["sampling"] = judge_sampling(FastSampler(device, kernels), device)
         if extras.tokenizer is not None:
             certificate.parts["text"] = judge_text(extras.tokenizer, checkpoint, extras.witness)
         for of_type in dict.fromkeys((torch.float32, dtype)):

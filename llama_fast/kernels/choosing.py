@@ -14,10 +14,10 @@ def _ordered(bits):
 
 
 @triton.jit
-def _least_of_largest(x, K: tl.constexpr):
-    """A bound that the K largest of a vector of float32, and those equal to the least of them, reach: found bit by bit, by counting."""
+def _bound_of_largest(x, K: tl.constexpr):
+    """A bound that the K largest of a vector of float32 reach, and those equal to the least of them: found bit by bit, by counting."""
+    key = _ordered(tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True))  # one zero, as for comparisons
     # int64, so that no candidate overflows; the least int32 is where the search begins
-    key = _ordered(x.to(tl.int32, bitcast=True))
     found = tl.full([], -2147483648, tl.int64)
     step = tl.full([], 2147483648, tl.int64)
     count = K + 1
@@ -38,7 +38,7 @@ def _law(
     x = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
     x = tl.div_rn(x, tl.load(temperature))
     if TOP_K:
-        x = tl.where(x >= _least_of_largest(x, TOP_K), x, float("-inf"))
+        x = tl.where((x >= _bound_of_largest(x, TOP_K)) | (x != x), x, float("-inf"))  # what is no number stays seen
     p = tl.exp(x - tl.max(x, 0))
     p = p / tl.sum(p, 0)
     if FLOORED:
@@ -49,18 +49,21 @@ def _law(
 
 @triton.jit
 def _draw(p, uniform, out, V: tl.constexpr, BV: tl.constexpr, E: tl.constexpr):
-    """Grid (M,): where the cumulative sum, in float64, passes uniform times the total. First among stretches of E tokens, then in one."""
+    """Grid (M,): the first token at which the cumulative sum, in float64, passes uniform times the total, and its own p is not 0.
+
+    First among stretches of E tokens, then within one. Where rounding lets no sum pass, the last that has any weight.
+    """
     row = tl.program_id(0).to(tl.int64)
     stretch = tl.arange(0, BV // E)
     e = tl.arange(0, E)
     at = stretch[:, None] * E + e[None, :]
-    law = tl.load(p + row * V + at, mask=at < V, other=0)
-    ends = tl.cumsum(tl.sum(law.to(tl.float64), 1), 0)
+    mass = tl.sum(tl.load(p + row * V + at, mask=at < V, other=0).to(tl.float64), 1)
+    ends = tl.cumsum(mass, 0)
     passed = tl.load(uniform + row) * tl.max(ends, 0)
-    last = tl.max(tl.max(tl.where(law > 0, at, 0), 1), 0)
-    here = tl.minimum(tl.sum((ends <= passed).to(tl.int32), 0), last // E)
-    inside = tl.load(p + row * V + here * E + e, mask=here * E + e < V, other=0)
-    sums = tl.sum(tl.where(stretch == here - 1, ends, 0.0), 0) + tl.cumsum(inside.to(tl.float64), 0)
-    token = here * E + tl.sum((sums <= passed).to(tl.int32), 0)
-    # Rounding alone can pass the whole stretch; never a token of probability 0.
-    tl.store(out + row, tl.minimum(token, here * E + tl.max(tl.where(inside > 0, e, 0), 0)).to(tl.int64))
+    last = tl.max(tl.where(mass > 0, stretch, 0), 0)
+    here = tl.minimum(tl.min(tl.where((mass > 0) & (ends > passed), stretch, BV), 0), last)
+    inside = tl.load(p + row * V + here * E + e, mask=here * E + e < V, other=0).to(tl.float64)
+    sums = tl.sum(tl.where(stretch == here - 1, ends, 0.0), 0) + tl.cumsum(inside, 0)
+    token = tl.min(tl.where((inside > 0) & (sums > passed), e, E), 0)
+    token = tl.minimum(token, tl.max(tl.where(inside > 0, e, 0), 0))
+    tl.store(out + row, (here * E + token).to(tl.int64))

@@ -1,7 +1,6 @@
-"""The kernels as functions of tensors, and as operators `torch.ops.llama_fast.*` that torch.compile takes whole.
+"""The kernels as functions of tensors. `operators` makes of those in a step `torch.ops.llama_fast.*`, which torch.compile takes whole.
 
-Registered with `torch.library.custom_op`, not `triton_op`: a launch with PDL is not something inductor can rewrite, and there
-is nothing left to fuse. No function synchronises with the host; each allocates its result and nothing else.
+No function synchronises with the host; each allocates its result and nothing else.
 """
 
 import functools
@@ -304,7 +303,7 @@ def argmax(
 
 
 def law(logits: Tensor, temperature: Tensor, top_k: int | None = None, min_p: Tensor | None = None) -> Tensor:
-    """The distribution that tokens are drawn from, as `sampling.Chooser.probabilities` has it. logits [M, V]; float32 [M, V]."""
+    """The distribution that tokens are drawn from: `sampling.Chooser.probabilities` but for top_p. logits [M, V]; float32 [M, V]."""
     rows, vocab = logits.shape
     if vocab > MOST_VOCABULARY:
         raise ValueError(f"a vocabulary of {vocab}: this kernel takes up to {MOST_VOCABULARY}")

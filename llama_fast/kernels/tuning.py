@@ -90,7 +90,7 @@ MOST_SPLITS = 16
 MANY_ROWS = 8192
 """Weight rows of which 16 at a time make three programs or more for each multiprocessor."""
 LONG_ROW = 4096
-"""Columns of which a program's registers hold most, or all, before the wait."""
+"""Columns: of so many, or fewer, a program loads most before the wait, in bf16 three loads of 512 and in int8 all."""
 
 
 def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, of_activations: int = 2) -> Tile:
@@ -116,7 +116,8 @@ def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
 
 
 def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: int = 2) -> Tile:
-    """16 weight rows a program. Where that makes few programs, each has more warps and more loads under way, before the wait too.
+    """16 weight rows a program. Where that makes few programs, each has more warps and more loads under way; there, and for q k v,
+    some go before the wait.
 
     Stages hold weights and activations in shared memory: at most 99 KB, as every GPU since Ampere has.
     """
@@ -137,16 +138,18 @@ def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: 
     return Tile(rows, columns, warps=slices, stages=stages, slices=slices, ahead=ahead)
 
 
-def attention_tile(pairs: int, rows: int, slots: int, key_bytes: int = 256) -> AttentionTile:
-    """For `pairs` = batch x key/value heads, `rows` = query heads x tokens of each, and a cache of `slots` keys.
+def attention_tile(pairs: int, rows: int, slots: int, key_bytes: int) -> AttentionTile:
+    """For `pairs` = batch x key/value heads, `rows` = query heads x tokens of each, a cache of `slots` keys of `key_bytes` each,
+    padded to a power of two. Keys and values of a step, and of those loaded ahead, share at most 64 KB.
 
     In a short cache latency counts, in a long one loads in flight: some 256 programs, each loading ahead.
     """
     if slots <= SHORT_CACHE_SLOTS and rows > 1:
-        at_once = 128 if key_bytes <= 256 else 64  # shared memory
+        at_once = max(16, min(128, 32_768 // key_bytes))
         return AttentionTile(at_once, max(2, min(8, 64 // pairs)), at_once, 8, 1)
-    if slots <= VERY_SHORT_CACHE_SLOTS:
+    if slots <= VERY_SHORT_CACHE_SLOTS or (slots <= SHORT_CACHE_SLOTS and key_bytes > 512):
         return AttentionTile(32, 8, 32, 2, 1, vector=True)
     if slots <= SHORT_CACHE_SLOTS:
         return AttentionTile(64, 8, 64, 4, 1)
-    return AttentionTile(64, max(4, min(MOST_SPLITS, next_power_of_2(256 // pairs))), 64, 4, 2)
+    at_once = max(16, min(64, 16_384 // key_bytes))
+    return AttentionTile(at_once, max(4, min(MOST_SPLITS, next_power_of_2(256 // pairs))), 64, 4, 2)

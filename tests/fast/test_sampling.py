@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from llama_fast.build import build
+from llama_fast.plan import Eager, Plan
 from llama_fast.sampling import MASK_32, Chooser, Sampling, draw, keep_nucleus, philox, uniform
+from llama_ref.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 
@@ -74,6 +80,50 @@ def test_draw_hits_each_token_in_proportion(weights: list[float], points: int) -
     counts = torch.bincount(tokens, minlength=len(p))
     assert ((counts - points * p).abs() <= 1 + 1e-9).all()
     assert (p[tokens] > 0).all()
+
+
+class Recording:
+    """Kernels that only tell who asked."""
+
+    MOST_VOCABULARY = 8
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def law(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
+        floor = None if min_p is None else float(min_p)
+        self.asked.append(f"law {float(temperature):.1f} {top_k} {floor}")
+        return torch.nn.functional.one_hot(logits.argmin(-1), logits.shape[-1]).float()
+
+    def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
+        self.asked.append("draw")
+        return p.argmax(-1)
+
+
+def test_kernels_choose_where_they_can() -> None:
+    """Not behind a nucleus, not above their vocabulary; a plan's runner hands them to its choosers."""
+
+    def chosen(sampling: Sampling, vocab: int) -> tuple[list[int], list[str]]:
+        choose, kernels = Chooser(sampling, [1, 2], CPU), Recording()
+        choose.kernels = kernels
+        logits_BV = torch.tensor([[5.0, 1.0, -40.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], [-40.0, 1.0, 2.0, 60.0, *[1.0] * 5]])
+        return choose(logits_BV[:, :vocab], torch.tensor([4, 9])).tolist(), kernels.asked
+
+    assert chosen(Sampling(0.7, top_k=3, min_p=0.5), 8) == ([2, 0], ["law 0.7 3 0.5", "draw"])
+    assert chosen(Sampling(0.7), 4) == ([2, 0], ["law 0.7 None None", "draw"])
+    assert chosen(Sampling(0.1, top_p=0.5), 8) == ([0, 3], ["draw"])
+    assert chosen(Sampling(0.1), 9) == ([0, 3], [])
+    assert chosen(Sampling(0.0), 8) == ([0, 3], [])
+
+
+def test_a_plan_with_kernels_hands_them_to_its_choosers(untied: Checkpoint) -> None:
+    @dataclass(frozen=True)
+    class Having(Eager):
+        choosing = Recording()  # type: ignore[assignment]
+
+    for compiler, kernels in ((Eager(), None), (Having(), Having.choosing)):
+        runner = build(untied, Plan(compiler=compiler), "cpu")
+        assert runner.prepared(Chooser(Sampling(0.7), [1], CPU), 9).kernels is kernels
 
 
 def test_draw_never_gives_a_token_of_probability_zero() -> None:

@@ -33,7 +33,7 @@ def runner(plan: Plan) -> Any:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("sampling", [Sampling(), FULL], ids=["greedy", "everything"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 50), FULL], ids=["greedy", "sampled", "everything"])
 def test_no_step_waits_for_the_device(plan: str, sampling: Sampling) -> None:
     built, rows = runner(PLANS[plan]), [random_row(1003, 9, 1), random_row(1003, 5, 2)]
     cache = built.allocate(2, 128)

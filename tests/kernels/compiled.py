@@ -81,19 +81,20 @@ def main() -> None:
             ops.gate(torch.randn(24, 384).bfloat16())
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
-            for dtype, k in itertools.product(
-                (torch.bfloat16, torch.float32), (2048, 8192)
-            ):  # the rule's tiles for large matrices
+            # the rule's tiles for large matrices
+            for dtype, k in itertools.product((torch.bfloat16, torch.float32), (2048, 8192)):
                 eight, large = torch.randn(8, k).to(dtype), torch.ones(2048, k)
                 ops.linear(eight, large.to(dtype), None)
                 ops.linear(eight, large.to(torch.int8), torch.ones(2048, 1, dtype=dtype))
-            logits = torch.zeros(3, 32000)
-            for top_k, min_p in ((None, None), (200, logits[0])):
-                ops.draw(ops.law(logits, logits[0], top_k, min_p), torch.zeros(3, dtype=torch.float64))
-            for dtype in (torch.bfloat16, torch.float32):  # and for attention of several rows
-                keys = torch.zeros(1, 2, 512, 128, dtype=dtype)
-                scratch = ops.AttentionScratch.of(8, 8, 2, 128, keys.device)
-                ops.attention(torch.zeros(8, 1024, dtype=dtype), keys, keys.clone(), start_B, scratch)
+            number = torch.tensor(0.5)
+            for top_k, min_p in ((None, None), (200, number)):
+                ops.draw(ops.law(torch.zeros(3, 32000), number, top_k, min_p), torch.zeros(3, dtype=torch.float64))
+            # and for attention: of one row and of eight, narrow keys and wide, in caches short and long
+            for dtype, width, slots in itertools.product((torch.bfloat16, torch.float32), (128, 256), (512, 4096)):
+                keys, heads = torch.zeros(1, 1, slots, width, dtype=dtype), 4 if (width, slots) == (128, 512) else 1
+                scratch = ops.AttentionScratch.of(8, heads, 1, width, keys.device)
+                for T in (1, 8):
+                    ops.attention(torch.zeros(T, heads * width, dtype=dtype), keys, keys.clone(), start_B, scratch)
             for tile in (tuning.Tile(4, 128, 4, 2, vector=True), tuning.Tile(16, 64, 1, ahead=1)):
                 ops.linear(two, weight, scale, gain=two[0], eps=1e-5, tile=tile)
         after = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]

@@ -215,6 +215,18 @@ def check_choosing() -> int:
             assert torch.equal(tokens, draw(want, uniform)), f"draw {vocab} {sampling} {u}: {tokens}"
             assert (want.gather(1, tokens[:, None]) > 0).all()
             n_checked += 1
+    signed = torch.tensor(
+        [[3.0, 2.0, 1.0, -0.0, -0.0, -1.0, -2.0, -5.0], [0.0, 0.0, 0.0, -0.0, -1.0, -1.0, -2.0, -3.0]]
+    )
+    assert ((ops.law(signed, torch.tensor(1.0), 3) > 0).sum(1) == torch.tensor([3, 4])).all(), (
+        "zeros of both signs are equal"
+    )
+    broken = torch.tensor([[3.0, 2.0, NAN, 0.5, 0.1]])
+    assert ops.law(broken, torch.tensor(1.0), 3).isnan().all(), "a broken model must not look well"
+    tail = torch.full((299, 300), 1e-8)  # of which float32 sums beside 1 would lose every one
+    tail[:, 0] = 1.0
+    at = torch.arange(1, 300).double()
+    assert torch.equal(ops.draw(tail, (1 + (at - 0.5) * float(tail[0, 1])) / tail[0].double().sum()), at.long())
     coins = torch.rand(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     law = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).expand(2000, -1)
     assert torch.equal(ops.draw(law, coins), draw(law, coins))
@@ -226,7 +238,8 @@ def check_choosing() -> int:
     for uniform in (torch.full((500,), 1 - 2**-53, dtype=torch.float64), stretch * (1 - 2**-53), stretch.clone()):
         tokens = ops.draw(laws, uniform)  # where the last digit of a sum decides
         assert (laws.gather(1, tokens[:, None]) > 0).all()
-    return n_checked + 3
+    assert torch.equal(ops.draw(laws, coins[:500]), draw(laws, coins[:500])), "a law need not sum to 1"
+    return n_checked + 7
 
 
 def check_operators() -> int:
