@@ -90,8 +90,11 @@ def main() -> None:
             for top_k, min_p in ((None, None), (200, number)):
                 ops.draw(ops.law(torch.zeros(3, 32000), number, top_k, min_p), torch.zeros(3, dtype=torch.float64))
             # and for attention: of one row and of eight, narrow keys and wide, in caches short and long
-            for dtype, width, slots in itertools.product((torch.bfloat16, torch.float32), (128, 256), (512, 4096)):
-                keys, heads = torch.zeros(1, 1, slots, width, dtype=dtype), 4 if (width, slots) == (128, 512) else 1
+            wide, narrow = torch.float32, torch.bfloat16
+            for dtype, width, slots, heads in (
+                (narrow, 128, 4096, 1), (narrow, 256, 512, 1), (wide, 128, 512, 4), (wide, 256, 512, 1), (wide, 256, 4096, 1),
+            ):  # fmt: skip
+                keys = torch.zeros(1, 1, slots, width, dtype=dtype)
                 scratch = ops.AttentionScratch.of(8, heads, 1, width, keys.device)
                 for T in (1, 8):
                     ops.attention(torch.zeros(T, heads * width, dtype=dtype), keys, keys.clone(), start_B, scratch)

@@ -209,7 +209,7 @@ def check_choosing() -> int:
         assert torch.equal(got > 0, want > 0), f"law {vocab} {sampling}: other tokens are kept"
         assert (got - want).abs().max() <= 1e-6, f"law {vocab} {sampling}: {(got - want).abs().max():.1e}"
         n_checked += 1
-        for u in (0.0, 1e-12, 0.3, 0.5, 0.99, 1 - 2**-53):
+        for u in (0.0, 0.3, 1 - 2**-53):
             uniform = torch.tensor([u, 1 - u if u else 0.25, u, u], dtype=torch.float64)
             tokens = ops.draw(want, uniform)
             assert torch.equal(tokens, draw(want, uniform)), f"draw {vocab} {sampling} {u}: {tokens}"
@@ -223,22 +223,24 @@ def check_choosing() -> int:
     )
     broken = torch.tensor([[3.0, 2.0, NAN, 0.5, 0.1]])
     assert ops.law(broken, torch.tensor(1.0), 3).isnan().all(), "a broken model must not look well"
-    tail = torch.full((299, 300), 1e-8)  # of which float32 sums beside 1 would lose every one
+    tail = torch.full((60, 300), 1e-8)  # of which float32 sums beside 1 would lose every one
     tail[:, 0] = 1.0
-    at = torch.arange(1, 300).double()
+    at = torch.arange(1, 300, 5).double()
     assert torch.equal(ops.draw(tail, (1 + (at - 0.5) * float(tail[0, 1])) / tail[0].double().sum()), at.long())
-    coins = torch.rand(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    law = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).expand(2000, -1)
+    coins = torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    law = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).expand(200, -1)
     assert torch.equal(ops.draw(law, coins), draw(law, coins))
+    quarter = torch.tensor([[0.25, 0.25, 0.5]] * 3)
+    assert ops.draw(quarter, torch.tensor([0.0, 0.25, 0.5], dtype=torch.float64)).tolist() == [0, 1, 2]
     short = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1e-30]])
     assert ops.draw(short, torch.tensor([0.0, 0.7], dtype=torch.float64)).tolist() == [1, 2]
-    laws = torch.rand(500, 290, generator=torch.Generator().manual_seed(2)).pow(8)
+    laws = torch.rand(100, 290, generator=torch.Generator().manual_seed(2)).pow(8)
     laws[:, 100:128], laws[:, 250:] = 0.0, 0.0  # the ends of stretches
     stretch = laws[:, :128].double().sum(1) / laws.double().sum(1)
-    for uniform in (torch.full((500,), 1 - 2**-53, dtype=torch.float64), stretch * (1 - 2**-53), stretch.clone()):
+    for uniform in (torch.full((100,), 1 - 2**-53, dtype=torch.float64), stretch * (1 - 2**-53), stretch.clone()):
         tokens = ops.draw(laws, uniform)  # where the last digit of a sum decides
         assert (laws.gather(1, tokens[:, None]) > 0).all()
-    assert torch.equal(ops.draw(laws, coins[:500]), draw(laws, coins[:500])), "a law need not sum to 1"
+    assert torch.equal(ops.draw(laws, coins[:100]), draw(laws, coins[:100])), "a law need not sum to 1"
     return n_checked + 7
 
 
