@@ -302,14 +302,20 @@ def argmax(
     return out
 
 
+def padded_vocabulary(vocab: int) -> int:
+    """What one program holds of a row of logits; ValueError for more than it can."""
+    if vocab > MOST_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab}: this kernel takes up to {MOST_VOCABULARY}")
+    return next_power_of_2(vocab)
+
+
 def law(logits: Tensor, temperature: Tensor, top_k: int | None = None, min_p: Tensor | None = None) -> Tensor:
     """The distribution that tokens are drawn from: `sampling.Chooser.probabilities` but for top_p. logits [M, V]; float32 [M, V]."""
     rows, vocab = logits.shape
-    if vocab > MOST_VOCABULARY:
-        raise ValueError(f"a vocabulary of {vocab}: this kernel takes up to {MOST_VOCABULARY}")
+    wide = padded_vocabulary(vocab)
     out = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)
     launch(_law, (rows,))(
-        logits.contiguous(), temperature, temperature if min_p is None else min_p, out, V=vocab, BV=next_power_of_2(vocab),
+        logits.contiguous(), temperature, temperature if min_p is None else min_p, out, V=vocab, BV=wide,
         TOP_K=top_k if top_k is not None and top_k < vocab else 0, FLOORED=min_p is not None, num_warps=32,
     )  # fmt: skip
     return out
@@ -318,8 +324,7 @@ def law(logits: Tensor, temperature: Tensor, top_k: int | None = None, min_p: Te
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
     """The tokens [M] at which the cumulative sums of p [M, V] pass `uniform` [M], float64 in [0, 1), times their totals."""
     rows, vocab = p.shape
-    if vocab > MOST_VOCABULARY:
-        raise ValueError(f"a vocabulary of {vocab}: this kernel takes up to {MOST_VOCABULARY}")
-    out, wide = torch.empty(rows, dtype=torch.int64, device=p.device), next_power_of_2(vocab)
+    wide = padded_vocabulary(vocab)
+    out = torch.empty(rows, dtype=torch.int64, device=p.device)
     launch(_draw, (rows,))(p.contiguous(), uniform.contiguous(), out, V=vocab, BV=wide, E=min(128, wide), num_warps=32)
     return out

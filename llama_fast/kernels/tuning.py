@@ -144,12 +144,12 @@ def attention_tile(pairs: int, rows: int, slots: int, key_bytes: int) -> Attenti
 
     In a short cache latency counts, in a long one loads in flight: some 256 programs, each loading ahead.
     """
-    if slots <= SHORT_CACHE_SLOTS and rows > 1:
+    if slots > SHORT_CACHE_SLOTS:
+        at_once = max(16, min(64, 16_384 // key_bytes))
+        return AttentionTile(at_once, max(4, min(MOST_SPLITS, next_power_of_2(256 // pairs))), 64, 4, 2)
+    if rows > 1:
         at_once = max(16, min(128, 32_768 // key_bytes))
         return AttentionTile(at_once, max(2, min(8, 64 // pairs)), at_once, 8, 1)
-    if slots <= VERY_SHORT_CACHE_SLOTS or (slots <= SHORT_CACHE_SLOTS and key_bytes > 512):
+    if slots <= VERY_SHORT_CACHE_SLOTS or key_bytes > 512:
         return AttentionTile(32, 8, 32, 2, 1, vector=True)
-    if slots <= SHORT_CACHE_SLOTS:
-        return AttentionTile(64, 8, 64, 4, 1)
-    at_once = max(16, min(64, 16_384 // key_bytes))
-    return AttentionTile(at_once, max(4, min(MOST_SPLITS, next_power_of_2(256 // pairs))), 64, 4, 2)
+    return AttentionTile(64, 8, 64, 4, 1)

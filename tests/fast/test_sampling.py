@@ -101,7 +101,7 @@ class Recording:
 
 
 def test_kernels_choose_where_they_can() -> None:
-    """Not behind a nucleus, not above their vocabulary; a plan's runner hands them to its choosers."""
+    """A law not behind a nucleus, nothing above their vocabulary."""
 
     def chosen(sampling: Sampling, vocab: int) -> tuple[list[int], list[str]]:
         choose, kernels = Chooser(sampling, [1, 2], CPU), Recording()
