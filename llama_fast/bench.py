@@ -24,7 +24,7 @@ from llama_fast.build import Runner, build
 from llama_fast.generate import Generation, generate
 from llama_fast.optimisations.speculative import Draft
 from llama_fast.plan import KVCache, Plan
-from llama_fast.profiling import StepTimes, profile_decoding
+from llama_fast.profiling import Decoder, StepTimes, profile_decoding
 from llama_fast.roofline import (
     DATASHEET_GB_PER_S,
     GB,
@@ -158,8 +158,8 @@ def bench(
     times: dict[str, StepTimes] = {}
     if trace is not None:
         progress.say("profiling")
-        runs = [(climber.rung.name, climber.runner, kept_cache(climber, prompt, new_tokens)) for climber in climbers]
-        times = profile_decoding(runs, prompt, trace, steps=min(8, new_tokens // 2))
+        decoders = [Decoder(c.rung.name, c.runner, kept_cache(c, prompt, new_tokens), c.draft) for c in climbers]
+        times = profile_decoding(decoders, prompt, trace, new_tokens)
     resident_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     if device.type == "cpu":  # its memory is often shared with others, and what it gives drifts
         progress.say("measuring the read bandwidth again")

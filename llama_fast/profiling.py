@@ -21,9 +21,14 @@ from llama_fast.bandwidth import synchronize
 from llama_fast.build import Runner
 from llama_fast.generate import stream
 from llama_fast.plan import KVCache
+from llama_fast.sampling import Sampling
+from llama_fast.speculation import Speculation
 
 WAITS_FOR_HOST_US = 10.0
 """A longer time without a kernel is not the gap between two launches: the host was late."""
+
+PROFILED, PROFILED_IN_ROUNDS = 8, 32
+"""Tokens: a step is as another, but rounds of speculation differ."""
 
 ATTENTION = re.compile(r"sdpa|flash|fmha|_attend|attention|softmax", re.IGNORECASE)
 PRODUCTS = re.compile(
@@ -31,7 +36,7 @@ PRODUCTS = re.compile(
     r"|aten::(linear|addmm|mm|mv|bmm|matmul)",
     re.IGNORECASE,
 )
-GENERATED = re.compile(r"CompiledFxGraph|Torch-Compiled|cpp_fused")
+GENERATED = re.compile(r"CompiledFxGraph|Torch-Compiled|cpp_fused|^triton_")
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Span:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """One decode step, us. `gaps` and `host` are time without a kernel; both 0 on a CPU, where `generated` is what a
-    compiler wrote, products and all."""
+    """One token, us. `generated` is what a compiler wrote, products and all. `gaps` and `host` are time without a kernel;
+    both 0 on a CPU."""
 
     total: float
     products: float
@@ -91,41 +96,68 @@ def account(window: Span, spans: Iterable[Span], steps: int) -> StepTimes:
     return StepTimes(total / steps, **{name: value / steps for name, value in sums.items()})
 
 
-def profile_decoding(
-    runs: Sequence[tuple[str, Runner, KVCache | None]], prompt: Sequence[int], trace: Path, steps: int = 16
-) -> dict[str, StepTimes]:
-    """Decode `steps` tokens with every runner under the profiler, write one Chrome trace of it all, and account for each.
+@dataclass(frozen=True)
+class Decoder:
+    """What is to be profiled: a runner with its cache (None: a new one), alone or with somebody who proposes."""
 
-    A rung's steps stand in the trace under its name. Raises OSError where `trace` cannot be written.
+    name: str
+    runner: Runner
+    cache: KVCache | None = None
+    draft: Speculation | None = None
+
+
+def profile_decoding(
+    decoders: Sequence[Decoder], prompt: Sequence[int], trace: Path, new_tokens: int = 64
+) -> dict[str, StepTimes]:
+    """Decode some tokens, half of `new_tokens` at most, with each under the profiler, write one Chrome trace, account for each.
+
+    A rung's tokens stand in the trace under its name. Raises OSError where `trace` cannot be written.
     """
     trace.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(trace.parent, os.W_OK) or trace.is_dir():
         raise OSError(f"cannot write the trace {trace}")
-    on_gpu = runs[0][1].device.type == "cuda"
+    on_gpu = decoders[0].runner.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
-        for name, runner, cache in runs:
-            tokens = stream(runner, [prompt], 2 * steps, cache=cache)
-            next(tokens)  # the prefill; on a GPU a few tokens more are on their way
-            synchronize(runner.device)
-            with record_function(f"decode: {name}"):
-                for _ in range(steps):
-                    next(tokens)
-                synchronize(runner.device)
+        decoded = {decoder.name: decode_some(decoder, prompt, new_tokens) for decoder in decoders}
     profiler.export_chrome_trace(str(trace))
     events = list(profiler.events() or [])
-    return {name: step_times(events, f"decode: {name}", steps, on_gpu) for name, _, _ in runs}
+    return {name: step_times(events, label(name), tokens, on_gpu) for name, tokens in decoded.items()}
 
 
-def step_times(events: Sequence[Any], label: str, steps: int, on_gpu: bool) -> StepTimes:
-    """The account of the steps that the profiler recorded under `label`."""
-    own = [e for e in events if e.name == label and e.device_type == DeviceType.CPU]
-    assert len(own) == 1, f"{len(own)} records of {label!r}"
-    window = Span(label, own[0].time_range.start, own[0].time_range.end)
+def label(name: str) -> str:
+    return f"decode: {name}"
+
+
+def decode_some(decoder: Decoder, prompt: Sequence[int], new_tokens: int) -> int:
+    """Decode under a label. Returns the tokens that were decoded there: of rounds of speculation all that they brought.
+
+    What is on its way to the device when the label begins is made up for by what is when it ends.
+    """
+    runner, draft = decoder.runner, decoder.draft
+    session = draft.begin(runner, [prompt], new_tokens, Sampling(), (), decoder.cache) if draft else None
+    tokens = session.steps() if session else stream(runner, [prompt], new_tokens, cache=decoder.cache)
+    wanted = min(PROFILED_IN_ROUNDS if draft else PROFILED, new_tokens // 2)
+    for _ in range(min(2, new_tokens - wanted)):  # the prefill and a step: from here on always as much is on its way
+        next(tokens)
+    before = session.statistics.decoded if session else 0
+    synchronize(runner.device)
+    with record_function(label(decoder.name)):
+        for _ in range(wanted):
+            next(tokens)
+        synchronize(runner.device)
+    return max(1, session.statistics.decoded - before) if session else wanted
+
+
+def step_times(events: Sequence[Any], under: str, steps: int, on_gpu: bool) -> StepTimes:
+    """The account of the steps that the profiler recorded under a label."""
+    own = [e for e in events if e.name == under and e.device_type == DeviceType.CPU]
+    assert len(own) == 1, f"{len(own)} records of {under!r}"
+    window = Span(under, own[0].time_range.start, own[0].time_range.end)
     if on_gpu:
         device = DeviceType.CUDA
         spans = [Span(e.name, e.time_range.start, e.time_range.end) for e in events if e.device_type == device]
-        return account(window, (s for s in spans if not s.name.startswith("decode: ")), steps)
+        return account(window, (s for s in spans if not s.name.startswith(label(""))), steps)
     sums = {"products": 0.0, "attention": 0.0, "generated": 0.0, "other": 0.0}
     inside = [e for e in events if window.start <= e.time_range.start and e.time_range.end <= window.end]
     for event in inside:

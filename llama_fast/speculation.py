@@ -43,6 +43,11 @@ class Statistics:
         return self.accepted / self.tried if self.tried else 0.0
 
     @property
+    def decoded(self) -> int:
+        """Tokens of rounds and plain steps, at batch 1."""
+        return self.emitted + self.plain_steps
+
+    @property
     def tokens_per_round(self) -> float:
         return self.emitted / self.rounds if self.rounds else 0.0
 
