@@ -13,18 +13,18 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from llama_fast.bandwidth import read_bandwidth_gb_per_s, synchronize
-from llama_fast.build import Runner, build
+from llama_fast.build import Runner, build, rebuild
 from llama_fast.generate import Generation, generate
 from llama_fast.optimisations.speculative import Draft
 from llama_fast.plan import KVCache, Plan
-from llama_fast.profiling import Decoder, StepTimes, profile_decoding
+from llama_fast.profiling import Decoder, StepTimes, check_trace, profile_decoding
 from llama_fast.roofline import (
     DATASHEET_GB_PER_S,
     GB,
@@ -110,6 +110,8 @@ class Ladder:
     datasheet_bandwidth_gb_per_s: float | None
     resident_memory_gb: float
     rungs: list[RungResult]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why a rung that was asked for is not there: it did not fit into the memory, or does not divide over the ranks."""
 
     def as_json(self) -> dict[str, Any]:
         """The content of `ladder.json`."""
@@ -142,21 +144,35 @@ def bench(
     new_tokens: int = 200,
     trace: Path | None = None,
 ) -> Ladder:
-    """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model.
+    """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model, or no rung
+    fits the GPU.
 
-    With `trace`, some tokens of every rung are decoded once more under a profiler that writes there.
+    With `trace`, some tokens of every rung are decoded once more under a profiler that writes there; OSError if it cannot.
     """
+    if trace is not None:
+        check_trace(trace)
     progress.say("measuring the read bandwidth")
     bandwidth = read_bandwidth_gb_per_s(device)
     builder = Builder(checkpoint, device)
-    climbers = [prepare(builder, rung, prompt, new_tokens, judge, progress) for rung in rungs]
+    climbers: list[Climber] = []
+    left_out: dict[str, str] = {}
+    for rung in rungs:
+        known = len(builder.built)
+        try:
+            climbers.append(prepare(builder, rung, prompt, new_tokens, judge, progress))
+        except torch.OutOfMemoryError:
+            left_out[rung.name] = "does not fit into the GPU's memory beside the rungs before it"
+            progress.say(f"{rung.name}: left out, {left_out[rung.name]}")
+            del builder.built[known:]
+    if rungs and not climbers:
+        raise ValueError(f"{model}: no rung fits into the memory of {device_name(device)}")
     for round_number in range(samples):
         for climber in climbers:
             progress.say(f"sample {round_number + 1} of {samples}: {climber.rung.name}")
             climber.samples.append(sample(climber, prompt, new_tokens))
             progress.sample(climber.rung.name, climber.samples[-1].tokens_per_second)
     times: dict[str, StepTimes] = {}
-    if trace is not None:
+    if trace is not None and climbers:
         progress.say("profiling")
         decoders = [Decoder(c.rung.name, c.runner, kept_cache(c, prompt, new_tokens), c.draft) for c in climbers]
         times = profile_decoding(decoders, prompt, trace, new_tokens)
@@ -176,11 +192,13 @@ def bench(
         datasheet_bandwidth_gb_per_s=DATASHEET_GB_PER_S.get(device_name(device)),
         resident_memory_gb=resident_gb,
         rungs=[result(climber, prompt, new_tokens, bandwidth, times.get(climber.rung.name)) for climber in climbers],
+        left_out=left_out,
     )
 
 
 class Builder:
-    """Builds a plan once, however many rungs stand on it: a rung that speculates uses the models of two others."""
+    """Builds a plan once, and weights once, however many rungs stand on them: a rung that speculates uses those of two others,
+    and the ladder of a 7B fits a GPU of 40 GB."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
@@ -190,6 +208,10 @@ class Builder:
         for runner in self.built:
             if (runner.plan, runner.dtype) == (plan, dtype):
                 return runner
+        for runner in self.built:
+            if (replace(runner.plan, cache=plan.cache, compiler=plan.compiler), runner.dtype) == (plan, dtype):
+                self.built.append(rebuild(runner, plan))
+                return self.built[-1]
         self.built.append(build(self.checkpoint, plan, self.device, dtype))
         return self.built[-1]
 
@@ -198,8 +220,8 @@ def prepare(
     builder: Builder, rung: Rung, prompt: Sequence[int], new_tokens: int, judge: Judge, progress: Progress
 ) -> Climber:
     """Build a rung, compile it by a first generation, measure its memory alone, have it judged."""
-    gc.collect()
-    device, before = builder.device, [*builder.built]
+    gc.collect()  # also what an attempt that did not fit has left
+    device, before = builder.device, [runner.model for runner in builder.built]
     held = device_bytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -208,7 +230,7 @@ def prepare(
     runner = builder(plan, rung.dtype(device))
     draft = Draft(builder(small, rung.dtype(device))) if small is not None else None
     mine = [runner, *([draft.runner] if draft else [])]
-    shared_bytes = sum(stored_bytes(used.model) for used in mine if any(used is known for known in before))
+    shared_bytes = sum(stored_bytes(used.model) for used in mine if any(used.model is known for known in before))
     length = len(prompt) + new_tokens + (draft.slack if draft is not None else 0)
     cache = runner.allocate(1, length)
     climber = Climber(rung, runner, cache, 0.0, 0.0, "", draft)

@@ -39,8 +39,18 @@ def build(
     config = plan.shard.local_config(checkpoint.config)
     stored = dict(encoded(checkpoint, plan, dtype, device))
     model = construct(config, stored, plan, dtype).eval().requires_grad_(False)
-    run_prefill, run_decode = plan.compiler.compile(prefill, decode, model)
-    return Runner(checkpoint, config, plan, device, dtype, model, run_prefill, run_decode)
+    return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))
+
+
+def rebuild(runner: Runner, plan: Plan) -> Runner:
+    """The runner's own model, its weights not copied, under a plan with another cache or compiler.
+
+    Raises ValueError where the plan wants other weights.
+    """
+    if plan != replace(runner.plan, cache=plan.cache, compiler=plan.compiler):
+        raise ValueError(f"the weights of {runner.plan} are not those of {plan}")
+    run_prefill, run_decode = plan.compiler.compile(prefill, decode, runner.model)
+    return replace(runner, plan=plan, run_prefill=run_prefill, run_decode=run_decode)
 
 
 def where(device: torch.device | str | None) -> torch.device:

@@ -24,13 +24,17 @@ from llama_fast.presets import encoding_named
 from llama_fast.report import Summary
 from llama_fast.roofline import GB
 from llama_fast.sampling import Sampling
+from llama_ref.command import is_foreseen, one_line, run
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
+    from llama_fast.bench import Ladder
     from llama_fast.chat import Chat
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+HELP = "Llama inference in native PyTorch, proved right and as fast as the machine's memory allows."
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_enable=False)
 
 ModelFlag = Annotated[
     str, typer.Option(help="A directory, a GGUF file, a hub id, smollm2-135m, or random:NAME[:SEED].")
@@ -97,7 +101,7 @@ def generate(
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop or []}
     options |= {"draft": proposer, "min_p": min_p, "repetition_penalty": repetition_penalty, "logprobs": logprobs}
     if compile or fused:
-        llama.generate(prompt, min(max_new_tokens, 8), **options)  # the first call compiles; it is not timed
+        warm_up(llama, prompt, max_new_tokens, options)
     if to.type == "cuda":
         torch.cuda.reset_peak_memory_stats(to)
     outputs = []
@@ -118,6 +122,14 @@ def generate(
     if profile is not None:
         write_trace(profile, lambda: llama.generate(prompt, min(max_new_tokens, TRACED_TOKENS), seed=seed, **options))
     member.leave()
+
+
+def warm_up(llama: Llama, prompt: str, max_new_tokens: int, options: dict[str, Any]) -> None:
+    """The first tokens of a request compile, for a cache as long as it needs; they are not timed."""
+    options = {name: value for name, value in options.items() if name != "logprobs"}
+    with contextlib.closing(llama.stream(prompt, max_new_tokens, **options)) as pieces:
+        for _ in zip(range(8), pieces):
+            pass
 
 
 def write_trace(file: Path, action: Callable[[], object]) -> None:
@@ -141,7 +153,9 @@ def chat(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said gets less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed and the same words give the same replies.")] = 0,
     encoding: EncodingFlag = None,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first reply.")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile while the first reply is made.")
+    ] = False,
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
 ) -> None:
@@ -260,45 +274,67 @@ def bench(
 ) -> None:
     """Climb the ladder: measure every rung, prove it, plot it."""
     from llama_fast.bench import bench as climb
-    from llama_fast.plots import draw
     from llama_fast.report import Live, show_step_times, show_table
     from llama_fast.rungs import rungs_named, rungs_of
     from oracle.rungs import rung_judge
 
+    if rungs:
+        rungs_named(rungs)  # a wrong name is said before a model is fetched
     member = ranks.join(where(device))
     to, shard = member.device, member.shard
-    chosen = rungs_named(rungs, baseline=isinstance(shard, Whole)) if rungs else rungs_of(to)
-    if isinstance(shard, TensorParallel):
-        here, elsewhere = jobs.divided([rung for rung in chosen if rungs or rung.over_ranks], shard, to), []
-    else:
-        here, elsewhere = ([rung for rung in chosen if rung.over_ranks is over] for over in (False, True))
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise OSError(f"cannot write to {out}")
     with Live(model) as live:
         live.say("opening the model")
         found = ranks.one_after_another(lambda: resolve(model))
         checkpoint = found.open(to, default_dtype(to))
         ids = found.tokenizer().encode(prompt)
-        count = jobs.ranks_for(checkpoint.config, to) if elsewhere else 1
+        alone = isinstance(shard, Whole)
+        if rungs:
+            chosen = rungs_named(rungs, baseline=alone and checkpoint.encoding == "dense")
+        else:
+            chosen = rungs_of(to, checkpoint.encoding, launched=not alone)
+        here, elsewhere = ([rung for rung in chosen if rung.over_ranks is over] for over in (False, True))
+        if isinstance(shard, TensorParallel):
+            here, elsewhere = jobs.divided(chosen, shard, to), []
+        count, undivided = 1, {}
+        try:
+            count = jobs.ranks_for(checkpoint.config, to) if elsewhere else 1
+        except ValueError as error:
+            if rungs:
+                raise
+            elsewhere, undivided = [], {rung.name: str(error) for rung in elsewhere}
         ladder = climb(
             checkpoint, model, ids, here, to, rung_judge(checkpoint, ids), live, samples, new_tokens, profile
         )
+        ladder = replace(ladder, left_out=ladder.left_out | undivided)
         if isinstance(shard, TensorParallel):
             ladder = jobs.of_all_ranks(ladder, shard)
         if elsewhere:
+            save(ladder, out)  # should the job end badly
             if to.type == "cuda":
                 torch.cuda.empty_cache()  # the first rank works on this GPU too
             same = ["--model", model, "--prompt", prompt, "--device", to.type]
             same += ["--samples", str(samples), "--new-tokens", str(new_tokens)]
             ladder = replace(ladder, rungs=ladder.rungs + jobs.climb(elsewhere, count, same, live.say))
     if ranks.is_first():
-        (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
-        draw(ladder, out / "ladder.png")
         show_table(ladder)
         show_step_times(ladder)
+        save(ladder, out)
         print(f"{out / 'ladder.json'}  {out / 'ladder.png'}")
     member.leave()
-    if any(rung.verdict != "AGREE" for rung in ladder.rungs):
+    if any(rung.verdict != "AGREE" for rung in ladder.rungs) or (rungs and ladder.left_out):
         raise typer.Exit(1)
+
+
+def save(ladder: Ladder, out: Path) -> None:
+    """Write `ladder.json`, and `ladder.png` if anything was climbed."""
+    from llama_fast.plots import draw
+
+    (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
+    if ladder.rungs:
+        draw(ladder, out / "ladder.png")
 
 
 def proposer_named(
@@ -331,21 +367,21 @@ def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
 
 def main() -> None:
     """The entry point: an error is one line and exit code 2, never a traceback (LLAMA_FAST_TRACEBACK=1 shows it)."""
-    ranks.only_first_speaks()
+    place = None
     try:
-        app()
-    except SystemExit as end:
-        if ranks.Place.of_environment() is not None:
-            ranks.hard_exit(end.code if isinstance(end.code, int) else 0)
-        raise
+        place = ranks.Place.of_environment()
+        ranks.only_first_speaks()
+        code = run(app)
+        if place is not None:
+            ranks.hard_exit(code)
+        sys.exit(code)
     except Exception as error:
         if os.environ.get("LLAMA_FAST_TRACEBACK"):
             raise
-        if ranks.Place.of_environment() is not None:
+        if place is not None:
             ranks.fail(ranks.explained(error), 2)
-        expected = isinstance(error, (ValueError, OSError))
-        kind = "" if expected else f"{type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        kind = "" if is_foreseen(error) else f"{type(error).__name__}: "
+        print(f"error: {kind}{one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -27,19 +27,29 @@ ENDING_SECONDS = 45  # the launcher's own patience with a rank that does not end
 
 
 def ranks_for(config: LlamaConfig, device: torch.device) -> int:
-    """On GPUs all that are visible; on a CPU the fewest above one that divide the heads. ValueError if that is not to be."""
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if count < 2:
-            raise ValueError(f"rungs over several ranks need two GPUs, {count} is visible")
-        return count
-    for size in range(2, config.n_heads + 1):
-        try:
-            TensorParallel(0, size).local_config(config)
-        except ValueError:
-            continue
-        return size
-    raise ValueError(f"n_heads={config.n_heads} and ffn_dim={config.ffn_dim} divide over no number of ranks above one")
+    """On GPUs as many of the visible ones as the model divides over; on a CPU the fewest above one. ValueError if none."""
+    most, on_gpu = config.n_heads, device.type == "cuda"
+    if on_gpu:
+        most = torch.cuda.device_count()
+        if most < 2:
+            raise ValueError(f"rungs over several ranks need two GPUs, {most} is visible")
+    sizes = [size for size in range(2, most + 1) if divides(config, size)]
+    if not sizes:
+        upto = f"of the {most} GPUs" if on_gpu else "of ranks"
+        raise ValueError(
+            f"n_heads={config.n_heads}, n_kv_heads={config.n_kv_heads} and ffn_dim={config.ffn_dim} "
+            f"divide over no number {upto} above one"
+        )
+    return max(sizes) if on_gpu else min(sizes)
+
+
+def divides(config: LlamaConfig, ranks: int) -> bool:
+    """Whether every rank gets an equal part of the model."""
+    try:
+        TensorParallel(0, ranks).local_config(config)
+    except ValueError:
+        return False
+    return True
 
 
 def divided(rungs: Sequence[Rung], shard: TensorParallel, device: torch.device) -> list[Rung]:

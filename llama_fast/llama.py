@@ -8,7 +8,8 @@ print(llama.generate("Hello, my name is", max_new_tokens=20).text)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -180,16 +181,17 @@ class Llama:
         seeds = seed if isinstance(seed, int) else tuple(seed)
         sampling = Sampling(temperature, top_k, top_p, seeds, min_p, repetition_penalty)
         steps, counted = self._steps(ids, max_new_tokens, sampling, eos_ids, draft, told)
-        for step in steps:
-            first = first or time.perf_counter() - began
-            for b, (row, token) in enumerate(zip(rows, step, strict=True)):
-                if token is None or row.ended:
-                    continue
-                piece = row.take(token, eos_ids)
-                if piece and on_text is not None:
-                    on_text(b, piece)
-            if all(row.ended for row in rows):
-                break
+        with closing(steps):
+            for step in steps:
+                first = first or time.perf_counter() - began
+                for b, (row, token) in enumerate(zip(rows, step, strict=True)):
+                    if token is None or row.ended:
+                        continue
+                    piece = row.take(token, eos_ids)
+                    if piece and on_text is not None:
+                        on_text(b, piece)
+                if all(row.ended for row in rows):
+                    break
         total = time.perf_counter() - began
         outputs = []
         for b, row in enumerate(rows):
@@ -214,7 +216,7 @@ class Llama:
         seed: int = 0,
         stop: str | Sequence[str] = (),
         draft: Speculation | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The continuation's text in pieces as they come; joined, they are the text that `generate` returns.
 
         No piece splits a character, and none shows a part of a stop string.
@@ -223,7 +225,8 @@ class Llama:
         row = Row(self.writer(ids[0], stop))
         eos_ids = self.runner.config.eos_ids
         sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        yield from row.said(self._steps(ids, max_new_tokens, sampling, eos_ids, draft)[0], eos_ids)
+        with closing(self._steps(ids, max_new_tokens, sampling, eos_ids, draft)[0]) as steps:
+            yield from row.said(steps, eos_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's ids: text by the tokenizer, a conversation by its template, ids as they are."""
@@ -266,26 +269,45 @@ class Llama:
         eos_ids: Sequence[int],
         draft: Speculation | None,
         logprobs: Logprobs | None = None,
-    ) -> tuple[Iterator[list[int | None]], Statistics | None]:
+    ) -> tuple[Generator[list[int | None], None, None], Statistics | None]:
         """The steps, and the counts that they fill in if there is a draft."""
         needed = check(self.runner, ids, max_new_tokens)
         if draft is None:
-            cache = self._reusable_cache(len(ids), needed)
-            return stream(self.runner, ids, max_new_tokens, sampling, eos_ids, cache, logprobs), None
+            cache = self._lend_cache(len(ids), needed)
+            steps = stream(self.runner, ids, max_new_tokens, sampling, eos_ids, cache, logprobs)
+            return self._returning(cache, len(ids), steps), None
         if logprobs is not None:
             raise ValueError("logprobs are not told with a draft: score() the text afterwards")
-        cache = self._reusable_cache(len(ids), min(needed + draft.slack, self.runner.config.max_context))
-        session = draft.begin(self.runner, ids, max_new_tokens, sampling, eos_ids, cache)
-        return session.steps(), session.statistics
+        cache = self._lend_cache(len(ids), min(needed + draft.slack, self.runner.config.max_context))
+        try:
+            session = draft.begin(self.runner, ids, max_new_tokens, sampling, eos_ids, cache)
+        except ValueError:
+            self._return_cache(cache, len(ids))
+            raise
+        return self._returning(cache, len(ids), session.steps()), session.statistics
 
     def cache_length(self, batch: int) -> int | None:
-        """Slots of the cache kept for this batch size; None if there is none."""
+        """Slots of the cache kept for this batch size; None if there is none, or a generation is using it."""
         return self._cache[batch].length if batch in self._cache else None
 
-    def _reusable_cache(self, batch: int, length: int) -> KVCache | None:
-        """The batch size's last cache if it is long enough: the same addresses and shapes, so compiled code stays."""
+    def _lend_cache(self, batch: int, length: int) -> KVCache | None:
+        """The batch size's last cache if it is long enough: the same addresses and shapes, so compiled code stays.
+
+        It is nobody else's until it is returned: generations may be interleaved, and each then has its own.
+        """
         if not isinstance(self.runner.plan.cache, Static):
             return None
-        if batch not in self._cache or self._cache[batch].length < length:
-            self._cache[batch] = self.runner.allocate(batch, length)
-        return self._cache[batch]
+        kept = self._cache.pop(batch, None)
+        return kept if kept is not None and kept.length >= length else self.runner.allocate(batch, length)
+
+    def _return_cache(self, cache: KVCache | None, batch: int) -> None:
+        if cache is not None and cache.length > (self.cache_length(batch) or 0):
+            self._cache[batch] = cache
+
+    def _returning(
+        self, cache: KVCache | None, batch: int, steps: Iterator[list[int | None]]
+    ) -> Generator[list[int | None], None, None]:
+        try:
+            yield from steps
+        finally:
+            self._return_cache(cache, batch)

@@ -113,9 +113,7 @@ def profile_decoding(
 
     A rung's tokens stand in the trace under its name. Raises OSError where `trace` cannot be written.
     """
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(trace.parent, os.W_OK) or trace.is_dir():
-        raise OSError(f"cannot write the trace {trace}")
+    check_trace(trace)
     on_gpu = decoders[0].runner.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
@@ -123,6 +121,13 @@ def profile_decoding(
     profiler.export_chrome_trace(str(trace))
     events = list(profiler.events() or [])
     return {name: step_times(events, label(name), tokens, on_gpu) for name, tokens in decoded.items()}
+
+
+def check_trace(trace: Path) -> None:
+    """OSError where a trace cannot be written; its folder is made."""
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(trace.parent, os.W_OK) or trace.is_dir():
+        raise OSError(f"cannot write the trace {trace}")
 
 
 def label(name: str) -> str:

@@ -55,11 +55,14 @@ class Place:
 
     @classmethod
     def of_environment(cls) -> Place | None:
-        """None if no launcher started this process."""
+        """None if no launcher started this process. Raises ValueError where its variables are no numbers."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
             return None
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+        said = {name: os.environ.get(name, os.environ["RANK"]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        wrong = [f"{name}={value}" for name, value in said.items() if not value.isdecimal()]
+        if wrong:
+            raise ValueError(f"a launcher's variables must be numbers: {', '.join(wrong)}")
+        return cls(int(said["RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_RANK"]))
 
 
 def device_of_rank(device: torch.device) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.live import Live as RichLive
+from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 
@@ -28,7 +29,7 @@ class Live:
     def __init__(self, model: str):
         self._console = Console()
         self._samples: dict[str, list[float]] = {}
-        self._console.print(f"[bold]{model}[/bold]: climbing the ladder")
+        self._console.print(f"[bold]{escape(model)}[/bold]: climbing the ladder")
         self._live = RichLive(console=self._console, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> Live:
@@ -42,10 +43,10 @@ class Live:
 
     def say(self, text: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(f"  {text}", highlight=False)
+            self._console.print(f"  {text}", highlight=False, markup=False)
             return
         rates = "   ".join(f"{name} {statistics.median(seen):.1f} tok/s" for name, seen in self._samples.items())
-        self._live.update(Spinner("dots", f"{text}   [dim]{rates}[/dim]"))
+        self._live.update(Spinner("dots", f"{escape(text)}   [dim]{rates}[/dim]"))
 
     def sample(self, rung: str, tokens_per_second: float) -> None:
         self._samples.setdefault(rung, []).append(tokens_per_second)
@@ -54,7 +55,7 @@ class Live:
 def show_table(ladder: Ladder) -> None:
     """The ladder as a table, and the machine it stands on."""
     first = ladder.rungs[0]
-    table = Table(title=f"{ladder.model} on {ladder.device}", title_justify="left")
+    table = Table(title=escape(f"{ladder.model} on {ladder.device}"), title_justify="left")
     table.add_column("rung")
     for heading in (
         "tokens/s",
@@ -83,6 +84,8 @@ def show_table(ladder: Ladder) -> None:
         f"median of {ladder.samples} samples taken in turns, compilation apart; torch {ladder.torch}",
         highlight=False,
     )
+    for name, reason in ladder.left_out.items():
+        console.print(f"{name}: left out, {reason}", highlight=False)
     for rung in ladder.rungs:
         if rung.speculation is not None:
             console.print(told(rung), highlight=False)

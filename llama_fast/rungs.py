@@ -70,11 +70,19 @@ RUNGS = {
 }
 
 
-def rungs_of(device: torch.device) -> list[Rung]:
-    """All rungs that can be climbed on a device; on a CPU several ranks would only share what one has."""
+def rungs_of(device: torch.device, encoding: str = "dense", launched: bool = False) -> list[Rung]:
+    """All rungs that can be climbed on a device with a checkpoint that is stored so; on a CPU several ranks would only share
+    what one has. By a rank of a job that was `launched`: those over ranks.
+    """
     on_gpu = device.type == "cuda"
     several = on_gpu and torch.cuda.device_count() > 1
-    return [rung for rung in RUNGS.values() if (on_gpu or not rung.needs_gpu) and (several or not rung.over_ranks)]
+    return [
+        rung
+        for rung in RUNGS.values()
+        if (on_gpu or not rung.needs_gpu)
+        and (rung.over_ranks if launched else several or not rung.over_ranks)
+        and encoding in ("dense", rung.plans(device)[0].encoding.name)
+    ]
 
 
 def rungs_named(names: str, baseline: bool = True) -> list[Rung]:

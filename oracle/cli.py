@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama_ref.command import one_line, run
 from oracle.compare import Outcome
 
 if TYPE_CHECKING:
@@ -252,11 +253,11 @@ def finish(certificate: Certificate, json: Path | None, html: Path | None) -> No
 def main() -> None:
     """The command; what it could not run for becomes one line and exit code 2."""
     try:
-        app()
+        sys.exit(run(app))
     except Exception as error:  # whatever stopped it, no verdict was reached; LLAMA_FAST_TRACEBACK=1 shows where
         if os.environ.get("LLAMA_FAST_TRACEBACK"):
             raise
-        print(f"llama-oracle: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"llama-oracle: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

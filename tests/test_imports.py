@@ -59,7 +59,8 @@ def test_the_reference_imports_nothing_of_ours(path: Path) -> None:
 
 
 FACTS = tuple(
-    f"llama_ref.{name}" for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat")
+    f"llama_ref.{name}"
+    for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat", "command")
 )
 
 

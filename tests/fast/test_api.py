@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -335,6 +336,35 @@ def test_generate_tells_logprobs_and_writes_a_trace(model: Path, tmp_path: Path)
     assert [entry["token"] for entry in sample["logprobs"]] == sample["tokens"]
     assert len(sample["logprobs"][0]["top"]) == 2
     assert any("aten::" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_generations_may_be_interleaved(llama: Llama) -> None:
+    one, other = "Hello", "something else"
+    alone = [llama.generate(prompt, 12).text for prompt in (one, other)]
+    assert alone[0] != alone[1]
+    pieces = list(itertools.zip_longest(llama.stream(one, 12), llama.stream(other, 12), fillvalue=""))
+    assert ["".join(of) for of in zip(*pieces)] == alone
+    inside: list[str] = []
+    llama.generate(one, 12, on_text=lambda row, piece: inside.append(llama.generate(other, 12).text))
+    assert inside and set(inside) == {alone[1]}
+    told: list[str] = []
+    for piece in llama.stream(one, 12):
+        told.append(piece)
+        llama.generate(other, 3)
+    assert "".join(told) == alone[0]
+
+
+def test_a_cache_is_kept_whatever_ends_a_generation(llama: Llama) -> None:
+    if not isinstance(llama.runner.plan.cache, Static):
+        pytest.skip("a growing cache is allocated anew for every call")
+    llama.generate("Hello", 400)  # as long as the context: no request needs a longer one
+    kept = llama._cache[1]
+    next(llama.stream("Hello", 12))  # dropped at once
+    with pytest.raises(ZeroDivisionError):
+        llama.generate("Hello", 12, on_text=lambda row, piece: 1 / 0)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError):
+        llama.generate("Hello", 12, draft=Ngram(k=10_000))
+    assert llama._cache[1] is kept
 
 
 def test_static_caches_are_not_shared_with_generate(llama: Llama) -> None:

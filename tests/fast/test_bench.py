@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llama_fast import plots
-from llama_fast.bench import Ladder, bench
-from llama_fast.build import Runner, build
+from llama_fast.bench import Builder, Ladder, bench
+from llama_fast.build import Runner, build, rebuild
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import Plan
@@ -83,6 +84,36 @@ def test_the_ladder_holds_every_field_of_the_contract(ladder: tuple[Ladder, Quie
     assert (baseline["dtype"], int8["dtype"]) == ("float32", "bfloat16")
     plots.draw(climbed, tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").stat().st_size > 20_000
+
+
+def test_a_rung_that_does_not_fit_is_left_out_and_said(untied: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Int8, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Int8, "encode", full)
+    rungs = [RUNGS["baseline"], Rung("int8", "int8", Plan(Int8())), Rung("again", "again", Plan(cache=Static()))]
+    request: Any = ([5, 6, 7], rungs, torch.device("cpu"), lambda *ignored: "AGREE", Quiet(), 1, 4)
+    climbed = bench(untied, "tiny", *request)
+    assert [rung.name for rung in climbed.rungs] == ["baseline", "again"] and list(climbed.left_out) == ["int8"]
+    assert climbed.as_json()["left_out"]["int8"].startswith("does not fit")
+    with pytest.raises(ValueError, match="tiny: no rung fits"):
+        bench(untied, "tiny", request[0], rungs[1:2], *request[2:])
+
+
+def test_plans_that_differ_in_cache_or_compiler_share_their_weights(untied: Checkpoint) -> None:
+    builder = Builder(untied, torch.device("cpu"))
+    plain, static, joined, int8 = (
+        builder(plan, torch.float32)
+        for plan in (Plan(), Plan(cache=Static()), Plan(fuse_projections=True), Plan(Int8()))
+    )
+    assert static.model is plain.model and static.plan == Plan(cache=Static())
+    assert len({id(runner.model) for runner in (plain, joined, int8)}) == 3
+    assert builder(Plan(), torch.bfloat16).model is not plain.model
+    tokens, lengths = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2])
+    one, other = (runner.prefill(tokens, lengths, runner.allocate(2, 8)) for runner in (plain, static))
+    assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="the weights of dense · growing · eager · whole are not those of int8"):
+        rebuild(plain, Plan(Int8(), cache=Static()))
 
 
 def test_bytes_are_counted_as_stored(checkpoint: Checkpoint) -> None:

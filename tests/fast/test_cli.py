@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast import cli
+from llama_fast import Llama, cli
 from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.tokenizer import RandomTokenizer
 
@@ -112,6 +112,11 @@ def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tm
         (("generate", "--draft", "nobody"), "unknown model 'nobody'"),
         (("quantize", "--encoding", "dense"), "encoding dense changes nothing"),
         (("bench", "--rungs", "warp"), "unknown rung 'warp' (known: baseline"),
+        (("bench", "--profile", "."), "cannot write the trace ."),
+        (("bench", "--new-tokens", 1), "Invalid value for '--new-tokens'"),
+        (("generate", "--max-new-tokens", "many"), "Invalid value for '--max-new-tokens'"),
+        (("generate", "--max-new-token", 3), "No such option: --max-new-token"),
+        (("frobnicate",), "No such command 'frobnicate'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(
@@ -120,6 +125,39 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     code, _, err = run(*arguments, "--model", model)
     assert code == 2
     assert message in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_without_a_command_there_is_help(run: Run) -> None:
+    code, out, err = run()
+    assert code == 2 and "quantize" in out and not err
+    code, out, err = run("--help")
+    assert code == 0 and "quantize" in out and not err
+
+
+def test_a_launchers_nonsense_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run("generate")
+    assert code == 2 and err == "error: a launcher's variables must be numbers: RANK=x, LOCAL_RANK=x\n"
+
+
+def test_a_first_call_prepares_the_whole_request(model: Path) -> None:
+    llama = Llama.from_pretrained(model, device="cpu")
+    cli.warm_up(llama, "a", 100, {"temperature": 0.0, "logprobs": 2})
+    kept = llama._cache[1]
+    llama.generate("a", 100)
+    assert llama._cache[1] is kept, "a longer cache would be compiled for again, and timed"
+
+
+def test_a_stored_encoding_has_a_ladder_of_its_own(run: Run, model: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "int8"
+    assert run("quantize", "--model", model, "--out", stored)[0] == 0
+    code, out, err = run(
+        "bench", "--model", stored, "--out", tmp_path, "--prompt", "a", "--samples", 1, "--new-tokens", 4
+    )
+    assert (code, err) == (0, ""), err
+    (rung,) = json.loads((tmp_path / "ladder.json").read_text())["rungs"]
+    assert (rung["name"], rung["verdict"]) == ("int8", "AGREE") and "int8" in out
 
 
 def test_a_draft_of_another_vocabulary(run: Run, model: Path, untied: Checkpoint, tmp_path: Path) -> None:

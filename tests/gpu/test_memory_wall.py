@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_throughput import TARGETS
 
 from llama_fast.bandwidth import read_bandwidth_gb_per_s
 from llama_fast.build import Runner, build
@@ -24,6 +23,7 @@ from llama_fast.plan import Dense
 from llama_fast.presets import fused
 from llama_fast.roofline import GB, cache_bytes_per_step, floor_steps_per_second, weight_bytes_per_step
 from llama_ref.models import open_model
+from tests.gpu.targets import TARGETS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 CUDA = torch.device("cuda")

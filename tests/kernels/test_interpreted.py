@@ -4,6 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,18 +24,37 @@ def unable() -> str:
     return ""
 
 
-@pytest.mark.skipif(bool(unable()), reason=unable())
-@pytest.mark.parametrize("group", ["linear", "qkv", "attention", "ends", "choosing", "operators", "step"])
-def test_kernels_agree_with_float64(group: str) -> None:
+Done = subprocess.CompletedProcess[str]
+
+
+def ask(group: str) -> Done:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("interpreted.py")
     if group == "step":
         script = script.with_name("interpreted_step.py")
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(script), group], env=environment, capture_output=True, text=True, timeout=900
     )
+
+
+@pytest.fixture(scope="module")
+def asked(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Done]]]:
+    """The groups that are wanted, two at a time: each keeps one core busy for up to a minute."""
+    tests = [item for item in request.session.items if getattr(item, "originalname", "") == AGREE.__name__]
+    with ThreadPoolExecutor(2) as pool:
+        yield {group: pool.submit(ask, group) for group in (item.callspec.params["group"] for item in tests)}  # type: ignore[attr-defined]
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.skipif(bool(unable()), reason=unable())
+@pytest.mark.parametrize("group", ["attention", "qkv", "step", "linear", "ends", "choosing", "operators"])
+def test_kernels_agree_with_float64(group: str, asked: dict[str, Future[Done]]) -> None:
+    done = asked[group].result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{group}: " in done.stdout and "results agree" in done.stdout
+
+
+AGREE = test_kernels_agree_with_float64
 
 
 @pytest.mark.skipif(bool(unable()), reason=unable())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast import jobs
+from llama_fast import cli, jobs, rungs
 from llama_fast.optimisations.tensor_parallel import TensorParallel
 from llama_fast.rungs import RUNGS, rungs_of
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
@@ -58,9 +58,70 @@ def test_a_rung_for_one_process_is_refused_under_a_launcher(model: Path) -> None
 def test_the_number_of_ranks() -> None:
     assert jobs.ranks_for(NAMED["smollm2-135m"], CPU) == 3
     assert jobs.ranks_for(NAMED["llama-2-7b"], CPU) == 2
-    with pytest.raises(ValueError, match="n_heads=1 and ffn_dim=72 divide over no number of ranks above one"):
+    with pytest.raises(
+        ValueError, match="n_heads=1, n_kv_heads=1 and ffn_dim=72 divide over no number of ranks above one"
+    ):
         jobs.ranks_for(dataclasses.replace(CONFIG, n_heads=1, n_kv_heads=1), CPU)
     assert not any(rung.over_ranks for rung in rungs_of(CPU)), "on a CPU only when asked for"
+
+
+def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    visible = 8
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)  # as it is when asked
+    gpu = torch.device("cuda")
+    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu) == 8
+    assert jobs.ranks_for(NAMED["smollm2-135m"], gpu) == 3, "nine heads, three of keys and values"
+    visible = 2
+    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu) == 2
+    with pytest.raises(
+        ValueError, match="n_heads=9, n_kv_heads=3 and ffn_dim=1536 divide over no number of the 2 GPUs"
+    ):
+        jobs.ranks_for(NAMED["smollm2-135m"], gpu)
+    visible = 1
+    with pytest.raises(ValueError, match="need two GPUs, 1 is visible"):
+        jobs.ranks_for(NAMED["llama-2-7b"], gpu)
+
+
+def test_what_does_not_divide_is_left_out_unless_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bench(*more: str) -> int:
+        flags = [
+            "--device",
+            "cpu",
+            "--model",
+            str(model),
+            "--out",
+            str(tmp_path),
+            "--samples",
+            "1",
+            "--new-tokens",
+            "4",
+        ]
+        monkeypatch.setattr(sys, "argv", ["llama-fast", "bench", *flags, *more])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0)
+
+    def refuse(config: LlamaConfig, device: torch.device) -> int:
+        raise ValueError("does not divide")
+
+    monkeypatch.setattr(jobs, "ranks_for", refuse)
+    assert bench("--rungs", "tp") == 2 and "error: does not divide" in capsys.readouterr().err
+    assert not (tmp_path / "ladder.json").exists()
+    monkeypatch.setattr(rungs, "rungs_of", lambda *ignored, **named: [RUNGS["baseline"], RUNGS["tp"]])
+    assert bench() == 0
+    ladder = json.loads((tmp_path / "ladder.json").read_text())
+    assert [rung["name"] for rung in ladder["rungs"]] == ["baseline"] and ladder["left_out"] == {
+        "tp": "does not divide"
+    }
+    assert "tp: left out, does not divide" in capsys.readouterr().out
+
+
+def test_under_a_launcher_the_rungs_over_ranks_are_climbed() -> None:
+    assert [rung.name for rung in rungs_of(CPU, launched=True)] == ["tp", "tp-int8"]
+    assert [rung.name for rung in rungs_of(CPU, "int8", launched=True)] == ["tp-int8"]
+    assert [rung.name for rung in rungs_of(CPU, "int8")] == ["int8"]
 
 
 def test_a_job_that_fails_says_why_in_a_ranks_own_words() -> None:

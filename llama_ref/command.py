@@ -1,0 +1,36 @@
+"""How a command ends: with its exit code, or one line that says what stopped it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+
+
+def run(app: Callable[..., Any]) -> int:
+    """Run a Typer application on the command line's arguments; its exit code. What stops it, also a wrong flag, is raised."""
+    try:
+        return app(standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        return end.code or 0
+    except Exception as error:
+        endings = {"NoArgsIsHelpError": 2, "Abort": INTERRUPTED}  # by name: Typer has click's classes, or its own
+        if type(error).__name__ in endings:
+            return endings[type(error).__name__]
+        raise
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says; of a wrong flag also which one is meant."""
+    said = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(said.split()) or type(error).__name__
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether the words are for the user; else the error's type belongs to them."""
+    return isinstance(error, (ValueError, OSError)) or hasattr(error, "format_message")
