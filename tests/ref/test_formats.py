@@ -157,6 +157,18 @@ def test_a_single_file_may_be_named(meta: tuple[Path, Path]) -> None:
     assert open_checkpoint(source / "model.pth").config == open_checkpoint(source).config
 
 
+def test_safetensors_that_cannot_be_opened_hide_no_model_pth(meta: tuple[Path, Path]) -> None:
+    source, directory = meta
+    (directory / "consolidated.00.pth").rename(directory / "model.pth")
+    (directory / "adapter.safetensors").write_bytes(b"not read")
+    theirs = open_checkpoint(source).weights["output.weight"][:]
+    assert torch.equal(open_checkpoint(directory).weights["output.weight"][:], theirs)
+    (directory / "model.safetensors").write_bytes(b"without a config.json, what are these?")
+    assert torch.equal(open_checkpoint(directory).weights["output.weight"][:], theirs)
+    shutil.copyfile(source / "config.json", directory / "config.json")
+    refused(lambda: open_checkpoint(directory), "model.safetensors: truncated or no safetensors file")
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
     "key", [slice(None), slice(3, 11), slice(5, 5), (slice(2, 9), slice(1, 6)), (slice(None), slice(-3, None))]
