@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_ref import gguf_tokenizer
 from llama_ref.gguf_tokenizer import settings_of
-from llama_ref.models import Model
+from llama_ref.models import Model, resolve
 from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_ref.tokenizer import (
     DEFAULT_PROMPT,
@@ -154,6 +154,18 @@ def test_the_random_tokenizer(tmp_path: Path) -> None:
     again = load_tokenizer(tmp_path)
     assert (again.bos_id, again.eos_ids, again.vocab_size) == (1, (2,), 32000)
     assert not has_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "consolidated.00.pth"])
+def test_the_tokenizer_of_a_file_of_weights_stands_beside_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"weights")
+    model = resolve(str(tmp_path / name))
+    assert not model.has_tokenizer
+    with pytest.raises(TokenizerError, match=f"{tmp_path}: neither tokenizer.json nor"):
+        model.tokenizer()
+    write(tmp_path, json_files(template=True))
+    assert model.has_tokenizer
+    assert model.tokenizer().encode("Hello") == load_tokenizer(tmp_path).encode("Hello")
 
 
 def test_absent_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
