@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from llama_ref.cache_folder import cache_folder
 from llama_ref.gguf_header import read_header
 from llama_ref.tokenizer import JSON_FILE, SETTINGS_FILE, TokenizerError
 
-CONVERSION = 1  # part of the key: raise it when what is derived changes
+CONVERSION = 2  # part of the key: raise it when what is derived changes
 
 
 def files_of_gguf(path: Path) -> dict[str, str]:
@@ -60,9 +61,13 @@ def _convert(path: Path) -> str:
     except ImportError as error:
         raise TokenizerError(f"{path}: a GGUF's tokenizer needs `pip install transformers gguf`") from error
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        text: str = tokenizer.backend_tokenizer.to_str()
-        return text
+        with tempfile.TemporaryDirectory(
+            prefix="llama-gguf-"
+        ) as alone:  # a tokenizer.json beside it would be preferred
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
+            text: str = tokenizer.backend_tokenizer.to_str()
+            return text
     except Exception as error:  # transformers raises many kinds for a vocabulary that it does not know
         told = " ".join(str(error).split())[:200]
         raise TokenizerError(f"{path}: its tokenizer could not be converted ({told})") from error

@@ -229,6 +229,16 @@ def test_the_default_models_tokenizer(default_model: Model, monkeypatch: pytest.
     assert load_tokenizer(tmp_path).encode(DEFAULT_PROMPT) == ours.encode(DEFAULT_PROMPT)
 
 
+def test_what_stands_beside_a_gguf_is_not_its_tokenizer(
+    default_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert default_model.path is not None
+    (tmp_path / "model.gguf").symlink_to(default_model.path)
+    write(tmp_path, json_files(template=True, chat_template="another model's"))
+    monkeypatch.setenv("LLAMA_FAST_CACHE", str(tmp_path / "cache"))
+    assert load_tokenizer(tmp_path / "model.gguf").encode(DEFAULT_PROMPT) == [19556, 28, 957, 1462, 314]
+
+
 def test_a_damaged_cache_entry_is_derived_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gguf
 
