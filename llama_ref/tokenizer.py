@@ -158,10 +158,14 @@ class RandomTokenizer:
 
 def has_tokenizer(path: Path) -> bool:
     """Whether load_tokenizer would find a tokenizer of a language at `path`."""
+    from llama_ref.gguf_tokenizer import has_vocabulary
+
     path = _place(path)
     if path.is_file():
+        return has_vocabulary(path)
+    if any((path / name).is_file() for name in (JSON_FILE, SENTENCEPIECE_FILE)):
         return True
-    return any((path / name).is_file() for name in (JSON_FILE, SENTENCEPIECE_FILE)) or len(_ggufs(path)) == 1
+    return len(_ggufs(path)) == 1 and has_vocabulary(_ggufs(path)[0])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
