@@ -254,7 +254,9 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint in Hugging Face's or Meta's layout, number for number."""
     from llama_ref.convert import convert as rewrite
+    from llama_ref.saved import check_can_write
 
+    check_can_write(target)
     found = resolve(source)
     if found.path is None:
         raise ValueError(f"{source} has no files to convert")

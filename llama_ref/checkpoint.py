@@ -26,9 +26,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a model directory (Hugging Face, Meta, gpt-fast, or of ours) or a GGUF file.
 
     A directory's config.json is its config where there is one, else params.json, else its one GGUF file; which layout the
-    weights have is told by their files' names. Of a directory with several, safetensors come first. A single file may
-    be named instead of its directory. Only headers are read here; a tensor's bytes are read when it is sliced. Raises
-    CheckpointError.
+    weights have is told by their files' names. Of a directory with several, Hugging Face's comes first, if its
+    config.json is there. A single file may be named instead of its directory. Only headers are read here; a tensor's
+    bytes are read when it is sliced. Raises CheckpointError.
     """
     from llama_ref import gguf_file, huggingface, meta_layout
 

@@ -1,7 +1,8 @@
 """Write a checkpoint in Hugging Face's layout or in Meta's. Only names and the order of rows change: no number does.
 
 What one layout cannot say travels beside it as the file that says it: config.json in a directory of Meta's, params.json
-in one of Hugging Face's. So a way there and back gives the same tensors, bit for bit, and the same config.
+in one of Hugging Face's. So a way there and back gives the same tensors, bit for bit, and the same config. A GGUF file
+says it all itself.
 """
 
 from __future__ import annotations
@@ -15,51 +16,86 @@ from typing import Any
 
 import torch
 
-from llama_ref import pickled_files, safetensors_files
+from llama_ref import safetensors_files
 from llama_ref.checkpoint import open_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.hf_config import to_hf
 from llama_ref.huggingface import halve, huggingface_name, is_rotary
 from llama_ref.meta_config import from_meta, to_meta
-from llama_ref.meta_layout import FIRST_SHARD, PARAMS
+from llama_ref.meta_layout import FIRST_SHARD, PARAMS, is_meta
 from llama_ref.saved import appears_whole, is_saved, unshared
-from llama_ref.tokenizer import COMPANIONS, JSON_FILE, SENTENCEPIECE_FILE
+from llama_ref.tokenizer import (
+    COMPANIONS,
+    JSON_FILE,
+    RANDOM_FILE,
+    SENTENCEPIECE_FILE,
+    has_tokenizer,
+    load_tokenizer,
+)
 from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, expected_shapes
 
+CONFIG = "config.json"
 GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = (JSON_FILE, SENTENCEPIECE_FILE, RANDOM_FILE)
 SHARD_BYTES = 5_000_000_000
 
 
 def convert(source: str | Path, target: str | Path, to: str | None = None, shard_bytes: int = SHARD_BYTES) -> str:
     """Write the checkpoint at `source` as a directory `target`, which must be new or empty; the layout written.
 
-    `to`: "hf" or "meta"; None is the other one than the source has ("hf" for what has neither). Raises CheckpointError.
+    `to`: "hf" or "meta"; None is the other one than the source has ("hf" for what has neither). Of a GGUF file, config
+    and tokenizer come from its own metadata, whatever stands beside it. Raises CheckpointError, and TokenizerError if
+    the source's tokenizer cannot be read.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     checkpoint = open_checkpoint(source)
     if checkpoint.encoding != "dense":
         raise CheckpointError(f"{source}: stored as {checkpoint.encoding}; convert the checkpoint it was made from")
-    directory = source if source.is_dir() else source.parent
+    assert checkpoint.path is not None
+    of_gguf = checkpoint.path.is_file()
     if to is None:
-        to = "meta" if source.is_dir() and any((directory / name).is_file() for name in HF_FILES) else "hf"
+        to = "hf" if of_gguf or source.is_file() or is_meta(source) else "meta"
     if to not in WRITERS:
         raise CheckpointError(f"unknown layout {to!r} (known: {', '.join(WRITERS)})")
     with appears_whole(target) as draft:
-        WRITERS[to](checkpoint, directory, draft, shard_bytes)
-        for name in (JSON_FILE, SENTENCEPIECE_FILE, *COMPANIONS, GENERATION_FILE):
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, draft / name)
+        if not of_gguf:
+            _copy_beside(checkpoint.path, draft)
+        if not any((draft / name).is_file() for name in TOKENIZER_FILES) and has_tokenizer(source):
+            load_tokenizer(source).save(draft)  # a GGUF's own
+        if not (draft / CONFIG).is_file():
+            dtype = str(checkpoint.weights["norm.weight"].dtype).removeprefix("torch.")
+            (draft / CONFIG).write_text(json.dumps(to_hf(checkpoint.config) | {"dtype": dtype}, indent=2) + "\n")
+        WRITERS[to](checkpoint, draft, shard_bytes)
+        _check_same(open_checkpoint(draft).config, checkpoint.config, f"{source} as {to}")
     return to
 
 
-def _write_hf(checkpoint: Checkpoint, directory: Path, draft: Path, shard_bytes: int) -> None:
+def _copy_beside(directory: Path, draft: Path) -> None:
+    """Copy what stands beside the weights and is kept as it is: a tokenizer's files, and those that say the config."""
+    names = [PARAMS, *TOKENIZER_FILES, *COMPANIONS]
+    if not is_saved(directory) and (directory / CONFIG).is_file():  # our own carries a mark
+        names += [CONFIG, GENERATION_FILE]  # the second adds to the first, and is not read without it
+    for name in names:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, draft / name)
+
+
+def _check_same(written: LlamaConfig, config: LlamaConfig, where: str) -> None:
+    """Raise CheckpointError, by field, unless the config that was written reads as the one that was meant."""
+    names = [field.name for field in dataclasses.fields(config)]
+    changed = [
+        f"{name}={getattr(written, name)!r}, not {getattr(config, name)!r}"
+        for name in names
+        if getattr(written, name) != getattr(config, name)
+    ]
+    if changed:
+        raise CheckpointError(f"{where} would read with {'; '.join(changed)}")
+
+
+def _write_hf(checkpoint: Checkpoint, draft: Path, shard_bytes: int) -> None:
     from safetensors.torch import save_file
 
     config = checkpoint.config
-    if is_saved(directory) or not _copied(directory / "config.json", draft):  # our own carries a mark
-        dtype = str(checkpoint.weights["norm.weight"].dtype).removeprefix("torch.")
-        (draft / "config.json").write_text(json.dumps(to_hf(config) | {"dtype": dtype}, indent=2) + "\n")
-    _copied(directory / PARAMS, draft)
     shards = list(_shards(checkpoint, shard_bytes))
     places: dict[str, str] = {}
     total = 0
@@ -95,13 +131,11 @@ def _shards(checkpoint: Checkpoint, shard_bytes: int) -> Iterator[list[str]]:
     yield names
 
 
-def _write_meta(checkpoint: Checkpoint, directory: Path, draft: Path, shard_bytes: int) -> None:
+def _write_meta(checkpoint: Checkpoint, draft: Path, shard_bytes: int) -> None:
     """One file for all ranks. A tied table is written under both names, and stored once."""
     config = checkpoint.config
-    if not _copied(directory / PARAMS, draft):
+    if not (draft / PARAMS).is_file():
         (draft / PARAMS).write_text(json.dumps(_checked_params(config)) + "\n")
-    if not is_saved(directory):
-        _copied(directory / "config.json", draft)
     tensors = {name: checkpoint.weights[name][:].contiguous() for name in expected_shapes(config)}
     if config.tie_embeddings:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
@@ -120,11 +154,4 @@ def _checked_params(config: LlamaConfig) -> Mapping[str, Any]:
     return params
 
 
-def _copied(file: Path, draft: Path) -> bool:
-    if file.is_file():
-        shutil.copyfile(file, draft / file.name)
-    return file.is_file()
-
-
-HF_FILES = (safetensors_files.SINGLE, safetensors_files.INDEX, pickled_files.SINGLE, pickled_files.INDEX)
-WRITERS: dict[str, Callable[[Checkpoint, Path, Path, int], None]] = {"hf": _write_hf, "meta": _write_meta}
+WRITERS: dict[str, Callable[[Checkpoint, Path, int], None]] = {"hf": _write_hf, "meta": _write_meta}

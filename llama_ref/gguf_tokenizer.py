@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +19,19 @@ from llama_ref.cache_folder import cache_folder
 from llama_ref.gguf_header import read_header
 from llama_ref.tokenizer import JSON_FILE, SETTINGS_FILE, TokenizerError
 
-CONVERSION = 1  # part of the key: raise it when what is derived changes
+CONVERSION = 2  # part of the key: raise it when what is derived changes
+TOKENS = "tokenizer.ggml.tokens"
+
+
+def has_vocabulary(path: Path) -> bool:
+    """Whether a GGUF file holds a tokenizer; raises CheckpointError if it is no GGUF."""
+    return TOKENS in read_header(path).metadata
 
 
 def files_of_gguf(path: Path) -> dict[str, str]:
     """File name -> text of tokenizer.json and tokenizer_config.json; raises TokenizerError."""
     header = read_header(path)
-    if "tokenizer.ggml.tokens" not in header.metadata:
+    if TOKENS not in header.metadata:
         raise TokenizerError(f"{path}: holds no tokenizer")
     cached = cache_folder() / "tokenizers" / f"{header.fingerprint[:32]}-{CONVERSION}"
     try:
@@ -39,7 +46,7 @@ def files_of_gguf(path: Path) -> dict[str, str]:
 def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer_config.json that a GGUF's metadata amounts to. Where it does not say whether texts start with BOS,
     llama.cpp's defaults hold: sentencepiece vocabularies and Llama 3's do, other byte-pair ones do not."""
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = metadata[TOKENS]
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -60,9 +67,13 @@ def _convert(path: Path) -> str:
     except ImportError as error:
         raise TokenizerError(f"{path}: a GGUF's tokenizer needs `pip install transformers gguf`") from error
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        text: str = tokenizer.backend_tokenizer.to_str()
-        return text
+        with tempfile.TemporaryDirectory(
+            prefix="llama-gguf-"
+        ) as alone:  # a tokenizer.json beside it would be preferred
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
+            text: str = tokenizer.backend_tokenizer.to_str()
+            return text
     except Exception as error:  # transformers raises many kinds for a vocabulary that it does not know
         told = " ".join(str(error).split())[:200]
         raise TokenizerError(f"{path}: its tokenizer could not be converted ({told})") from error

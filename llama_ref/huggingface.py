@@ -91,6 +91,12 @@ def huggingface_name(name: str) -> str:
     return f"model.layers.{layer}.{OF_LAYER[part]}.{kind}"
 
 
+def is_huggingface(directory: Path) -> bool:
+    """Whether a directory has a config.json and weights, or an index of them, under the names that are read here."""
+    weights = (SINGLE, INDEX, pickled_files.SINGLE, pickled_files.INDEX)
+    return (directory / "config.json").is_file() and any((directory / name).is_file() for name in weights)
+
+
 def open_huggingface(directory: Path) -> Checkpoint:
     """Open a directory that `save_pretrained` or the hub wrote; raises CheckpointError."""
     config = read_config(directory)

@@ -85,8 +85,8 @@ class Rows:
 
 
 def is_meta(directory: Path) -> bool:
-    """Whether a directory's weights are Meta's or gpt-fast's files, and no Hugging Face ones stand beside them."""
-    if any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin", "*.index.json")):
+    """Whether a directory's weights are Meta's or gpt-fast's files, and no Hugging Face checkpoint stands beside them."""
+    if huggingface.is_huggingface(directory):
         return False
     return (directory / GPT_FAST_FILE).is_file() or any(directory.glob("consolidated.*.pth"))
 

@@ -115,25 +115,45 @@ def check_can_be_said(config: LlamaConfig, directory: Path) -> None:
 
 @contextlib.contextmanager
 def appears_whole(directory: Path) -> Iterator[Path]:
-    """A draft beside `directory` to write into, renamed to it at the end, removed on failure; CheckpointError if it exists."""
+    """A draft beside `directory` to write into, renamed to it at the end, removed on failure.
+
+    Raises CheckpointError as check_can_write does, before and after the work.
+    """
     check_can_write(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = directory.parent / f".{directory.name}-{uuid.uuid4().hex[:8]}"  # a rename within one file system
+    place = _place(directory)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}"  # a rename within one file system
     draft.mkdir()
     try:
         yield draft
         check_can_write(directory)  # again: someone may have filled it meanwhile
-        os.replace(draft, directory)
+        os.replace(draft, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def check_can_write(directory: Path) -> None:
-    """Raise CheckpointError unless `directory` is free: absent, or an empty directory."""
-    if directory.is_dir() and any(directory.iterdir()):
-        raise CheckpointError(f"{directory}: the output directory exists and is not empty; name another")
-    if directory.exists() and not directory.is_dir():
+    """Raise CheckpointError unless `directory` can appear by a rename: it is absent, or empty and nothing holds it."""
+    place = _place(directory)
+    if place.is_dir():
+        if any(place.iterdir()):
+            raise CheckpointError(f"{directory}: the output directory exists and is not empty; name another")
+        if place.samefile("."):  # replaced, it would leave the user's shell in a directory that is no more
+            raise CheckpointError(f"{directory}: the output directory is the working directory; name another")
+        if os.path.ismount(place):
+            raise CheckpointError(f"{directory}: the output directory is a mount point; name one inside it")
+    elif os.path.lexists(place):
         raise CheckpointError(f"{directory}: the output directory is a file; name another")
+    parent = next(parent for parent in place.parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise CheckpointError(f"{parent}: is no directory, so {directory} cannot be written")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{parent}: may not be written to, so {directory} cannot appear there; name another")
+
+
+def _place(directory: Path) -> Path:
+    """The directory itself, absolute and behind all links: it is what a rename can replace."""
+    return Path(os.path.realpath(directory.expanduser()))
 
 
 def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -157,20 +157,25 @@ class RandomTokenizer:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Whether load_tokenizer would find a tokenizer of a language at `path` (a directory, or a GGUF file)."""
+    """Whether load_tokenizer would find a tokenizer of a language at `path`."""
+    from llama_ref.gguf_tokenizer import has_vocabulary
+
+    path = _place(path)
     if path.is_file():
-        return path.suffix == ".gguf"
-    return any((path / name).is_file() for name in (JSON_FILE, SENTENCEPIECE_FILE)) or len(_ggufs(path)) == 1
+        return has_vocabulary(path)
+    if any((path / name).is_file() for name in (JSON_FILE, SENTENCEPIECE_FILE)):
+        return True
+    return len(_ggufs(path)) == 1 and has_vocabulary(_ggufs(path)[0])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory or GGUF file; raises TokenizerError.
+    """The tokenizer of a model's directory or file: a GGUF holds its own, any other file's stands in its directory.
 
     tokenizer.json comes before tokenizer.model, since only it knows tokens that were added later; without the
-    `tokenizers` library the latter has to do.
+    `tokenizers` library the latter has to do. Raises TokenizerError.
     """
-    path = Path(path).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    path = _place(Path(path).expanduser())
+    if path.is_file():
         return _from_gguf(path)
     if (path / RANDOM_FILE).is_file():
         return _random(read_json_object(read_text(path / RANDOM_FILE), path / RANDOM_FILE), path / RANDOM_FILE)
@@ -185,6 +190,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if len(_ggufs(path)) == 1:
         return _from_gguf(_ggufs(path)[0])
     raise TokenizerError(f"{path}: neither {JSON_FILE} nor {SENTENCEPIECE_FILE} in this directory")
+
+
+def _place(path: Path) -> Path:
+    """Where a model's tokenizer is: "m.gguf" -> "m.gguf", "m/model.pth" -> "m", "m" -> "m"."""
+    return path.parent if path.is_file() and path.suffix != ".gguf" else path
 
 
 def _random(data: dict[str, Any], where: Path) -> RandomTokenizer:

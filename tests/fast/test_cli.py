@@ -176,6 +176,15 @@ def test_a_full_output_directory_is_left_alone(run: Run, model: Path) -> None:
     assert sorted((path, path.read_bytes()) for path in model.iterdir()) == before
 
 
+def test_an_output_that_cannot_be_is_refused_before_the_model_is_sought(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("quantize", "--model", "nobody", "--out", "."), ("convert", "nobody", ".")):
+        code, _, err = run(*arguments)
+        assert code == 2 and "is the working directory" in err and len(err.strip().splitlines()) == 1
+
+
 def test_an_unknown_model_says_what_is_possible(run: Run) -> None:
     code, _, err = run("generate", "--model", "random:llama-9")
     assert code == 2 and "unknown shape 'llama-9'" in err and "llama-2-7b" in err

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_fast.text import TextStream
+from llama_fast.text import UNFINISHED, TextStream
 
 
 def decode(ids: list[int]) -> str:
@@ -34,6 +36,39 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) 
     complete = min(ends)  # the stop string that is complete first ends the text, where it begins
     begins = [text.find(word) for word in stop if word in text[:complete]]
     assert shown == text[: min(begins)] and writer.stopped
+
+
+def decode_by_runs(ids: list[int]) -> str:
+    """As the `tokenizers` library's byte fallback: one bad byte, and each of its run (here: the text) is unreadable."""
+    try:
+        return bytes(ids).decode()
+    except UnicodeDecodeError:
+        return UNFINISHED * len(ids)
+
+
+@given(st.text(st.characters(exclude_characters=UNFINISHED), max_size=30), st.integers(0, 120))
+@example("Aé!", 2)
+@example("é😀é", 4)
+@example("€" * 9, 20)
+@pytest.mark.parametrize("decode", [decode, decode_by_runs])
+def test_a_character_that_the_prompt_began_belongs_to_the_continuation(
+    decode: Callable[[list[int]], str], text: str, cut: int
+) -> None:
+    ids = list(text.encode())
+    shown = bytes(ids[:cut]).decode(errors="ignore")  # the prompt's whole characters
+    writer = TextStream(decode, before=ids[:cut])
+    for at in range(cut, len(ids)):
+        shown += writer.push(ids[at])
+        assert shown == bytes(ids[: at + 1]).decode(errors="ignore")
+    assert shown + writer.finish() == (text if cut < len(ids) else shown)
+
+
+def test_what_the_prompt_left_unreadable_is_not_shown_again() -> None:
+    for prompt in (b"A\xc3", "A\ufffd".encode(), b"A\xff\xff", "\ufffd".encode()):
+        writer = TextStream(decode, before=list(prompt))
+        assert [writer.push(byte) for byte in b"!?"] == ["!", "?"] and writer.finish() == ""
+    writer = TextStream(decode, before=[*"A\ufffd".encode(), 0xC3])
+    assert [writer.push(byte) for byte in b"\xa9!"] == ["é", "!"]
 
 
 def test_what_may_be_a_stop_string_is_held_back() -> None:

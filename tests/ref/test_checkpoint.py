@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from llama_ref.hf_config import to_hf
 from llama_ref.huggingface import InterleavedRows, huggingface_name, interleave
 from llama_ref.models import Model
 from llama_ref.random_weights import stable_seed
+from llama_ref.saved import appears_whole, check_can_write
 from llama_ref.weights import spans
 
 SMALL = LlamaConfig(32, 2, 4, 2, 8, 48, 101, 256, bos_id=1, eos_ids=(2,))
@@ -623,6 +625,46 @@ def test_an_output_directory_in_use_is_refused_and_untouched(tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     save_checkpoint(tmp_path / "empty", SMALL, weights)
     assert open_checkpoint(tmp_path / "empty").config == SMALL
+
+
+def test_a_link_to_an_empty_directory_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "deep" / "new")
+    for name, place in (("link", "real"), ("dangling", "deep/new")):
+        save_checkpoint(tmp_path / name, SMALL, random_checkpoint(SMALL).weights)
+        assert open_checkpoint(tmp_path / place).config == open_checkpoint(tmp_path / name).config == SMALL
+        assert (tmp_path / name).is_symlink() and not any((tmp_path / place).glob(".*"))
+
+
+@pytest.mark.parametrize("out", [".", "link"])
+def test_the_working_directory_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    target = Path(out) if out == "." else tmp_path / out
+    refused(lambda: check_can_write(target), f"{target}: ", "is the working directory", "name another")
+    with pytest.raises(CheckpointError, match="working directory"), appears_whole(target):
+        raise AssertionError("the work has begun")
+    assert list(here.iterdir()) == [] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_replaced_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(lambda: check_can_write(tmp_path / "notes.txt" / "deep" / "out"), "notes.txt: ", "no directory")
+    (tmp_path / "loop").symlink_to("loop")
+    refused(lambda: check_can_write(tmp_path / "loop"), "loop: ", "is a file")
+    (tmp_path / "volume").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
+        refused(lambda: check_can_write(tmp_path / "volume"), "volume: ", "is a mount point")
+        check_can_write(tmp_path / "volume" / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        refused(lambda: check_can_write(tmp_path / "deep" / "out"), f"{tmp_path}: ", "may not be written")
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,11 +20,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
+from llama_ref.checkpoint import Checkpoint, CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig, RopeScaling
 from llama_ref.convert import convert
+from llama_ref.gguf_file import gguf_name
+from llama_ref.gguf_header import read_header
+from llama_ref.hf_config import to_hf
 from llama_ref.meta_config import from_meta, to_meta
 from llama_ref.meta_layout import Merged
+from llama_ref.models import Model, resolve
+from llama_ref.tokenizer import RandomTokenizer, TokenizerError, has_tokenizer, load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -157,6 +163,18 @@ def test_a_single_file_may_be_named(meta: tuple[Path, Path]) -> None:
     assert open_checkpoint(source / "model.pth").config == open_checkpoint(source).config
 
 
+def test_safetensors_that_cannot_be_opened_hide_no_model_pth(meta: tuple[Path, Path]) -> None:
+    source, directory = meta
+    (directory / "consolidated.00.pth").rename(directory / "model.pth")
+    (directory / "adapter.safetensors").write_bytes(b"not read")
+    theirs = open_checkpoint(source).weights["output.weight"][:]
+    assert torch.equal(open_checkpoint(directory).weights["output.weight"][:], theirs)
+    (directory / "model.safetensors").write_bytes(b"without a config.json, what are these?")
+    assert torch.equal(open_checkpoint(directory).weights["output.weight"][:], theirs)
+    shutil.copyfile(source / "config.json", directory / "config.json")
+    refused(lambda: open_checkpoint(directory), "model.safetensors: truncated or no safetensors file")
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
     "key", [slice(None), slice(3, 11), slice(5, 5), (slice(2, 9), slice(1, 6)), (slice(None), slice(-3, None))]
@@ -278,6 +296,114 @@ def test_the_command_converts(tiny: Any, tmp_path: Path) -> None:
     assert done.stdout == f"{tmp_path / 'out'}: meta\n" and done.returncode == 0
     done = subprocess.run([*command, "random:llama-2-7b", str(tmp_path / "no")], capture_output=True, text=True)
     assert done.returncode == 2 and "has no files to convert" in done.stderr and "Traceback" not in done.stderr
+
+
+OF_A_GGUF = LlamaConfig(32, 2, 4, 2, 8, 48, 103, 777, rope_theta=5e5, bos_id=1, eos_ids=(2, 7))
+
+
+def write_gguf(path: Path, vocabulary: Mapping[str, Any]) -> Checkpoint:
+    """A GGUF of OF_A_GGUF, by the gguf package, with another model's vocabulary if one is given; what it holds."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_embedding_length(OF_A_GGUF.dim)
+    writer.add_block_count(OF_A_GGUF.n_layers)
+    writer.add_head_count(OF_A_GGUF.n_heads)
+    writer.add_head_count_kv(OF_A_GGUF.n_kv_heads)
+    writer.add_feed_forward_length(OF_A_GGUF.ffn_dim)
+    writer.add_context_length(OF_A_GGUF.max_context)
+    writer.add_vocab_size(OF_A_GGUF.vocab_size)
+    writer.add_layer_norm_rms_eps(2**-10)
+    writer.add_rope_freq_base(OF_A_GGUF.rope_theta)
+    ids = {f"tokenizer.ggml.{name}_token_id": token for name, token in (("bos", 1), ("eos", 2), ("eot", 7))}
+    add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    for name, value in {**vocabulary, **ids}.items():
+        add[type(value)](name, value)
+    weights = {name: tensor[:] for name, tensor in random_checkpoint(OF_A_GGUF).weights.items()}
+    for name, tensor in weights.items():
+        writer.add_tensor(gguf_name(name), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Checkpoint(dataclasses.replace(OF_A_GGUF, norm_eps=2**-10), weights)
+
+
+def put_another_model_beside(directory: Path) -> None:
+    config = dataclasses.replace(OF_A_GGUF, rope_theta=10000.0)
+    (directory / "config.json").write_text(json.dumps(to_hf(config)))
+    (directory / "params.json").write_text(json.dumps(to_meta(config)))
+    (directory / "generation_config.json").write_text('{"eos_token_id": 9}')
+    RandomTokenizer(103, None, ()).save(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
+        (directory / name).write_text("{}")
+
+
+def test_of_a_gguf_nothing_but_itself_is_converted(
+    default_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_FAST_CACHE", str(tmp_path / "cache"))
+    assert default_model.path is not None
+    told = read_header(default_model.path).metadata
+    source = tmp_path / "in" / "tiny.gguf"
+    source.parent.mkdir()
+    held = write_gguf(source, {name: value for name, value in told.items() if name.startswith("tokenizer.")})
+    put_another_model_beside(source.parent)
+    theirs = load_tokenizer(source)
+    for to in ("hf", "meta"):
+        assert convert(source, tmp_path / to, to) == to
+        again, ours = open_checkpoint(tmp_path / to), load_tokenizer(tmp_path / to)
+        assert again.config == held.config
+        assert all(torch.equal(again.weights[name][:], tensor[:]) for name, tensor in held.weights.items())
+        assert ours.encode("Hello, my name is") == theirs.encode("Hello, my name is") == [19556, 28, 957, 1462, 314]
+        assert (ours.bos_id, ours.eos_ids, ours.chat_template) == (1, (2,), told["tokenizer.chat_template"])
+        assert not (tmp_path / to / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "meta"])
+def test_a_gguf_without_a_vocabulary_converts_without_a_tokenizer(tmp_path: Path, to: str) -> None:
+    held = write_gguf(tmp_path / "bare.gguf", {})
+    assert not resolve(str(tmp_path / "bare.gguf")).has_tokenizer
+    convert(tmp_path, tmp_path / "out", to)  # the directory that holds it
+    assert open_checkpoint(tmp_path / "out").config == held.config
+    assert not has_tokenizer(tmp_path / "out")
+
+
+def test_an_unreadable_vocabulary_of_a_gguf_is_not_left_out(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "odd.gguf", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]})
+    with pytest.raises(TokenizerError, match=r"odd\.gguf: its tokenizer could not be converted"):
+        convert(tmp_path / "odd.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.gguf"]
+
+
+@pytest.mark.parametrize("to", ["hf", "meta"])
+def test_the_tokenizer_of_random_weights_is_kept(tmp_path: Path, to: str) -> None:
+    config = dataclasses.replace(OF_A_GGUF, bos_id=5)
+    weights, tokenizer = random_checkpoint(config).weights, RandomTokenizer(103, 5, (2, 7))
+    save_checkpoint(tmp_path / "ours", config, weights, tokenizer=tokenizer)
+    (tmp_path / "ours" / "generation_config.json").write_text('{"eos_token_id": 9}')  # not read there
+    convert(tmp_path / "ours", tmp_path / to, to)
+    assert open_checkpoint(tmp_path / to).config == config
+    assert load_tokenizer(tmp_path / to).encode("Hé") == tokenizer.encode("Hé")
+
+
+def test_a_file_of_weights_takes_along_what_stands_beside_it(save_tiny: Any, tmp_path: Path) -> None:
+    source = save_tiny().directory
+    RandomTokenizer(101, None, ()).save(source)
+    convert(source, tmp_path / "meta", "meta")
+    assert convert(tmp_path / "meta" / "consolidated.00.pth", tmp_path / "back") == "hf"
+    assert digest(tmp_path / "back" / "config.json") == digest(source / "config.json")
+    assert load_tokenizer(tmp_path / "back").vocab_size == 101
+
+
+def test_a_config_that_would_read_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama_ref.convert
+
+    write_gguf(tmp_path / "tiny.gguf", {})
+    monkeypatch.setattr(llama_ref.convert, "to_hf", lambda config: to_hf(dataclasses.replace(config, rope_theta=7.0)))
+    for to in ("hf", "meta"):
+        refused(lambda: convert(tmp_path, tmp_path / "out", to), "rope_theta=7.0, not 500000.0")  # noqa: B023
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
 def test_llama_3_scaling_goes_into_params() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_ref import gguf_tokenizer
 from llama_ref.gguf_tokenizer import settings_of
-from llama_ref.models import Model
+from llama_ref.models import Model, resolve
 from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_ref.tokenizer import (
     DEFAULT_PROMPT,
@@ -156,6 +156,18 @@ def test_the_random_tokenizer(tmp_path: Path) -> None:
     assert not has_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.pth", "consolidated.00.pth"])
+def test_the_tokenizer_of_a_file_of_weights_stands_beside_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"weights")
+    model = resolve(str(tmp_path / name))
+    assert not model.has_tokenizer
+    with pytest.raises(TokenizerError, match=f"{tmp_path}: neither tokenizer.json nor"):
+        model.tokenizer()
+    write(tmp_path, json_files(template=True))
+    assert model.has_tokenizer
+    assert model.tokenizer().encode("Hello") == load_tokenizer(tmp_path).encode("Hello")
+
+
 def test_absent_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
     def refused(fragment: str) -> None:
         with pytest.raises(TokenizerError, match=fragment) as caught:
@@ -215,6 +227,16 @@ def test_the_default_models_tokenizer(default_model: Model, monkeypatch: pytest.
     assert default_model.tokenizer().encode(DEFAULT_PROMPT) == ours.encode(DEFAULT_PROMPT)
     default_model.tokenizer().save(tmp_path)
     assert load_tokenizer(tmp_path).encode(DEFAULT_PROMPT) == ours.encode(DEFAULT_PROMPT)
+
+
+def test_what_stands_beside_a_gguf_is_not_its_tokenizer(
+    default_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert default_model.path is not None
+    (tmp_path / "model.gguf").symlink_to(default_model.path)
+    write(tmp_path, json_files(template=True, chat_template="another model's"))
+    monkeypatch.setenv("LLAMA_FAST_CACHE", str(tmp_path / "cache"))
+    assert load_tokenizer(tmp_path / "model.gguf").encode(DEFAULT_PROMPT) == [19556, 28, 957, 1462, 314]
 
 
 def test_a_damaged_cache_entry_is_derived_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
