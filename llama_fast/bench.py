@@ -1,7 +1,7 @@
 """Climb the ladder: build every rung, judge it, measure all of them in turns, and say what stands in the way.
 
-Each round takes one sample of every rung, so that a machine that slows down slows all of them. Compilation is timed by
-itself. A sample is one prompt continued greedily by a fixed number of tokens, whatever the EOS ids say.
+Each round takes one sample of every rung that fits into the memory, so that a machine that slows down slows all of them.
+Compilation is timed by itself. A sample is one prompt continued greedily by a fixed number of tokens, whatever the EOS ids say.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import resource
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -147,39 +148,25 @@ def bench(
     """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model, or no rung
     fits the GPU.
 
-    With `trace`, some tokens of every rung are decoded once more under a profiler that writes there; OSError if it cannot.
+    Where a GPU does not hold all rungs at once, they are measured in groups that fit. With `trace`, some tokens of every
+    rung are decoded once more under a profiler that writes there (another group's: "-more" added); OSError if it cannot.
     """
     if trace is not None:
         check_trace(trace)
     progress.say("measuring the read bandwidth")
     bandwidth = read_bandwidth_gb_per_s(device)
-    builder = Builder(checkpoint, device)
-    climbers: list[Climber] = []
-    left_out: dict[str, str] = {}
-    for rung in rungs:
-        known = len(builder.built)
-        try:
-            climbers.append(prepare(builder, rung, prompt, new_tokens, judge, progress))
-        except torch.OutOfMemoryError:
-            left_out[rung.name] = "does not fit into the GPU's memory beside the rungs before it"
-            progress.say(f"{rung.name}: left out, {left_out[rung.name]}")
-            del builder.built[known:]
-    if rungs and not climbers:
-        raise ValueError(f"{model}: no rung fits into the memory of {device_name(device)}")
-    for round_number in range(samples):
-        for climber in climbers:
-            progress.say(f"sample {round_number + 1} of {samples}: {climber.rung.name}")
-            climber.samples.append(sample(climber, prompt, new_tokens))
-            progress.sample(climber.rung.name, climber.samples[-1].tokens_per_second)
-    times: dict[str, StepTimes] = {}
-    if trace is not None and climbers:
-        progress.say("profiling")
-        decoders = [Decoder(c.rung.name, c.runner, kept_cache(c, prompt, new_tokens), c.draft) for c in climbers]
-        times = profile_decoding(decoders, prompt, trace, new_tokens)
-    resident_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    waiting, left_out, results = deque(rungs), dict[str, str](), list[RungResult]()
+    while waiting:
+        builder = Builder(checkpoint, device)
+        results += climb(waiting, left_out, builder, prompt, judge, progress, samples, new_tokens, trace, bandwidth)
+        trace = trace and trace.with_stem(f"{trace.stem}-more")
+        if waiting:
+            builder.release()
     if device.type == "cpu":  # its memory is often shared with others, and what it gives drifts
         progress.say("measuring the read bandwidth again")
         bandwidth = max(bandwidth, read_bandwidth_gb_per_s(device))
+    if rungs and not results:
+        raise ValueError(f"{model}: no rung fits into the memory of {device_name(device)}")
     return Ladder(
         model=model,
         device=device_name(device),
@@ -190,15 +177,41 @@ def bench(
         sampling="greedy",
         read_bandwidth_gb_per_s=bandwidth,
         datasheet_bandwidth_gb_per_s=DATASHEET_GB_PER_S.get(device_name(device)),
-        resident_memory_gb=resident_gb,
-        rungs=[result(climber, prompt, new_tokens, bandwidth, times.get(climber.rung.name)) for climber in climbers],
+        resident_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
+        rungs=[against(rung, bandwidth) for rung in results],
         left_out=left_out,
     )
 
 
+def climb(
+    waiting: deque[Rung],
+    left_out: dict[str, str],
+    builder: Builder,
+    prompt: Sequence[int],
+    judge: Judge,
+    progress: Progress,
+    samples: int,
+    new_tokens: int,
+    trace: Path | None,
+    bandwidth: float,
+) -> list[RungResult]:
+    """Measure, in turns, the first rungs of `waiting` that fit into the memory together, and take them from it."""
+    climbers = those_that_fit(waiting, left_out, builder, prompt, new_tokens, judge, progress)
+    for round_number in range(samples):
+        for climber in climbers:
+            progress.say(f"sample {round_number + 1} of {samples}: {climber.rung.name}")
+            climber.samples.append(sample(climber, prompt, new_tokens))
+            progress.sample(climber.rung.name, climber.samples[-1].tokens_per_second)
+    times: dict[str, StepTimes] = {}
+    if trace is not None and climbers:
+        progress.say("profiling")
+        decoders = [Decoder(c.rung.name, c.runner, kept_cache(c, prompt, new_tokens), c.draft) for c in climbers]
+        times = profile_decoding(decoders, prompt, trace, new_tokens)
+    return [result(climber, prompt, new_tokens, bandwidth, times.get(climber.rung.name)) for climber in climbers]
+
+
 class Builder:
-    """Builds a plan once, and weights once, however many rungs stand on them: a rung that speculates uses those of two others,
-    and the ladder of a 7B fits a GPU of 40 GB."""
+    """Builds a plan once, and weights once, however many rungs stand on them: one that speculates uses those of two others."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
@@ -214,6 +227,41 @@ class Builder:
                 return self.built[-1]
         self.built.append(build(self.checkpoint, plan, self.device, dtype))
         return self.built[-1]
+
+    def release(self) -> None:
+        """Give back the memory of all that was built, and of what was compiled for it."""
+        self.built.clear()
+        torch.compiler.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def those_that_fit(
+    waiting: deque[Rung],
+    left_out: dict[str, str],
+    builder: Builder,
+    prompt: Sequence[int],
+    new_tokens: int,
+    judge: Judge,
+    progress: Progress,
+) -> list[Climber]:
+    """Prepare rungs, and take them from `waiting`, until one does not fit beside those before it: it waits until they are
+    measured. One that does not fit alone is left out.
+    """
+    climbers: list[Climber] = []
+    while waiting:
+        try:
+            climbers.append(prepare(builder, waiting[0], prompt, new_tokens, judge, progress))
+        except torch.OutOfMemoryError:
+            if climbers:
+                progress.say(f"{waiting[0].name}: does not fit beside the rungs before it, which are measured now")
+                break
+            left_out[waiting[0].name] = "does not fit into the GPU's memory"
+            progress.say(f"{waiting[0].name}: left out, {left_out[waiting[0].name]}")
+            builder.built.clear()
+        waiting.popleft()
+    return climbers
 
 
 def prepare(
@@ -305,6 +353,12 @@ def result(
         draft_memory_gb=climber.draft.held_bytes / GB if climber.draft else 0.0,
         speculation=total.as_json() if total else None,
     )
+
+
+def against(rung: RungResult, bandwidth_gb_per_s: float) -> RungResult:
+    """The result with another measurement of the read bandwidth."""
+    share = rung.bandwidth_gb_per_s / bandwidth_gb_per_s
+    return replace(rung, mbu=share, floor_tokens_per_second=rung.tokens_per_second.median / share)
 
 
 def bytes_per_token(step_bytes: float, counted: Statistics, draft: Speculation) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +89,40 @@ def test_the_ladder_holds_every_field_of_the_contract(ladder: tuple[Ladder, Quie
     assert (tmp_path / "ladder.png").stat().st_size > 20_000
 
 
-def test_a_rung_that_does_not_fit_is_left_out_and_said(untied: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Int8, weight: torch.Tensor, dtype: torch.dtype) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("room", [3, 2, 1])
+def test_what_does_not_fit_at_once_is_measured_in_groups(
+    untied: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int
+) -> None:
+    """Memory for `room` models, and never for the largest one: int8."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
 
-    monkeypatch.setattr(Int8, "encode", full)
-    rungs = [RUNGS["baseline"], Rung("int8", "int8", Plan(Int8())), Rung("again", "again", Plan(cache=Static()))]
-    request: Any = ([5, 6, 7], rungs, torch.device("cpu"), lambda *ignored: "AGREE", Quiet(), 1, 4)
-    climbed = bench(untied, "tiny", *request)
-    assert [rung.name for rung in climbed.rungs] == ["baseline", "again"] and list(climbed.left_out) == ["int8"]
-    assert climbed.as_json()["left_out"]["int8"].startswith("does not fit")
+    def build_if_there_is_room(checkpoint: Checkpoint, plan: Plan, *where: Any) -> Runner:
+        nonlocal most
+        gc.collect()
+        if len(alive) == room or isinstance(plan.encoding, Int8):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        runner = build(checkpoint, plan, *where)
+        alive.add(runner.model)
+        most = max(most, len(alive))
+        return runner
+
+    monkeypatch.setattr("llama_fast.bench.build", build_if_there_is_room)
+    monkeypatch.setattr("llama_fast.bench.read_bandwidth_gb_per_s", lambda device: 20.0)
+    joined = replace(RUNGS["compiled"], name="joined", plan=Plan(fuse_projections=True))
+    half = Rung("half", "half", Plan(), cpu_dtype=torch.bfloat16)
+    static = Rung("static", "the baseline's weights", Plan(cache=Static()))
+    rungs = [RUNGS["baseline"], static, joined, RUNGS["int8"], half]
+    quiet = Quiet()
+    request: Any = (torch.device("cpu"), lambda *ignored: "AGREE", quiet, 2, 4)
+    climbed = bench(untied, "tiny", [5, 6, 7], rungs, *request, trace=tmp_path / "trace.json")
+    assert [rung.name for rung in climbed.rungs] == ["baseline", "static", "joined", "half"]
+    assert climbed.as_json()["left_out"] == {"int8": "does not fit into the GPU's memory"}
+    assert all(rung.step_times_us for rung in climbed.rungs) and most == min(room, 2)
+    together = {3: ["joined"], 2: ["joined"], 1: []}[room]
+    assert quiet.samples[: 2 + len(together)] == ["baseline", "static", *together]
     with pytest.raises(ValueError, match="tiny: no rung fits"):
-        bench(untied, "tiny", request[0], rungs[1:2], *request[2:])
+        bench(untied, "tiny", [5, 6, 7], [RUNGS["int8"]], *request)
 
 
 def test_plans_that_differ_in_cache_or_compiler_share_their_weights(untied: Checkpoint) -> None:
