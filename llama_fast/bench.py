@@ -145,8 +145,7 @@ def bench(
     new_tokens: int = 200,
     trace: Path | None = None,
 ) -> Ladder:
-    """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model, or no rung
-    fits the GPU.
+    """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model.
 
     Where a GPU does not hold all rungs at once, they are measured in groups that fit. With `trace`, some tokens of every
     rung are decoded once more under a profiler that writes there (another group's: "-more" added); OSError if it cannot.
@@ -165,8 +164,6 @@ def bench(
     if device.type == "cpu":  # its memory is often shared with others, and what it gives drifts
         progress.say("measuring the read bandwidth again")
         bandwidth = max(bandwidth, read_bandwidth_gb_per_s(device))
-    if rungs and not results:
-        raise ValueError(f"{model}: no rung fits into the memory of {device_name(device)}")
     return Ladder(
         model=model,
         device=device_name(device),
@@ -247,13 +244,15 @@ def those_that_fit(
     progress: Progress,
 ) -> list[Climber]:
     """Prepare rungs, and take them from `waiting`, until one does not fit beside those before it: it waits until they are
-    measured. One that does not fit alone is left out.
+    measured. One that does not fit alone is left out; of a rung over ranks that is an error, as all ranks must go one way.
     """
     climbers: list[Climber] = []
     while waiting:
         try:
             climbers.append(prepare(builder, waiting[0], prompt, new_tokens, judge, progress))
         except torch.OutOfMemoryError:
+            if waiting[0].over_ranks:
+                raise
             if climbers:
                 progress.say(f"{waiting[0].name}: does not fit beside the rungs before it, which are measured now")
                 break

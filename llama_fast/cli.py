@@ -276,6 +276,7 @@ def bench(
 ) -> None:
     """Climb the ladder: measure every rung, prove it, plot it."""
     from llama_fast.bench import bench as climb
+    from llama_fast.plots import draw
     from llama_fast.report import Live, show_step_times, show_table
     from llama_fast.rungs import rungs_named, rungs_of
     from oracle.rungs import rung_judge
@@ -313,30 +314,37 @@ def bench(
         ladder = replace(ladder, left_out=ladder.left_out | undivided)
         if isinstance(shard, TensorParallel):
             ladder = jobs.of_all_ranks(ladder, shard)
-        if elsewhere:
-            save(ladder, out)  # should the job end badly
+        save(ladder, out)  # whatever comes after
+        same = ["--model", model, "--prompt", prompt, "--device", to.type]
+        same += ["--samples", str(samples), "--new-tokens", str(new_tokens)]
+        failed: dict[str, str] = {}
+        for rung in elsewhere:  # a job for each: what ends one leaves the others
             if to.type == "cuda":
                 torch.cuda.empty_cache()  # the first rank works on this GPU too
-            same = ["--model", model, "--prompt", prompt, "--device", to.type]
-            same += ["--samples", str(samples), "--new-tokens", str(new_tokens)]
-            ladder = replace(ladder, rungs=ladder.rungs + jobs.climb(elsewhere, count, same, live.say))
+            try:
+                ladder = replace(ladder, rungs=ladder.rungs + jobs.climb([rung], count, same, live.say))
+            except ValueError as error:
+                failed[rung.name] = str(error)
+        ladder = replace(ladder, left_out=ladder.left_out | failed)
+    save(ladder, out)
+    if not ladder.rungs:
+        raise ValueError(f"{model}: no rung could be climbed: {'; '.join(map(': '.join, ladder.left_out.items()))}")
     if ranks.is_first():
         show_table(ladder)
         show_step_times(ladder)
-        save(ladder, out)
+        draw(ladder, out / "ladder.png")
         print(f"{out / 'ladder.json'}  {out / 'ladder.png'}")
     member.leave()
+    if failed:
+        raise ValueError("; ".join(failed.values()))
     if any(rung.verdict != "AGREE" for rung in ladder.rungs) or (rungs and ladder.left_out):
         raise typer.Exit(1)
 
 
 def save(ladder: Ladder, out: Path) -> None:
-    """Write `ladder.json`, and `ladder.png` if anything was climbed."""
-    from llama_fast.plots import draw
-
-    (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
-    if ladder.rungs:
-        draw(ladder, out / "ladder.png")
+    """Write `ladder.json`, as the first rank."""
+    if ranks.is_first():
+        (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
 
 
 def proposer_named(

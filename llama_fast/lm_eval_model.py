@@ -93,7 +93,8 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
             scores = self.llama.score_ids([whole[i] for i in batch])
             for i, score in zip(batch, scores, strict=True):
                 asked, pair = len(requests[i][2]), requests[i][:1]
-                answers[i] = (sum(score.logprobs[-asked:]), all(score.greedy[-asked:]))
+                first = max(0, len(score.logprobs) - asked)
+                answers[i] = (sum(score.logprobs[first:]), all(score.greedy[first:]))
                 if isinstance(pair[0], tuple):
                     self.cache_hook.add_partial("loglikelihood", pair[0], answers[i])
         return answers

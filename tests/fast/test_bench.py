@@ -121,8 +121,10 @@ def test_what_does_not_fit_at_once_is_measured_in_groups(
     assert all(rung.step_times_us for rung in climbed.rungs) and most == min(room, 2)
     together = {3: ["joined"], 2: ["joined"], 1: []}[room]
     assert quiet.samples[: 2 + len(together)] == ["baseline", "static", *together]
-    with pytest.raises(ValueError, match="tiny: no rung fits"):
-        bench(untied, "tiny", [5, 6, 7], [RUNGS["int8"]], *request)
+    nothing = bench(untied, "tiny", [5, 6, 7], [RUNGS["int8"]], *request)
+    assert not nothing.rungs and list(nothing.left_out) == ["int8"]
+    with pytest.raises(torch.OutOfMemoryError):  # all ranks must go one way
+        bench(untied, "tiny", [5, 6, 7], [replace(RUNGS["int8"], over_ranks=True)], *request)
 
 
 def test_plans_that_differ_in_cache_or_compiler_share_their_weights(untied: Checkpoint) -> None:

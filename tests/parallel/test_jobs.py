@@ -6,14 +6,17 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llama_fast import cli, jobs, rungs
+from llama_fast.bench import RungResult, Spread
 from llama_fast.optimisations.tensor_parallel import TensorParallel
-from llama_fast.rungs import RUNGS, rungs_of
+from llama_fast.rungs import RUNGS, Rung, rungs_of
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
@@ -116,6 +119,52 @@ def test_what_does_not_divide_is_left_out_unless_asked_for(
         "tp": "does not divide"
     }
     assert "tp: left out, does not divide" in capsys.readouterr().out
+
+
+def test_ranks_climb_what_one_process_cannot_and_one_job_that_fails_leaves_the_others(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*ignored: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def climb(asked: Sequence[Rung], ranks: int, *ignored: object) -> list[RungResult]:
+        if asked[0].name == "tp":
+            raise ValueError("tp on 2 ranks: CUDA out of memory")
+        numbers = {field.name: 1.0 for field in dataclasses.fields(RungResult) if field.type == "float"}
+        words: dict[str, Any] = {"name": asked[0].name, "does": "", "plan": "", "dtype": "float32", "verdict": "AGREE"}
+        counts = {"batch": 1, "prompt_tokens": 1, "new_tokens": 4, "cache_length": 5, "ranks": ranks}
+        return [RungResult(**(numbers | words | counts), tokens_per_second=Spread(1.0, 1.0, 1.0))]
+
+    monkeypatch.setattr("llama_fast.bench.build", full)
+    monkeypatch.setattr(jobs, "climb", climb)
+    for names, climbed, code, says in (
+        ("tp-int8", ["tp-int8"], 1, ""),  # the baseline, which goes with it, did not fit
+        ("tp,tp-int8", ["tp-int8"], 2, "error: tp on 2 ranks: CUDA out of memory\n"),
+        (
+            "baseline",
+            [],
+            2,
+            f"error: {model}: no rung could be climbed: baseline: does not fit into the GPU's memory\n",
+        ),
+    ):
+        flags = [
+            "--device",
+            "cpu",
+            "--model",
+            str(model),
+            "--out",
+            str(tmp_path),
+            "--samples",
+            "1",
+            "--new-tokens",
+            "4",
+        ]
+        monkeypatch.setattr(sys, "argv", ["llama-fast", "bench", "--rungs", names, *flags])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert (end.value.code, capsys.readouterr().err) == (code, says)
+        ladder = json.loads((tmp_path / "ladder.json").read_text())
+        assert [rung["name"] for rung in ladder["rungs"]] == climbed and "baseline" in ladder["left_out"]
 
 
 def test_under_a_launcher_the_rungs_over_ranks_are_climbed() -> None:
