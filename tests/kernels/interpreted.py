@@ -6,7 +6,7 @@ Run by test_interpreted.py with TRITON_INTERPRET=1, which must be set before imp
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def check_qkv() -> int:
         cos, sin = angles.cos(), angles.sin()
         stored, scale, dense = weight((h + 2 * hkv) * hd, dim, encoding, seed=4)
         x, gain = rand(m, dim, seed=5, dtype=dtype), rand(dim, seed=6, dtype=dtype)
-        for first in (0, 1, slots - t):
+        for first in (0, 1, slots - t) if encoding == "float32" else (0, slots - t):
             start = torch.tensor([first, (first * 2 + 1) % (slots - t + 1)][:b])
             caches = [torch.full((b, hkv, slots, hd), NAN, dtype=dtype) for _ in range(2)]
             rope = ops.Rope(cos.float(), sin.float(), start, caches[0], caches[1], h)
@@ -146,10 +146,14 @@ def check_attention() -> int:
         (3, 3, 12, 2, 2),
     )  # H, HKV, HD, B, T
     tiles = (AttentionTile(16, 3, 16), *(AttentionTile(16, splits, 16, vector=True) for splits in (1, 4)))
-    for dtype, (h, hkv, hd, b, t), tile in itertools.product((torch.float32, torch.bfloat16), shapes, tiles):
+    for dtype, (h, hkv, hd, b, t), (i, tile) in itertools.product(
+        (torch.float32, torch.bfloat16), shapes, enumerate(tiles)
+    ):
         slots = 70
-        everywhere = dtype == torch.float32 and (h, hkv, b, t) == (4, 2, 2, 1)
-        firsts = range(slots - t + 1) if everywhere else (0, 1, 15, 16, 33, slots - t)
+        firsts: Sequence[int] = (0, 16, 33, slots - t)
+        if dtype == torch.float32:
+            everywhere = (h, hkv, b, t) == (4, 2, 2, 1)  # by one tile or another, and two rows
+            firsts = range(i, slots - t + 1, len(tiles)) if everywhere else (0, 1, 15, 16, 33, slots - t)
         scratch = ops.AttentionScratch.of(b * t, h, hkv, hd, torch.device("cpu"), tile.splits)
         for tensor in scratch[:2]:
             tensor.fill_(NAN)

@@ -1,72 +1,31 @@
 """The Triton kernels on a CPU: each group of checks in its own process, because the interpreter is chosen at import."""
 
-import importlib.util
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def unable() -> str:
-    """Why the interpreter cannot run here, or nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton==3.6.0 'numpy<2.4')"
-    import numpy
-
-    if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
-        return f"Triton's interpreter needs numpy < 2.4, here is {numpy.__version__}"
-    return ""
-
-
-Done = subprocess.CompletedProcess[str]
-
-
-def ask(group: str) -> Done:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = Path(__file__).with_name("interpreted.py")
-    if group == "step":
-        script = script.with_name("interpreted_step.py")
-    return subprocess.run(
-        [sys.executable, str(script), group], env=environment, capture_output=True, text=True, timeout=900
-    )
-
-
-@pytest.fixture(scope="module")
-def asked(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Done]]]:
-    """The groups that are wanted, two at a time: each keeps one core busy for up to a minute."""
-    tests = [item for item in request.session.items if getattr(item, "originalname", "") == AGREE.__name__]
-    with ThreadPoolExecutor(2) as pool:
-        yield {group: pool.submit(ask, group) for group in (item.callspec.params["group"] for item in tests)}  # type: ignore[attr-defined]
-        pool.shutdown(cancel_futures=True)
+from tests.kernels.interpreting import ENVIRONMENT, unable
 
 
 @pytest.mark.skipif(bool(unable()), reason=unable())
 @pytest.mark.parametrize("group", ["attention", "qkv", "step", "linear", "ends", "choosing", "operators"])
-def test_kernels_agree_with_float64(group: str, asked: dict[str, Future[Done]]) -> None:
-    done = asked[group].result()
+def test_kernels_agree_with_float64(group: str, interpreted_group: subprocess.CompletedProcess[str]) -> None:
+    done = interpreted_group
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{group}: " in done.stdout and "results agree" in done.stdout
-
-
-AGREE = test_kernels_agree_with_float64
 
 
 @pytest.mark.skipif(bool(unable()), reason=unable())
 @pytest.mark.parametrize(("group", "ranks"), [("exchange", 3), ("shards", 3)])
 def test_ranks_agree_with_one(group: str, ranks: int, tmp_path: Path) -> None:
     """Shared memory stands in for GPUs that reach each other: the kernels, their epochs and inboxes are the same."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name(f"interpreted_{group}.py")
     jobs = [
         subprocess.Popen(
             [sys.executable, str(script), group, str(rank), str(ranks), str(tmp_path / "memory")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip

@@ -37,17 +37,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def test_a_draft_is_judged(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "certificate.json"
-    arguments = ("--model", model, "--dtype", "bfloat16", "--json", file, "--speculate", 3)
-    assert run(monkeypatch, *arguments, "--draft", model, "--draft-encoding", "int8") == 0
+    arguments = ("--model", model, "--json", file, "--speculate", 3)
+    assert run(monkeypatch, *arguments, "--dtype", "bfloat16", "--draft", model, "--draft-encoding", "int8") == 0
     text = json.dumps(json.loads(file.read_text()))
     assert all(part in text for part in ("acceptance law", "float32 draft", "bfloat16 draft"))
-    assert run(monkeypatch, *arguments, "--draft", "ngram") == 0
+    assert run(monkeypatch, *arguments, "--dtype", "float32", "--draft", "ngram") == 0
 
     def unverified(draft_BK: Tensor, best_BT: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([draft_BK, best_BT[:, -1:]], 1), torch.full_like(best_BT[:, 0], best_BT.shape[1])
 
     monkeypatch.setattr(checks, "accept_greedy", unverified)
-    assert run(monkeypatch, *arguments, "--draft", "ngram") == 1
+    assert run(monkeypatch, *arguments, "--dtype", "float32", "--draft", "ngram") == 1
 
 
 def test_a_wrong_law_of_acceptance_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
