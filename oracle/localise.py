@@ -12,6 +12,7 @@ block by block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -184,7 +185,8 @@ def judge_weights(held: Mapping[str, Tensor], original: Mapping[str, Tensor], la
             return Verdict((Check("weights", 1.0, 0.0, f"{name}: shape {list(ours.shape)} for {list(theirs.shape)}"),))
         size = theirs.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
         share = float(((ours.float() - theirs.float()).abs() / size).max())
+        share = math.inf if math.isnan(share) else share
         count += 1
-        if not share <= worst:
+        if share > worst:
             worst, where = share, name
     return Verdict((Check("weights", worst, largest_step, where, count),))

@@ -20,7 +20,7 @@ from oracle.compare import Outcome
 from oracle.fast import FastSubject
 from oracle.generation import judge_stopping
 from oracle.judge import Bench, judge
-from oracle.localise import first_beyond, judge_stages
+from oracle.localise import first_beyond, judge_stages, judge_weights
 from oracle.others import CallableSubject
 from oracle.subject import Setting, Subject
 
@@ -175,6 +175,15 @@ def test_a_subject_that_shows_whole_blocks_is_judged_block_by_block(tiny: Checkp
         trace["layers.1"] = trace["layers.1"] * (1 + 1e-5)
     fault = first_beyond(judge_stages(rows, traces, truth, plain, 2, 2**-24))
     assert fault is not None and fault.name == "layers.1"
+
+
+@pytest.mark.parametrize("at", ["first", "second", "third"])
+def test_a_weight_that_is_no_number_differs_wherever_it_stands(at: str) -> None:
+    original = {name: torch.ones(2, 3) for name in ("first", "second", "third")}
+    held = {name: weight * torch.nan if name == at else weight for name, weight in original.items()}
+    assert judge_weights(original, original, 0.0).outcome is Outcome.AGREE
+    verdict = judge_weights(held, original, 1e-2)
+    assert verdict.outcome is Outcome.DIFFER and verdict.checks[0].where == at
 
 
 def test_weights_are_rounded_to_the_subjects_type_whether_kept_or_not(
