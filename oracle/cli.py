@@ -136,8 +136,9 @@ def judge_file(
     """Judge logits that were computed elsewhere, and if they are there, greedy tokens and stages."""
     from llama_fast.build import where
     from llama_ref.models import resolve
+    from oracle.adapters import stage_widths
     from oracle.certificate import Certificate
-    from oracle.recorded import Cases, Recorded, judge_recorded, traces
+    from oracle.recorded import Cases, Recorded, check_stages, judge_recorded, traces
     from oracle.verify import add_stages, bench_for, subject_of
 
     writable(json, html)
@@ -149,13 +150,13 @@ def judge_file(
         raise ValueError(f"{cases}: made for a vocabulary of {asked.vocab_size}, not {checkpoint.config.vocab_size}")
     if max(map(len, asked.rows), default=0) > checkpoint.config.max_context:
         raise ValueError(f"{cases}: a row exceeds the model's context of {checkpoint.config.max_context}")
+    check_stages(logits, asked, recorded, stage_widths(checkpoint.config))
     certificate = Certificate(subject_of(model or asked.model, str(logits.name), None, on, in_type))
     bench = bench_for(checkpoint, in_type, on)
     certificate.parts.update(judge_recorded(bench, asked, recorded))
     certificate.positions[str(in_type)[6:]] = bench.curves
-    rows, shown = traces(asked, recorded)
-    if rows:
-        add_stages(certificate, str(in_type)[6:], rows, shown, bench)
+    if recorded.stages:
+        add_stages(certificate, str(in_type)[6:], asked.rows, traces(asked, recorded), bench)
     if certificate.outcome is Outcome.DIFFER and dtype is None:
         told = f"judged as {str(in_type)[6:]}, the logits' own type: if the arithmetic was narrower, say --dtype"
         certificate.notes.append(told)
