@@ -248,6 +248,19 @@ def greedy_by_recomputation(subject: Subject, prompts: Rows, n: int) -> list[tup
     ]
 
 
+def stage_widths(config: LlamaConfig) -> dict[str, int]:
+    """How many features every stage of the reference has, under its name; the logits are no stage here."""
+    heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    others = {"q": heads, "q_rope": heads, "attention": heads, "ffn_hidden": config.ffn_dim}
+    others |= dict.fromkeys(("k", "v", "k_rope"), kv_heads)
+    of_block = dict.fromkeys(("attention_norm", "attention_out", "ffn_norm", "ffn_out"), config.dim) | others
+    widths = {"embedding": config.dim, "norm": config.dim}
+    for layer in range(config.n_layers):
+        widths |= {f"layers.{layer}": config.dim}
+        widths |= {f"layers.{layer}.{stage}": width for stage, width in of_block.items()}
+    return widths
+
+
 def angles(config: LlamaConfig, length: int) -> Tensor:
     """The rotary angles of the specification, float64 [length, d/2]."""
     return torch.outer(torch.arange(length, dtype=torch.float64), inverse_frequencies(config))

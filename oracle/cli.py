@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from llama_fast.plan import Plan
     from llama_fast.speculation import Speculation
+    from llama_ref.config import LlamaConfig
     from llama_ref.models import Model
     from oracle.certificate import Certificate
     from oracle.tokens import Encode
@@ -94,10 +95,10 @@ def verify(
         text=other,
         again=None if compile else [*words, *(["--fused"] if fused else [])],
     )
-    proposers = proposers_named(draft, draft_encoding, speculate, plan, on)
+    prompts = text_rows(encode, [7, 12]) if encode is not None else ()
+    proposers = proposers_named(draft, draft_encoding, speculate, plan, on, checkpoint.config, prompts)
     certificate = run(checkpoint, plan, on, in_type, encode, model, say, extras)
     if proposers is not None:
-        prompts = text_rows(encode, [7, 12]) if encode is not None else ()
         verify_speculation(certificate, checkpoint, plan, on, in_type, proposers, prompts, say)
     finish(certificate, json, html)
 
@@ -136,8 +137,9 @@ def judge_file(
     """Judge logits that were computed elsewhere, and if they are there, greedy tokens and stages."""
     from llama_fast.build import where
     from llama_ref.models import resolve
+    from oracle.adapters import stage_widths
     from oracle.certificate import Certificate
-    from oracle.recorded import Cases, Recorded, judge_recorded, traces
+    from oracle.recorded import Cases, Recorded, check_stages, judge_recorded, traces
     from oracle.verify import add_stages, bench_for, subject_of
 
     writable(json, html)
@@ -149,13 +151,13 @@ def judge_file(
         raise ValueError(f"{cases}: made for a vocabulary of {asked.vocab_size}, not {checkpoint.config.vocab_size}")
     if max(map(len, asked.rows), default=0) > checkpoint.config.max_context:
         raise ValueError(f"{cases}: a row exceeds the model's context of {checkpoint.config.max_context}")
+    check_stages(logits, asked, recorded, stage_widths(checkpoint.config))
     certificate = Certificate(subject_of(model or asked.model, str(logits.name), None, on, in_type))
     bench = bench_for(checkpoint, in_type, on)
     certificate.parts.update(judge_recorded(bench, asked, recorded))
     certificate.positions[str(in_type)[6:]] = bench.curves
-    rows, shown = traces(asked, recorded)
-    if rows:
-        add_stages(certificate, str(in_type)[6:], rows, shown, bench)
+    if recorded.stages:
+        add_stages(certificate, str(in_type)[6:], asked.rows, traces(asked, recorded), bench)
     if certificate.outcome is Outcome.DIFFER and dtype is None:
         told = f"judged as {str(in_type)[6:]}, the logits' own type: if the arithmetic was narrower, say --dtype"
         certificate.notes.append(told)
@@ -209,22 +211,31 @@ def other_named(name: str, found: Model, vocab_size: int, dtype: torch.dtype, de
 
 
 def proposers_named(
-    draft: str | None, encoding: str | None, k: int, target: Plan, device: torch.device
+    draft: str | None,
+    encoding: str | None,
+    k: int,
+    target: Plan,
+    device: torch.device,
+    config: LlamaConfig,
+    prompts: Sequence[Sequence[int]],
 ) -> Callable[[torch.dtype], list[Speculation]] | None:
-    """What makes the proposers for a type of arithmetic; None where none is asked for. Impossible ones fail here."""
+    """What makes the proposers for a type of arithmetic; None where none is asked for. Those that could not serve a target of
+    `config` after these prompts fail here, before the long run."""
     from llama_fast.build import build
     from llama_fast.optimisations.speculative import Draft, Ngram
     from llama_fast.presets import encoding_named
     from llama_ref.models import resolve
+    from oracle.speculation import check_draft
 
     if draft is None:
         if encoding is not None:
             raise ValueError("--draft-encoding says how proposals are computed: --draft must say by whom")
         return None
+    ngram = Ngram(k)  # raises where k < 1
     if draft == "ngram":
-        ngram = Ngram(k)
         return lambda dtype: [ngram]
     found, kind = resolve(draft), encoding_named(encoding) if encoding else None
+    check_draft(found.open(device).config, config, k, prompts)
 
     def of_type(dtype: torch.dtype) -> list[Speculation]:
         checkpoint = found.open(device, dtype)

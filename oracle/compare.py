@@ -8,13 +8,13 @@ largest error at any position. The fewer numbers a statistic averages, the wider
 The factors follow from a stated false-alarm rate (budget.py); for 225 positions of logits they are
 
                                                             bfloat16   float32
-    whole           RMS over all positions                  1.27       3.2
-    window          RMS over any 32 positions of a row      1.5        3.9
-    position RMS    RMS over the vocabulary, any position   3.6        13
-    position max    largest error, any position             5.9        17
+    whole           RMS over all positions                  1.31       2.84
+    window          RMS over any 32 positions of a row      1.51       3.19
+    position RMS    RMS over the vocabulary, any position   3.67       7.6
+    position max    largest error, any position             6.28       9.26
 
 In float32 the order of summation is all of the error, which differs from kernel to kernel (a sum in 16 lanes errs 1.8
-times less than one in a row); faults stand out there 17 times and more.
+times less than one in a row).
 
 Logits are compared up to one constant per position, which neither softmax nor sampling sees (so log-probabilities may
 be judged as well). It must go: a trained model's rounding error is mostly such a shift of all logits together. On

@@ -2,7 +2,7 @@
 
 Against the original weights, on a text: the KL divergence of the next-token distributions, how often the likeliest
 token is the same, and the ratio of perplexities. Errors of neighbouring positions hang together, so standard errors
-come from resampling blocks of 32 positions, not single ones.
+come from resampling blocks of 32 positions, not single ones. Fewer than four blocks say nothing of how they scatter.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from oracle.compare import Check, Verdict, empty
 from oracle.greedy import first_argmax
 
 BLOCK_POSITIONS = 32
+LEAST_POSITIONS = 4 * BLOCK_POSITIONS  # one block is every resample of itself: it would have no error at all
 RESAMPLES = 400
 QUANTILES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
+NORMAL_95 = 1.96  # standard errors to either side that hold 95% of a normal law
 SURE = 2.0  # standard errors: a budget counts as exceeded where the whole interval lies beyond it
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic, its standard error, and the interval that holds 95% of what resampling gives."""
+    """A statistic, its standard error, and the interval that holds 95% of what resampling gives: NaN for a short text."""
 
     value: float
     error: float
@@ -33,6 +35,8 @@ class Estimate:
     high: float = math.nan
 
     def __str__(self) -> str:
+        if math.isnan(self.error):
+            return f"{self.value:.3g} [no interval]"
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
@@ -101,7 +105,10 @@ class Tally:
 
 
 def measure(tally: Tally) -> Drift:
-    """The statistics and their standard errors by a block bootstrap with a fixed seed: same numbers in, same out."""
+    """The statistics and their standard errors by a block bootstrap with a fixed seed: same numbers in, same out.
+
+    Below `LEAST_POSITIONS` there are values only.
+    """
     T = len(tally.kld)
     if not T:
         return Drift(0, *[Estimate(math.nan, math.nan)] * 6)
@@ -117,6 +124,8 @@ def measure(tally: Tally) -> Drift:
                 return v.quantile(QUANTILES[statistic], dim=-1)
             return v.nanmean(-1).exp() if statistic == "ratio" else v.nanmean(-1)
 
+        if T < LEAST_POSITIONS:
+            return Estimate(float(of(values_T)), math.nan)
         again_R = of(values_T[index_RT])
         low, high = again_R.quantile(0.025), again_R.quantile(0.975)
         return Estimate(float(of(values_T)), float(again_R.std()), float(low), float(high))
@@ -135,17 +144,19 @@ def measure(tally: Tally) -> Drift:
 def judge_drift(drift: Drift, plain: Drift, budget: DriftBudget) -> Verdict:
     """Whether a lossy subject stays within its encoding's budget; `plain` is what bfloat16 alone costs on the text.
 
-    An estimate is beyond its budget where it is so by more than two standard errors: a short text cannot convict.
+    An estimate is beyond its budget where it is so by more than two standard errors: a short text cannot convict, and one
+    below `LEAST_POSITIONS` is EMPTY.
     """
-    if not drift.positions:
-        return empty("drift", "no text")
+    if drift.positions < LEAST_POSITIONS:
+        return empty("drift", f"{drift.positions} positions of text, at least {LEAST_POSITIONS} have a standard error")
 
     def at_most(name: str, found: Estimate, limit: float) -> Check:
         return Check(name, found.value - SURE * found.error, limit, f"measured {found}", drift.positions)
 
     top1, other = drift.top1_agreement, plain.top1_agreement
-    lost = Estimate(1 - top1.value, top1.error)
-    behind = Estimate(other.value - top1.value, math.hypot(top1.error, other.error))
+    lost = Estimate(1 - top1.value, top1.error, 1 - top1.high, 1 - top1.low)
+    apart, error = other.value - top1.value, math.hypot(top1.error, other.error)
+    behind = Estimate(apart, error, apart - NORMAL_95 * error, apart + NORMAL_95 * error)
     return Verdict(
         (
             at_most("mean KLD", drift.kld_mean, budget.kld_mean),

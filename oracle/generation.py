@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from oracle.compare import Check, Verdict, empty
+from oracle.greedy import not_as_asked
 from oracle.subject import Generates, Setting
 
 FALSE_ALARM = 1e-6
@@ -37,6 +38,11 @@ def judge_stopping(subject: Generates, prompts: Sequence[Sequence[int]], n: int)
     if not prompts or n < 1:
         return empty("stop rules", "no prompts")
     free = [tokens for tokens, _ in subject.until(prompts, n, ())]
+    short = abs(len(free) - len(prompts)) + sum(len(tokens) != n for tokens in free)
+    told = not_as_asked(free, len(prompts), n)
+    whole = Check("rows without end ids that are not as long as asked", short, 0, told, len(prompts))
+    if not whole.ok:
+        return Verdict((whole,))
     said = {token for tokens in free for token in tokens}
     never = next(token for token in itertools.count() if token not in said)
     middle = free[0][len(free[0]) // 2]
@@ -44,21 +50,18 @@ def judge_stopping(subject: Generates, prompts: Sequence[Sequence[int]], n: int)
     sets = [*edges, (middle,), (free[-1][-1], middle), (never,)]
     wrong, where, compared = 0, "", 0
     for ids in dict.fromkeys(sets):
-        for row, ((tokens, reason), whole) in enumerate(zip(subject.until(prompts, n, ids), free, strict=True)):
-            end = next((i for i, token in enumerate(whole) if token in ids), None)
-            wanted = (whole, "length") if end is None else (whole[: end + 1], "stop")
+        ended = subject.until(prompts, n, ids)
+        if len(ended) != len(free):
+            return Verdict((whole, Check("rows that end elsewhere", 1, 0, f"{len(ended)} rows, asked {len(free)}")))
+        for row, ((tokens, reason), unended) in enumerate(zip(ended, free, strict=True)):
+            end = next((i for i, token in enumerate(unended) if token in ids), None)
+            wanted = (unended, "length") if end is None else (unended[: end + 1], "stop")
             compared += 1
             if (tokens, reason) != wanted:
                 wrong += 1
                 told = f"row {row}, ends {list(ids)}: {len(tokens)} tokens, {reason!r}"
                 where = where or f"{told} instead of {len(wanted[0])}, {wanted[1]!r}"
-    short = sum(len(tokens) != n for tokens in free)
-    return Verdict(
-        (
-            Check("rows without end ids that are not as long as asked", short, 0, "", len(free)),
-            Check("rows that end elsewhere", wrong, 0, where, compared),
-        )
-    )
+    return Verdict((whole, Check("rows that end elsewhere", wrong, 0, where, compared)))
 
 
 def judge_draws(subject: Generates, prompts: Sequence[Sequence[int]], n: int, runs: int = 4) -> Verdict:

@@ -68,6 +68,13 @@ def compare_greedy(runs: Sequence[Continuation], unit: float, factors: Factors |
     return Verdict((*checks, _margin(shown, unit, factors, total), _ties(shown, unit, factors, total)))
 
 
+def not_as_asked(said: Sequence[Sequence[int]], rows: int, n: int) -> str:
+    """How tokens are not the `rows` of `n` each that were asked, or "": ([[5], [7, 8]], 2, 2) -> "row 0: 1 tokens, asked 2"."""
+    if len(said) != rows:
+        return f"{len(said)} rows, asked {rows}"
+    return next((f"row {b}: {len(tokens)} tokens, asked {n}" for b, tokens in enumerate(said) if len(tokens) != n), "")
+
+
 def _unfit(run: Continuation) -> str:
     V = run.truth.shape[-1]
     if len(run.tokens) != len(run.truth):

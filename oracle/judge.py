@@ -9,7 +9,7 @@ from torch import Tensor
 from oracle.budget import Factors
 from oracle.cases import Case
 from oracle.compare import Check, Curve, Verdict, compare_logits, curves, empty, unit_roundoff
-from oracle.greedy import Continuation, compare_greedy
+from oracle.greedy import Continuation, compare_greedy, not_as_asked
 from oracle.subject import ManyRoutes, Route, Subject
 
 
@@ -72,6 +72,12 @@ class Bench:
         if not prompts:
             return empty("greedy", "no prompts")
         done = subject.greedy(prompts, n)
+        said = [tokens for tokens, _ in done]
+        if not any(said):
+            return empty("tokens", f"no tokens, asked {n} after each prompt")
+        wrong = not_as_asked(said, len(prompts), n)
+        if wrong:
+            return Verdict((Check("tokens", 1.0, 0.0, wrong),))
         continued = [[*prompt, *tokens] for prompt, (tokens, _) in zip(prompts, done, strict=True)]
         if any(not 0 <= token < self.truth.vocab_size for row in continued for token in row):
             return Verdict((Check("tokens outside the vocabulary", 1.0, 0.0),))

@@ -12,6 +12,7 @@ block by block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -57,7 +58,7 @@ def judge_stages(
     unit: float,
     factors: Factors | None = None,
 ) -> list[Stage]:
-    """Every stage that the subject showed, in the order of the forward pass."""
+    """Every stage that the subject showed of any row, over the rows that show it, in the order of the forward pass."""
     carried_truth = [dict(trace) for trace in traces]
     carried_yardstick = [dict(trace) for trace in traces]
     ends_truth: list[Trace] = []
@@ -66,21 +67,22 @@ def judge_stages(
         for carried, reference in ((a, truth), (b, yardstick)):
             carried.setdefault("embedding", reference.stages_of_ends(tokens, {})["embedding"])
     stages: list[Stage] = []
-    among = max(1, len(traces[0]))
+    shown = set().union(*traces)
+    among = max(1, len(shown))
     for layer in range(n_layers):
         true = truth.stages_of_block(layer, carried_truth)
         plain = yardstick.stages_of_block(layer, carried_yardstick)
         for rows_seen, rows_given in ((carried_truth, true), (carried_yardstick, plain)):
             for seen, given in zip(rows_seen, rows_given, strict=True):
                 seen.setdefault(f"layers.{layer}", given[f"layers.{layer}"])
-        stages += [_stage(name, traces, true, plain, unit, factors, among) for name in true[0] if name in traces[0]]
+        stages += [_stage(name, traces, true, plain, unit, factors, among) for name in true[0] if name in shown]
     for tokens, a, b in zip(rows, carried_truth, carried_yardstick, strict=True):
         ends_truth.append(truth.stages_of_ends(tokens, a))
         ends_yardstick.append(yardstick.stages_of_ends(tokens, b))
     ends = [
         _stage(name, traces, ends_truth, ends_yardstick, unit, factors, among)
         for name in ends_truth[0]
-        if name in traces[0]
+        if name in shown
     ]
     return [s for s in ends if s.name == "embedding"] + stages + [s for s in ends if s.name != "embedding"]
 
@@ -95,19 +97,25 @@ def _stage(
     among: int,
 ) -> Stage:
     """One stage's verdict; `among`: so many stages share the rate of false alarms."""
-    seen, true, plain = ([row[name] for row in rows] for rows in (traces, truth, yardstick))
+    seen, true, plain = [], [], []
+    for trace, t, y in zip(traces, truth, yardstick, strict=True):
+        end = None if name in trace else 0  # a row that does not show it has no positions here, and keeps its number
+        true.append(t[name][:end])
+        plain.append(y[name][..., :end, :])
+        seen.append(trace.get(name, true[-1]))
+    shown = [trace[name] for trace in traces if name in trace]
     if not all(torch.isfinite(row).all() for row in true):
         return Stage(name, empty(name, "the subject's own inputs hold NaN or infinity"))
     kind = kind_of(name)
     if factors is None:
-        factors = factors_of(kind, unit, orders_of(plain), seen[0].device.type).shared_by(among)
+        factors = factors_of(kind, unit, orders_of(plain), shown[0].device.type).shared_by(among)
     if name == "logits":
         verdict = compare_logits(seen, true, plain, unit, None, factors)
     else:
         verdict = compare_stage(seen, true, plain, unit, factors)
     if verdict.outcome is Outcome.AGREE:
         return Stage(name, verdict)
-    return Stage(name, verdict, _statistics(seen), _statistics(true))
+    return Stage(name, verdict, _statistics(shown), _statistics(true))
 
 
 def _statistics(rows: Sequence[Tensor]) -> str:
@@ -184,7 +192,8 @@ def judge_weights(held: Mapping[str, Tensor], original: Mapping[str, Tensor], la
             return Verdict((Check("weights", 1.0, 0.0, f"{name}: shape {list(ours.shape)} for {list(theirs.shape)}"),))
         size = theirs.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
         share = float(((ours.float() - theirs.float()).abs() / size).max())
+        share = math.inf if math.isnan(share) else share
         count += 1
-        if not share <= worst:
+        if share > worst:
             worst, where = share, name
     return Verdict((Check("weights", worst, largest_step, where, count),))

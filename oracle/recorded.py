@@ -11,14 +11,14 @@ What comes back is a `.safetensors` file of tensors by these names; all but the 
     row.0, row.1, ...       [T, V] logits or log-probabilities (a constant per position does not count)
     greedy.0, greedy.1 ...  [n] the continuation's token ids
     row.0.layers.3          [T, D] the residual stream after block 3, or any other stage under the reference's names:
-                            with these a DIFFER is traced to its block
+                            with these a DIFFER is traced to its block. Each is judged over the rows that show it
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,8 +172,27 @@ def _greedy(bench: Bench, cases: Cases, greedy: dict[int, list[int]]) -> Verdict
     return compare_greedy(runs, bench.unit, bench.factors)
 
 
-def traces(cases: Cases, recorded: Recorded) -> tuple[list[Sequence[int]], list[Trace]]:
-    """The rows of which stages are shown, and what is shown of them."""
-    shown = [row for row in sorted(recorded.stages) if row < len(cases.rows)]
-    logits = {row: {"logits": recorded.logits[row]} if row in recorded.logits else {} for row in shown}
-    return [cases.rows[row] for row in shown], [recorded.stages[row] | logits[row] for row in shown]
+def check_stages(path: Path, cases: Cases, recorded: Recorded, widths: Mapping[str, int]) -> None:
+    """Raise FileError for a stage that cannot be judged: a name the reference has not, a row not asked for, a wrong shape.
+
+    `widths`: how many features each of the reference's stages has.
+    """
+    for row, trace in sorted(recorded.stages.items()):
+        for stage, value in trace.items():
+            name = f"row.{row}.{stage}"
+            if row >= len(cases.rows):
+                raise FileError(f"{path}: {name}: {len(cases.rows)} rows were asked for")
+            if stage not in widths:
+                raise FileError(f"{path}: {name}: the reference has no stage {stage!r}")
+            wanted = [len(cases.rows[row]), widths[stage]]
+            if list(value.shape) != wanted:
+                raise FileError(f"{path}: {name} is {list(value.shape)}, not {wanted}")
+
+
+def traces(cases: Cases, recorded: Recorded) -> list[Trace]:
+    """What is shown of every row's stages, its logits among them; nothing of a row that shows no other stage."""
+    shown: list[Trace] = []
+    for row in range(len(cases.rows)):
+        logits = {"logits": recorded.logits[row]} if row in recorded.logits else {}
+        shown.append(recorded.stages[row] | logits if row in recorded.stages else {})
+    return shown

@@ -6,6 +6,7 @@ makes it affordable for every model. All in float32 and not compiled, so that to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from llama_fast.build import Runner, build
 from llama_fast.generate import generate, pad, stream
-from llama_fast.logprobs import Logprobs
+from llama_fast.logprobs import Logprobs, TokenLogprob
 from llama_fast.plan import KVCache, Plan
 from llama_fast.sampling import Chooser, Sampling
 from llama_ref.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from oracle.questions import first_blocks, references
 LENGTHS = (4, 9, 6, 12, 5, 10, 7)  # the shortest first, so that others are ahead of it
 SPLITS = (2, 5, 3, 7, 1, 6, 4)
 HELD, NEW = 3, 6
+TOP = 2  # likeliest tokens told beside each
 PENALTY = 1.7
 LOGPROB_ERROR = 1e-4
 """Between a log-softmax in float32 and one in float64 of the same logits, for logits up to a few hundred."""
@@ -46,7 +48,7 @@ def judge_requests(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> 
     verdict = bench.decode(subject, rows, list(SPLITS), list(LENGTHS)).named("seven rows")
     verdict += bench.route(Extended(runner), rows, list(LENGTHS), list(LENGTHS)).named("a kept prefix")
     if room >= NEW:
-        checks = (_held(runner, rows), _penalised(subject, rows), _told(runner, rows))
+        checks = (_held(runner, rows), penalised_check(subject, rows), told_check(*told_logprobs(runner, rows)))
         verdict += Verdict(checks)
     edge = one.config.window
     if edge is not None and edge + 1 <= min(one.config.max_context, LONGEST_EDGE):
@@ -94,7 +96,7 @@ def _held(runner: Runner, rows: Rows) -> Check:
     return Check("rows that continue otherwise behind a kept prefix", unlike, 0, where, 2 * len(rows))
 
 
-def _penalised(subject: FastSubject, rows: Rows) -> Check:
+def penalised_check(subject: FastSubject, rows: Rows) -> Check:
     """Each token is the argmax of logits penalised by the published rule, on what its row holds by then: in the loop, and of
     given logits of either sign."""
     asked: list[tuple[list[int], Tensor, int]] = []  # what is held, logits [V], what was chosen
@@ -115,23 +117,45 @@ def _penalised(subject: FastSubject, rows: Rows) -> Check:
         penalised_V = logits_V.double()
         values = penalised_V[seen]
         penalised_V[seen] = torch.where(values > 0, values / PENALTY, values * PENALTY)
-        if float(penalised_V.max() - penalised_V[token]) > 1e-5 * float(penalised_V.abs().max()):
+        behind, allowed = float(penalised_V.max() - penalised_V[token]), 1e-5 * float(penalised_V.abs().max())
+        if not behind <= allowed:  # so that NaN is wrong too
             wrong += 1
             where = where or f"token {token} behind {held_ids[-3:]}"
     return Check("penalised tokens that another beats", wrong, 0, where, len(asked))
 
 
-def _told(runner: Runner, rows: Rows) -> Check:
-    """Log-probabilities told beside tokens, against those of the logits that the tokens came from."""
-    recorder, told = Recorder(runner), Logprobs(len(rows), top=2)
+def told_logprobs(runner: Runner, rows: Rows) -> tuple[list[list[int | None]], list[Tensor], list[list[TokenLogprob]]]:
+    """Drawn tokens by column, the logits [B, V] that each column came from, and what each row was told beside them."""
+    recorder, told = Recorder(runner), Logprobs(len(rows), top=TOP)
     columns = list(stream(cast(Runner, recorder), rows, NEW, Sampling(1.0, seed=9), logprobs=told))
-    worst, where = 0.0, ""
-    for i, (column, logits_BV) in enumerate(zip(columns, recorder.logits)):
-        for b, (token, logprobs_V) in enumerate(zip(column, logits_BV.double().log_softmax(-1), strict=True)):
-            assert token is not None
-            said, likeliest = told.rows[b][i], logprobs_V.topk(2).values
-            errors = [abs(said.logprob - float(logprobs_V[token])), float(said.token != token)]
-            errors += [abs(a - float(v)) for a, v in zip(sorted(said.top.values(), reverse=True), likeliest)]
-            if max(errors) > worst:
-                worst, where = max(errors), f"row {b}, token {i}"
-    return Check("largest error of a log-probability", worst, LOGPROB_ERROR, where, NEW * len(rows))
+    return columns, recorder.logits, told.rows
+
+
+def told_check(
+    columns: Sequence[Sequence[int | None]], logits: Sequence[Tensor], told: Sequence[Sequence[TokenLogprob]]
+) -> Check:
+    """Log-probabilities told beside tokens, against those of the logits that the tokens came from.
+
+    NaN errs without bound, and so does what was not told.
+    """
+    name, asked = "largest error of a log-probability", NEW * len(told)
+    worst, where, compared = 0.0, "", 0
+    for i, (column, logits_BV) in enumerate(zip(columns, logits)):
+        for b, (token, logprobs_V) in enumerate(zip(column, logits_BV.double().log_softmax(-1))):
+            if i < len(told[b]):
+                error = _told_error(told[b][i], token, logprobs_V)
+                compared += 1
+                if error > worst:
+                    worst, where = error, f"row {b}, token {i}"
+    if compared != asked:
+        return Check(name, math.inf, LOGPROB_ERROR, f"{compared} tokens, asked {asked}", asked)
+    return Check(name, worst, LOGPROB_ERROR, where, compared)
+
+
+def _told_error(said: TokenLogprob, token: int | None, logprobs_V: Tensor) -> float:
+    """The largest error of one token's log-probability and of the likeliest's beside it; infinite for NaN, or another token."""
+    if said.token != token or len(said.top) != TOP:
+        return math.inf
+    likeliest = zip(sorted(said.top.values(), reverse=True), logprobs_V.topk(TOP).values.tolist(), strict=True)
+    errors = [abs(said.logprob - float(logprobs_V[token])), *(abs(ours - true) for ours, true in likeliest)]
+    return max(math.inf if math.isnan(error) else error for error in errors)

@@ -19,6 +19,7 @@ from llama_fast.generate import Generation, generate
 from llama_fast.plan import Plan
 from llama_fast.speculation import Speculation
 from llama_ref.checkpoint import Checkpoint
+from llama_ref.config import LlamaConfig
 from oracle.adapters import Rows
 from oracle.cases import random_row
 from oracle.certificate import Certificate
@@ -29,6 +30,7 @@ from oracle.judge import Bench
 from oracle.questions import references
 from oracle.rejection import Accept, Tables, worst_error
 
+NEW_TOKENS = 64
 STOP_AMONG = 12  # new tokens where many runs are needed
 AcceptGreedy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -96,13 +98,13 @@ def judge_speculation(
     checkpoint: Checkpoint,
     draft: Speculation,
     prompts: Sequence[Sequence[int]] = (),
-    new_tokens: int = 64,
+    new_tokens: int = NEW_TOKENS,
     batch: int | None = None,
     cache_length: int | None = None,
 ) -> Verdict:
     """Greedy continuations of `prompts` (by default two random ones of unequal length) with `draft`, and their ends."""
     config = checkpoint.config
-    rows = [list(prompt) for prompt in prompts] or [list(random_row(config.vocab_size, n, n)) for n in (6, 11)]
+    rows = prompts_or_random(prompts, config)
     longest = max(map(len, rows))
     room = min(cache_length or config.max_context, config.max_context)
     new_tokens = min(new_tokens, room - longest - draft.slack)
@@ -112,6 +114,23 @@ def judge_speculation(
     subject = SpeculativeSubject(runner, draft, batch, cache_length)
     verdict = Bench(truth, yardstick).greedy(subject, rows, new_tokens)
     return verdict + judge_stopping(subject, rows, min(STOP_AMONG, new_tokens))
+
+
+def prompts_or_random(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> list[list[int]]:
+    """Where there is no text, two rows of unequal length."""
+    return [list(prompt) for prompt in prompts] or [list(random_row(config.vocab_size, n, n)) for n in (6, 11)]
+
+
+def check_draft(draft: LlamaConfig, target: LlamaConfig, k: int, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError, with the numbers, for a draft model that `judge_speculation` could not ask."""
+    if draft.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"the draft has a vocabulary of {draft.vocab_size} tokens, the target one of {target.vocab_size}"
+        )
+    longest = max(map(len, prompts_or_random(prompts, target)))
+    wanted = min(longest + NEW_TOKENS + k, target.max_context)
+    if wanted > draft.max_context:
+        raise ValueError(f"the draft's context of {draft.max_context} is shorter than the {wanted} positions asked for")
 
 
 def verify_speculation(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,10 +18,11 @@ from oracle.adapters import RefSubject, Weights
 from oracle.cases import Case, random_row, standard_case, text_rows
 from oracle.compare import Outcome
 from oracle.fast import FastSubject
+from oracle.generation import judge_stopping
 from oracle.judge import Bench, judge
-from oracle.localise import first_beyond, judge_stages
+from oracle.localise import first_beyond, judge_stages, judge_weights
 from oracle.others import CallableSubject
-from oracle.subject import Subject
+from oracle.subject import Setting, Subject
 
 CPU = torch.device("cpu")
 
@@ -113,6 +117,49 @@ def test_answering_less_is_no_way_to_pass(tiny: Checkpoint, bench: Bench, case: 
     assert bench.prefill(lazy, []).outcome is Outcome.EMPTY
 
 
+@pytest.mark.parametrize(
+    "cut, told",
+    [
+        (lambda done: [done[0], (done[1][0][:2], done[1][1][:2])], "row 1: 2 tokens, asked 5"),
+        (lambda done: [done[0], (done[1][0] + [0], done[1][1])], "row 1: 6 tokens, asked 5"),
+        (lambda done: done[:1], "1 rows, asked 2"),
+        (lambda done: [*done, done[0]], "3 rows, asked 2"),
+    ],
+)
+def test_greedy_tokens_are_as_many_as_asked(
+    cut: Any, told: str, tiny: Checkpoint, bench: Bench, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subjects(tiny)[0]
+    whole = subject.greedy
+    monkeypatch.setattr(subject, "greedy", lambda prompts, n: cut(whole(prompts, n)))
+    verdict = bench.greedy(subject, case.prompts, 5)
+    assert verdict.outcome is Outcome.DIFFER
+    assert verdict.failures[0].where == told
+
+
+@pytest.mark.parametrize("said", [[[], []], [[3, 4, 5], []], [[3, 4, 5]], []])
+def test_a_loop_that_says_too_little_has_no_ends_to_judge(said: list[list[int]]) -> None:
+    class Terse:
+        def sample(self, prompts: object, n: int, setting: Setting, seed: int) -> list[tuple[list[int], torch.Tensor]]:
+            return []
+
+        def until(self, prompts: object, n: int, eos_ids: object) -> list[tuple[list[int], str]]:
+            return [(tokens, "length") for tokens in said]
+
+    assert judge_stopping(Terse(), [[1, 2], [3]], 3).outcome is Outcome.DIFFER
+
+
+def test_rows_lost_at_an_end_differ() -> None:
+    class Losing:
+        def sample(self, prompts: object, n: int, setting: Setting, seed: int) -> list[tuple[list[int], torch.Tensor]]:
+            return []
+
+        def until(self, prompts: object, n: int, eos_ids: Collection[int]) -> list[tuple[list[int], str]]:
+            return [([3, 4, 5], "length")] if eos_ids else [([3, 4, 5], "length"), ([6, 7, 8], "length")]
+
+    assert judge_stopping(Losing(), [[1, 2], [3]], 3).outcome is Outcome.DIFFER
+
+
 def test_a_subject_that_shows_whole_blocks_is_judged_block_by_block(tiny: Checkpoint) -> None:
     fast = FastSubject(build(tiny, optimised(), CPU, torch.float32))
     rows = [random_row(257, 40, 1), random_row(257, 31, 2)]
@@ -128,6 +175,15 @@ def test_a_subject_that_shows_whole_blocks_is_judged_block_by_block(tiny: Checkp
         trace["layers.1"] = trace["layers.1"] * (1 + 1e-5)
     fault = first_beyond(judge_stages(rows, traces, truth, plain, 2, 2**-24))
     assert fault is not None and fault.name == "layers.1"
+
+
+@pytest.mark.parametrize("at", ["first", "second", "third"])
+def test_a_weight_that_is_no_number_differs_wherever_it_stands(at: str) -> None:
+    original = {name: torch.ones(2, 3) for name in ("first", "second", "third")}
+    held = {name: weight * torch.nan if name == at else weight for name, weight in original.items()}
+    assert judge_weights(original, original, 0.0).outcome is Outcome.AGREE
+    verdict = judge_weights(held, original, 1e-2)
+    assert verdict.outcome is Outcome.DIFFER and verdict.checks[0].where == at
 
 
 def test_weights_are_rounded_to_the_subjects_type_whether_kept_or_not(

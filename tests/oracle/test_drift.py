@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -90,6 +93,31 @@ def test_budgets_convict_on_evidence_only() -> None:
     assert judge_drift(drift_of(5e-3, 0.93, 1e-4), plain, budget).outcome is Outcome.DIFFER
     assert judge_drift(drift_of(1.1e-2, 0.96, 1e-2), plain, budget).outcome is Outcome.AGREE
     assert judge_drift(measure(Tally.of([], [], [])), plain, budget).outcome is Outcome.EMPTY
+
+
+@pytest.mark.parametrize("length", [2, 63, 64, 127])
+def test_a_short_text_cannot_convict(length: int) -> None:
+    drift, plain = measure(tally(2.0, 1, length)), measure(tally(0.01, 1, length))
+    assert drift.kld_mean.value > 1e-2 and math.isnan(drift.kld_mean.error) and math.isnan(drift.kld_mean.low)
+    verdict = judge_drift(drift, plain, BUDGETS["int8"])
+    assert verdict.outcome is Outcome.EMPTY
+    assert f"{length} positions of text, at least 128" in str(verdict)
+
+
+def test_four_blocks_can() -> None:
+    drift, plain = measure(tally(2.0, 1, 128)), measure(tally(0.01, 1, 128))
+    assert judge_drift(drift, plain, BUDGETS["int8"]).outcome is Outcome.DIFFER
+
+
+def test_every_interval_is_told_and_holds_what_was_measured() -> None:
+    drift, plain = measure(tally(0.3, 7)), measure(tally(0.1, 7))
+    checks = {check.name: check.where for check in judge_drift(drift, plain, BUDGETS["int8"]).checks}
+    for where in checks.values():
+        value, low, high = map(float, re.findall(r"-?[\d.]+(?:e-?\d+)?", where))
+        assert low <= value <= high and low < high
+    lost = 1 - drift.top1_agreement.value
+    assert checks["top-1 tokens changed"].startswith(f"measured {lost:.3g} [")
+    assert f"{1 - drift.top1_agreement.high:.3g}, {1 - drift.top1_agreement.low:.3g}]" in checks["top-1 tokens changed"]
 
 
 def test_the_written_budgets_are_those_promised() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from llama_ref.checkpoint import Checkpoint, save_checkpoint
 from llama_ref.model import Llama
 from oracle import cli
+from oracle.adapters import stage_widths
 
 Tensors = dict[str, Tensor]
 
@@ -135,6 +136,56 @@ def test_what_is_wrong_differs_and_is_named(
     code, out, _ = judged(worse(elsewhere(cases, tiny), name, change))
     assert code == 1 and out.rstrip().endswith("DIFFER")
     assert told in out
+
+
+@pytest.mark.parametrize(
+    "name, shape, told",
+    [
+        ("row.0.layer.0", (129, 64), "row.0.layer.0: the reference has no stage 'layer.0'"),
+        ("row.1.layers.2", (96, 64), "row.1.layers.2: the reference has no stage 'layers.2'"),
+        ("row.0.layers.1.gate", (129, 96), "row.0.layers.1.gate: the reference has no stage 'layers.1.gate'"),
+        ("row.0.logits", (129, 257), "row.0.logits: the reference has no stage 'logits'"),
+        ("row.2.layers.0", (96, 64), "row.2.layers.0: 2 rows were asked for"),
+        ("row.1.layers.0", (95, 64), "row.1.layers.0 is [95, 64], not [96, 64]"),
+        ("row.1.layers.0.k", (96, 96), "row.1.layers.0.k is [96, 96], not [96, 48]"),
+    ],
+)
+def test_a_stage_that_cannot_be_judged_is_refused(
+    name: str,
+    shape: tuple[int, int],
+    told: str,
+    cases: Path,
+    tiny: Checkpoint,
+    judged: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, out, err = judged(elsewhere(cases, tiny) | {name: torch.zeros(shape)})
+    assert (code, out) == (2, "")
+    assert f"logits.safetensors: {told}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_stage_is_judged_over_the_rows_that_show_it(
+    row: int, cases: Path, tiny: Checkpoint, judged: Callable[..., tuple[int, str, str]]
+) -> None:
+    tensors = elsewhere(cases, tiny)
+    del tensors[f"row.{1 - row}.layers.0"]
+    code, out, _ = judged(tensors)
+    assert code == 0 and "float32 stages: AGREE" in out
+    code, out, _ = judged(worse(tensors, f"row.{row}.layers.0", nan_at(5, torch.nan)))
+    assert code == 1 and "first fault: layers.0" in out and f"at row {row}, position 5" in out
+    alone = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 1 or name.count(".") == 1}
+    alone[f"row.{row}.layers.0"] = tensors[f"row.{row}.layers.0"]
+    assert judged(alone)[0] == 0
+    code, out, _ = judged(worse(alone, f"row.{row}.layers.0", nan_at(5, torch.nan)))
+    assert code == 1 and "first fault: layers.0" in out and f"at row {row}, position 5" in out
+
+
+def test_the_stages_of_a_file_are_those_of_the_reference(tiny: Checkpoint) -> None:
+    seen: Tensors = {}
+    Llama(tiny.config, tiny.weights, torch.float32)(torch.tensor([[1, 2, 3]]), seen.__setitem__)
+    assert stage_widths(tiny.config) == {
+        name: value[0].flatten(1).shape[1] for name, value in seen.items() if name != "logits"
+    }
 
 
 def test_a_missing_row_differs_and_an_empty_list_is_empty(
