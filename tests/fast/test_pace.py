@@ -119,7 +119,7 @@ class Slow:
 
 def test_a_draft_that_cannot_win_is_given_up_with_a_notice(untied: Checkpoint) -> None:
     target = build(untied, Plan(cache=Static()), "cpu")
-    slow, quick = Slow(target, 0.03), Slow(target, 0.02)
+    slow, quick = Slow(target, 0.08), Slow(target, 0.02)  # far apart: other work on the machine delays both
     plain = generate(target, [[5, 17, 3], [88]], 60).completions
     done = generate(quick, [[5, 17, 3], [88]], 60, draft=Draft(slow))  # type: ignore[arg-type]
     counted = done.speculation
