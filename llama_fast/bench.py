@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llama_fast.bandwidth import read_bandwidth_gb_per_s, synchronize
+from llama_fast.bandwidth import Wall, synchronize
 from llama_fast.build import Runner, build, rebuild
 from llama_fast.generate import Generation, generate
 from llama_fast.optimisations.speculative import Draft
@@ -153,17 +153,14 @@ def bench(
     if trace is not None:
         check_trace(trace)
     progress.say("measuring the read bandwidth")
-    bandwidth = read_bandwidth_gb_per_s(device)
+    wall = Wall(device)
     waiting, left_out, results = deque(rungs), dict[str, str](), list[RungResult]()
     while waiting:
         builder = Builder(checkpoint, device)
-        results += climb(waiting, left_out, builder, prompt, judge, progress, samples, new_tokens, trace, bandwidth)
+        results += climb(waiting, left_out, builder, prompt, judge, progress, samples, new_tokens, trace, wall)
         trace = trace and trace.with_stem(f"{trace.stem}-more")
         if waiting:
             builder.release()
-    if device.type == "cpu":  # its memory is often shared with others, and what it gives drifts
-        progress.say("measuring the read bandwidth again")
-        bandwidth = max(bandwidth, read_bandwidth_gb_per_s(device))
     return Ladder(
         model=model,
         device=device_name(device),
@@ -172,10 +169,10 @@ def bench(
         threads=torch.get_num_threads(),
         samples=samples,
         sampling="greedy",
-        read_bandwidth_gb_per_s=bandwidth,
+        read_bandwidth_gb_per_s=wall.gb_per_s,
         datasheet_bandwidth_gb_per_s=DATASHEET_GB_PER_S.get(device_name(device)),
         resident_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
-        rungs=[against(rung, bandwidth) for rung in results],
+        rungs=[against(rung, wall.gb_per_s) for rung in results],
         left_out=left_out,
     )
 
@@ -190,7 +187,7 @@ def climb(
     samples: int,
     new_tokens: int,
     trace: Path | None,
-    bandwidth: float,
+    wall: Wall,
 ) -> list[RungResult]:
     """Measure, in turns, the first rungs of `waiting` that fit into the memory together, and take them from it."""
     climbers = those_that_fit(waiting, left_out, builder, prompt, new_tokens, judge, progress)
@@ -199,12 +196,13 @@ def climb(
             progress.say(f"sample {round_number + 1} of {samples}: {climber.rung.name}")
             climber.samples.append(sample(climber, prompt, new_tokens))
             progress.sample(climber.rung.name, climber.samples[-1].tokens_per_second)
+        wall.look_again()
     times: dict[str, StepTimes] = {}
     if trace is not None and climbers:
         progress.say("profiling")
         decoders = [Decoder(c.rung.name, c.runner, kept_cache(c, prompt, new_tokens), c.draft) for c in climbers]
         times = profile_decoding(decoders, prompt, trace, new_tokens)
-    return [result(climber, prompt, new_tokens, bandwidth, times.get(climber.rung.name)) for climber in climbers]
+    return [result(climber, prompt, new_tokens, wall.gb_per_s, times.get(climber.rung.name)) for climber in climbers]
 
 
 class Builder:

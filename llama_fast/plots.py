@@ -28,7 +28,8 @@ def draw(ladder: Ladder, path: Path) -> None:
     most_memory = max(rung.peak_memory_gb for rung in rungs)
     most_speed = max(max(rung.floor_tokens_per_second, rung.tokens_per_second.max) for rung in rungs)
     bars(memory, "Memory (GB)", rungs, [rung.peak_memory_gb for rung in rungs], "{:.2f}", most_memory)
-    bars(bandwidth, "Bandwidth achieved (GB/s)", rungs, [rung.bandwidth_gb_per_s for rung in rungs], "{:.1f}", wall)
+    read = [rung.bandwidth_gb_per_s for rung in rungs]
+    bars(bandwidth, "Bandwidth achieved (GB/s)", rungs, read, "{:.1f}", max(wall, *read))
     bandwidth.axhline(wall, color=FLOOR, linewidth=1.6, label=f"measured read bandwidth, {wall:,.1f} GB/s")
     bars(speed, "Tokens per second", rungs, [rung.tokens_per_second.median for rung in rungs], "{:.1f}", most_speed)
     for x, rung in enumerate(rungs):

@@ -154,22 +154,25 @@ def judge_repetition(subject: FastSubject, rows: Sequence[Sequence[int]], n: int
 
 
 class OtherProcess:
-    """The same model in a process of its own, started early: its tokens must be those of this one."""
+    """The same model in a process of its own, run beside this one: its tokens must be those of this one."""
 
     def __init__(self, words: Sequence[str], prompts: Sequence[Sequence[int]], new_tokens: int):
         """`words`: what `python -m oracle.again` is told to build the same model."""
         self.prompts, self.new_tokens = prompts, new_tokens
         question = json.dumps({"prompts": [list(row) for row in prompts], "new_tokens": new_tokens})
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "oracle.again", *words, "--ask", question],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._words = [sys.executable, "-m", "oracle.again", *words, "--ask", question]
+        self._child = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def judge(self, subject: FastSubject) -> Verdict:
-        """Greedy and drawn tokens of both; EMPTY if the other could not run."""
+        """Greedy and drawn tokens of both; EMPTY if the other could not run, on a GPU that was too full not even alone."""
         out, error = self._child.communicate()
+        if self._child.returncode and "OutOfMemoryError" in error:
+            torch.cuda.empty_cache()  # what this process works no more with
+            self._child = self._start()
+            out, error = self._child.communicate()
         if self._child.returncode:
             told = (error.strip().splitlines() or ["no reason given"])[-1]
             return empty("process", f"the other process ended with {self._child.returncode}: {told}")

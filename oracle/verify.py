@@ -67,11 +67,7 @@ def verify(
     )
     config = checkpoint.config
     case = standard_case(config.vocab_size, config.max_context, encode)
-    beside = (
-        None
-        if extras.again is None
-        else OtherProcess([*extras.again, "--cache-length", str(case.longest)], case.prompts, SHORT)
-    )
+    beside: OtherProcess | None = None
     try:
         progress("sampling, text")
         kernels = plan.compiler.choosing if device.type == "cuda" else None  # elsewhere such a plan cannot be built
@@ -80,6 +76,11 @@ def verify(
             certificate.parts["text"] = judge_text(extras.tokenizer, checkpoint, extras.witness)
         for of_type in dict.fromkeys((torch.float32, dtype)):
             name = str(of_type).removeprefix("torch.")
+            if (
+                of_type is dtype and extras.again is not None
+            ):  # not before, or the device holds it beside a float32 model
+                words = [*extras.again, "--cache-length", str(case.longest)]
+                beside = OtherProcess(words, case.prompts, SHORT)
             progress(f"{name}: building")
             runner = build(checkpoint, plan, device=device, dtype=of_type)
             subject = _verify_runner(certificate, runner, checkpoint, case, name, progress)

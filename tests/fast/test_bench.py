@@ -108,7 +108,7 @@ def test_what_does_not_fit_at_once_is_measured_in_groups(
         return runner
 
     monkeypatch.setattr("llama_fast.bench.build", build_if_there_is_room)
-    monkeypatch.setattr("llama_fast.bench.read_bandwidth_gb_per_s", lambda device: 20.0)
+    monkeypatch.setattr("llama_fast.bandwidth.read_bandwidth_gb_per_s", lambda device: 20.0)
     joined = replace(RUNGS["compiled"], name="joined", plan=Plan(fuse_projections=True))
     half = Rung("half", "half", Plan(), cpu_dtype=torch.bfloat16)
     static = Rung("static", "the baseline's weights", Plan(cache=Static()))

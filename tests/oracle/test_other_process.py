@@ -1,0 +1,64 @@
+"""The process beside: what it answers, and what is said of one that could not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oracle.compare import Outcome, Verdict
+from oracle.questions import OtherProcess
+
+OURS = {"greedy": [[1, 2], [3]], "drawn": [[4], [5, 6]]}
+FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 172.00 MiB."
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, folder: Path, *runs: str | dict[str, Any]) -> tuple[Verdict, int]:
+    """The verdict on a child that answers, or ends with this last line, run after run; and how often it ran."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    script = folder / "child"
+    script.write_text(
+        f"""#!{sys.executable}
+import json, pathlib, sys
+told = pathlib.Path({str(folder)!r}) / "ran"
+ran = int(told.read_text()) if told.exists() else 0
+told.write_text(str(ran + 1))
+answer = json.loads((told.parent / "runs.json").read_text())[ran]
+print("chatter", json.dumps(answer), sep="\\n") if isinstance(answer, dict) else sys.exit("Traceback\\n" + answer)
+"""
+    )
+    script.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(script))
+    monkeypatch.setattr("oracle.questions.answer", lambda *asked: OURS)
+    subject: Any = None
+    verdict = OtherProcess(["--model", "tiny"], [[1], [2]], 2).judge(subject)
+    return verdict, int((folder / "ran").read_text())
+
+
+def test_the_same_tokens_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    verdict, ran = ask(monkeypatch, tmp_path, OURS)
+    assert verdict.outcome is Outcome.AGREE and ran == 1
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_another_row_differs(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    verdict, _ = ask(monkeypatch, tmp_path, {**OURS, kind: [OURS[kind][0], [9]]})
+    assert verdict.outcome is Outcome.DIFFER
+    assert [check.name for check in verdict.failures] == [f"{kind} rows that differ in another process"]
+
+
+def test_one_that_found_the_gpu_full_is_asked_once_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    verdict, ran = ask(monkeypatch, tmp_path, FULL, OURS)
+    assert verdict.outcome is Outcome.AGREE and ran == 2
+
+
+@pytest.mark.parametrize(("runs", "ran"), [([FULL, FULL], 2), (["Segmentation fault"], 1)])
+def test_one_that_cannot_run_is_empty_and_says_why(
+    runs: list[str], ran: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    verdict, found = ask(monkeypatch, tmp_path, *runs, OURS)
+    assert verdict.outcome is Outcome.EMPTY and found == ran
+    assert f"ended with 1: {runs[-1]}" in str(verdict)
