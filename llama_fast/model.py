@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_fast.attention import attend
 from llama_fast.plan import AllReduce, KVCache, LayerCache
 from llama_ref.config import LlamaConfig, RopeScaling
 
@@ -292,19 +293,3 @@ def rotate(x_BThd: Tensor, turns_BTd2: Tensor) -> Tensor:
     cos, sin = turns_BTd2[:, :, None, :, 0], turns_BTd2[:, :, None, :, 1]
     a, b = x_BThd.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x_BThd)
-
-
-def attend(q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-    """Attention of H query heads over K shared key/value heads: [B, T, H, d]."""
-    B, T, H, d = q_BTHd.shape
-    K = k_BKSd.shape[1]
-    if (
-        T == 1 and mask_B1TS is not None
-    ):  # the heads of a group are rows of one product: keys are read once, not H / K times
-        q_BKGd = q_BTHd.view(B, K, H // K, d)
-        return F.scaled_dot_product_attention(q_BKGd, k_BKSd, v_BKSd, attn_mask=mask_B1TS).reshape(B, T, H, d)
-    q_BHTd = q_BTHd.transpose(1, 2)
-    a_BHTd = F.scaled_dot_product_attention(
-        q_BHTd, k_BKSd, v_BKSd, attn_mask=mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=K != H
-    )
-    return a_BHTd.transpose(1, 2)

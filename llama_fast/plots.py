@@ -59,7 +59,7 @@ def bars(axis: Axes, title: str, rungs: list[RungResult], values: list[float], f
     axis.set_title(title, color=INK, fontsize=11)
     axis.bar(range(len(values)), values, color=[SHADES[i % len(SHADES)] for i in range(len(values))], width=0.72)
     for x, value in enumerate(values):
-        inside = value > 0.2 * most
+        inside = value > 0.12 * most  # two lines are that tall
         axis.text(
             x,
             value / 2 if inside else value + 0.02 * most,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch._dynamo.utils import counters
 from llama_fast.build import build
 from llama_fast.generate import generate
 from llama_fast.matvec import product
-from llama_fast.optimisations.compiled import Compiled
+from llama_fast.optimisations.compiled import CPU_OPTIONS, Compiled, about_the_request
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import Dense, Encoding, Plan
@@ -33,9 +35,17 @@ def twinned(checkpoint: Checkpoint) -> Checkpoint:
     ids=["dense-float32-whole", "int8-bfloat16-regions"],
 )
 def test_compiled_is_eager_and_nothing_recompiles(
-    untied: Checkpoint, encoding: Encoding, dtype: torch.dtype, regions: bool
+    untied: Checkpoint, encoding: Encoding, dtype: torch.dtype, regions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
+    asked: set[str] = set()
+
+    def watched(guards: Sequence[Any]) -> list[bool]:
+        kept = about_the_request(guards)
+        asked.update(f"{guard.name} {guard.guard_type}" for guard, keep in zip(guards, kept, strict=True) if keep)
+        return kept
+
+    monkeypatch.setitem(CPU_OPTIONS, "guard_filter_fn", watched)
     untied = twinned(untied)
     plan = Plan(encoding, cache=Static(length=96), compiler=Compiled(regions), fuse_projections=True)
     runner = build(untied, plan, "cpu", dtype)
@@ -68,6 +78,9 @@ def test_compiled_is_eager_and_nothing_recompiles(
         greedy = generate(runner, [prompt], 20, cache=runner.allocate(1, 96)).completions[0].tokens
         assert all(token < 50 or token == 100 for token in greedy), "of two equal logits the lower id is taken"
     assert counters["stats"]["unique_graphs"] == warm, "something was compiled again after warm-up"
+    of_tensors = {f"{name} TENSOR_MATCH" for name in ("tokens_BT", "start_B", "cache.layers[0].k", "cache.layers[1].v")}
+    assert of_tensors <= {name.replace("L['", "").replace("']", "") for name in asked}
+    assert not any("model" in name for name in asked)
 
 
 def test_lengths_beyond_the_compilers_limit(untied: Checkpoint) -> None:
