@@ -1,15 +1,18 @@
 """What inductor's options do to a decode step: a few layers of the 7B shape, step time and the longest kernels of each.
 
-    python tests/gpu/compile_options.py
+    python tests/gpu/compile_options.py [ROUNDS]
 
-Not a test: about half a minute of compilation a variant. The winner stands in `llama_fast/optimisations/compiled.py`.
+Not a test: some 20 s of compilation a variant and round, nothing cached, for the tuner does not choose the same tiles twice. The
+winner stands in `llama_fast/optimisations/compiled.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
+from collections import defaultdict
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -28,26 +31,31 @@ LAYERS = 4
 CUDA = torch.device("cuda")
 VARIANTS: dict[str, compiled.Options] = {
     "as shipped": {},
-    "inputs not stored": {"realize_acc_reads_threshold": 8, "realize_opcount_threshold": 30},  # inductor's defaults
-    "more reduction tiles": {"max_autotune_pointwise": True},
+    "all directions": {"coordinate_descent_check_all_directions": True},
+    "guards of the request": {"guard_filter_fn": compiled.about_the_request},
 }
 
 
 def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    torch._inductor.config.force_disable_caches = True
     config = dataclasses.replace(open_model("random:llama-2-7b", CUDA, torch.bfloat16).config, n_layers=LAYERS)
     checkpoint = random_checkpoint(config, 0, CUDA, torch.bfloat16)
     print(f"{torch.cuda.get_device_name()}, read {read_bandwidth_gb_per_s(CUDA):.0f} GB/s, {LAYERS} layers")
     shipped = dict(compiled.GPU_OPTIONS)
-    for encoding in (Dense(), Int8()):
+    seen: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
         for name, options in VARIANTS.items():
-            torch._dynamo.reset()
-            compiled.GPU_OPTIONS.update(shipped)
-            compiled.GPU_OPTIONS.update(options)
-            measure(checkpoint, encoding, name)
+            for encoding in (Dense(), Int8()):
+                torch._dynamo.reset()
+                compiled.GPU_OPTIONS = {**shipped, **options}
+                seen[f"{encoding.name}, {name}"].append(measure(checkpoint, encoding, name))
+    for what, times in seen.items():
+        print(f"{what}: {', '.join(f'{us:.0f}' for us in times)} us")
 
 
-def measure(checkpoint: Checkpoint, encoding: Encoding, name: str) -> None:
-    """Compile a decode step, time rounds of it, and list its longest kernels."""
+def measure(checkpoint: Checkpoint, encoding: Encoding, name: str) -> float:
+    """Compile a decode step, time rounds of it, and list its longest kernels. The step's median in us."""
     began = time.perf_counter()
     runner = build(checkpoint, optimised(encoding, compile=True), CUDA)
     cache, choose = runner.allocate(1, 256), Chooser(Sampling(), [0], CUDA)
@@ -65,11 +73,15 @@ def measure(checkpoint: Checkpoint, encoding: Encoding, name: str) -> None:
     compile_seconds = time.perf_counter() - began
     times = [steps(40) for _ in range(7)]
     spread = f"[{min(times):.0f}, {max(times):.0f}]"
-    print(f"{encoding.name}, {name}: {statistics.median(times):.0f} us {spread}, compiled in {compile_seconds:.0f} s")
+    print(
+        f"{encoding.name}, {name}: {statistics.median(times):.0f} us {spread}, compiled in {compile_seconds:.0f} s",
+        flush=True,
+    )
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         steps(5)
-    for event in sorted(seen.key_averages(), key=lambda event: -event.device_time_total)[:14]:
-        print(f"  {event.device_time_total / 5:8.1f} us in {event.count // 5:3d}  {event.key[:100]}")
+    for event in sorted(seen.key_averages(), key=lambda event: -event.device_time_total)[:9]:
+        print(f"  {event.device_time_total / 5:8.1f} us in {event.count // 5:3d}  {event.key[:48]} {event.key[-8:]}")
+    return statistics.median(times)
 
 
 if __name__ == "__main__":
