@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PHASES = {"generate", "sampling", "logprobs", "acceptance", "pace", "ngrams", "speculation", "checks", "rounds"}
-TRUNK = {"matvec", "attention", "compilation", "plan", "model", "build", "text", "roofline"} | PHASES
+TRUNK = {"matvec", "attention", "compilation", "tuner_clock", "plan", "model", "build", "text", "roofline"} | PHASES
 FACE = {
     "presets",
     "llama",

@@ -21,6 +21,7 @@ from llama_fast.compilation import own_code
 from llama_fast.model import Llama
 from llama_fast.plan import KVCache, Phase
 from llama_fast.sampling import Chooser
+from llama_fast.tuner_clock import steady_tuning
 
 Options = dict[str, str | int | bool | Callable[..., Any]]
 
@@ -82,6 +83,8 @@ class Compiled:
             shape = (tokens_BT.shape, cache.length, choose.code)
             if shape not in steps:
                 steps[shape] = torch.compile(own_code(decode), dynamic=False, fullgraph=True, options={**options})
+                with steady_tuning(tokens_BT.device):
+                    return steps[shape](shell, tokens_BT, start_B, cache, choose)
             return steps[shape](shell, tokens_BT, start_B, cache, choose)
 
         return compiled_prefill if on_gpu else prefill, compiled_step
