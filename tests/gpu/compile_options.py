@@ -35,7 +35,6 @@ OWN_CLOCK = "inductor's own clock"
 VARIANTS: dict[str, compiled.Options] = {
     "as shipped": {},
     OWN_CLOCK: {},
-    "all directions": {"coordinate_descent_check_all_directions": True},
     "guards of the request": {"guard_filter_fn": compiled.about_the_request},
 }
 
