@@ -49,7 +49,8 @@ def test_the_tuner_asks_it_and_is_given_back_its_own(monkeypatch: pytest.MonkeyP
     torch._dynamo.reset()
     runner = build(random_checkpoint(CONFIG, 0, CUDA, torch.bfloat16), optimised(compile=True), "cuda")
     generate(runner, [[3, 1, 4]], 4)
-    assert len(answers) > 20 and all(0 < answer < 1 for answer in answers)
+    print(f"{len(answers)} answers, {min(answers) * 1e3:.1f} to {max(answers) * 1e3:.1f} us")
+    assert len(answers) > 20 and 0 < min(answers) <= max(answers) < 1
     assert "benchmark_gpu" not in vars(benchmarker)
     with pytest.raises(RuntimeError, match="out of memory"), steady_tuning(CUDA):
         torch.empty(2**50, device=CUDA)
