@@ -36,6 +36,7 @@ def test_a_slow_host_changes_nothing() -> None:
 
 def test_the_tuner_asks_it_and_is_given_back_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.runtime.benchmarking import benchmarker
+    from torch._inductor.utils import fresh_cache
 
     answers = []
     own = TunerClock.__call__
@@ -45,10 +46,10 @@ def test_the_tuner_asks_it_and_is_given_back_its_own(monkeypatch: pytest.MonkeyP
         return answers[-1]
 
     monkeypatch.setattr(TunerClock, "__call__", watched)
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
-    runner = build(random_checkpoint(CONFIG, 0, CUDA, torch.bfloat16), optimised(compile=True), "cuda")
-    generate(runner, [[3, 1, 4]], 4)
+    with fresh_cache():  # a tuner that remembers asks nobody
+        runner = build(random_checkpoint(CONFIG, 0, CUDA, torch.bfloat16), optimised(compile=True), "cuda")
+        generate(runner, [[3, 1, 4]], 4)
     print(f"{len(answers)} answers, {min(answers) * 1e3:.1f} to {max(answers) * 1e3:.1f} us")
     assert len(answers) > 20 and 0 < min(answers) <= max(answers) < 1
     assert "benchmark_gpu" not in vars(benchmarker)
