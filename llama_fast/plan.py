@@ -100,6 +100,9 @@ class Compiler(Protocol):
 class AllReduce(Protocol):
     """How the partial results of all processes become one."""
 
+    mailbox: Any | None
+    """A `kernels.words.Mailbox`, by which the kernel of one row's product may itself send its part; None: it goes to `add`."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """The sum of x over all processes."""
 
@@ -232,6 +235,8 @@ class Eager:
 
 class Alone:
     """The sum over one process."""
+
+    mailbox: Any | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return x

@@ -159,12 +159,13 @@ def form_group(place: Place, device: torch.device, collective_seconds: float) ->
 
 
 def exchanger_named(name: str | None, place: Place, device: torch.device) -> Exchanger:
-    """ "group": functional collectives. "one-shot": PyTorch's sum over symmetric memory. "exchange": our own kernel's.
+    """ "group": functional collectives. "one-shot": PyTorch's sum over symmetric memory. "exchange": our own kernels', in which
+    the product of one row sends its own part; "apart": the same, each sum a launch behind its product.
 
     None is "exchange" for the GPUs of one host that reach each other's memory, and "group" everywhere else.
     """
-    if name not in (None, "group", "one-shot", "exchange"):
-        raise ValueError(f"unknown exchanger {name!r} (known: group, one-shot, exchange)")
+    if name not in (None, "group", "one-shot", "exchange", "apart"):
+        raise ValueError(f"unknown exchanger {name!r} (known: group, one-shot, exchange, apart)")
     one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == place.size
     if name == "group" or (
         name is None and not (device.type == "cuda" and one_host and place.size > 1 and reach(device))
@@ -179,7 +180,7 @@ def exchanger_named(name: str | None, place: Place, device: torch.device) -> Exc
         return OverSymmetricMemory(buffer, ONE_SHOT_BYTES)
     from llama_fast.kernels.exchange import over_nvlink
 
-    return OverNvlink(over_nvlink(place.rank, place.size, device))
+    return OverNvlink(over_nvlink(place.rank, place.size, device), apart=name == "apart")
 
 
 def reach(device: torch.device) -> bool:

@@ -24,6 +24,7 @@ from llama_fast.kernels.tuning import (
     linear_tile,
     next_power_of_2,
 )
+from llama_fast.kernels.words import Mailbox
 
 MOST_ROWS = 8  # of activations in one linear launch
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
@@ -74,6 +75,7 @@ def _linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     rope: Rope | None = None,
+    mailbox: Mailbox | None = None,
     early: bool = False,
     tile: Tile | None = None,
     pdl: bool | None = None,
@@ -117,8 +119,24 @@ def _linear(
         launch(_in_registers, (triton.cdiv(blocks, tile.blocks),))(
             x, x if gain is None else gain, *ends, eps, MP=next_power_of_2(m), V=vector, NORM=gain is not None,
             CONVERT=convert, BLOCKS=tile.blocks, EARLY=early, **shared,
+            **over_ranks(mailbox, x, tile),
         )  # fmt: skip
     return out
+
+
+def over_ranks(mailbox: Mailbox | None, x: Tensor, tile: Tile) -> dict[str, Any]:
+    """The arguments by which a product sends its parts; ValueError for a tile whose threads are fewer than its words."""
+    if mailbox is None:
+        return dict(inboxes=x, epochs=x, rank=0, SIZE=1, WORDS=1, THREADS=1)
+    threads = 32 * tile.warps
+    if next_power_of_2(mailbox.size) * tile.rows > threads:
+        raise ValueError(
+            f"{tile.rows} rows to each of {mailbox.size} ranks: more words than the tile's {threads} threads"
+        )
+    return dict(
+        inboxes=mailbox.inboxes, epochs=mailbox.epochs,
+        rank=mailbox.rank, SIZE=mailbox.size, WORDS=mailbox.words, THREADS=threads,
+    )  # fmt: skip
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, *, pdl: bool | None = None) -> Tensor:
@@ -151,6 +169,16 @@ def qkv(
 def linear_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, **options: Any) -> Tensor:
     """residual + x W^T: attention's and the feed-forward's last matrix. [M, N]."""
     return _linear(x, weight, scale, torch.empty_like(residual), "add", residual=residual, **options)
+
+
+def linear_sum(
+    x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, mailbox: Mailbox, **options: Any
+) -> Tensor:
+    """residual + the sum of all ranks' x W^T, of one row [1, N], in one launch: each program sends its rows and waits for the
+    peers'. All ranks of the mailbox make the same calls in the same order."""
+    if x.shape[0] != 1 or weight.shape[0] > mailbox.words:
+        raise ValueError(f"{x.shape[0]} rows of {weight.shape[0]}: a product sends one row of up to {mailbox.words}")
+    return _linear(x, weight, scale, torch.empty_like(residual), "sum", residual=residual, mailbox=mailbox, **options)
 
 
 def linear(

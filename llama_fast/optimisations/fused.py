@@ -116,7 +116,8 @@ class FusedStep:
         self.model = model
         self.cos = model.rope_table[..., 0].contiguous()
         self.sin = model.rope_table[..., 1].contiguous()
-        self.alone = all(isinstance(block.all_reduce, Alone) for block in model.blocks)
+        sums: list[Any] = [block.all_reduce for block in model.blocks]
+        self.only_launches = all(isinstance(total, Alone) or total.mailbox is not None for total in sums)
         self.recorded: weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], Recorded]] = weakref.WeakKeyDictionary()
         config, device = model.config, model.rope_table.device
         self.attention_scratch = ops.AttentionScratch.of(
@@ -134,7 +135,7 @@ class FusedStep:
         B, T = tokens_BT.shape
         shapes = self.recorded.setdefault(cache, {})
         if (B, T) not in shapes:
-            if self.alone:  # several processes would exchange what no kernel has written
+            if self.only_launches:  # collectives would exchange what no kernel has written
                 with self.compiled_together():
                     self.run(tokens_BT, start_B, cache, blocks=1)
             result = self.run(tokens_BT, start_B, cache)
@@ -209,6 +210,9 @@ class FusedStep:
         """x + a @ weight.T; over several processes the sum of their products, in float32 until x is added."""
         if isinstance(all_reduce, Alone):
             return self.ops.linear_add(a_MK, *matrix(linear), x_MD)
+        mailbox = all_reduce.mailbox
+        if mailbox is not None and a_MK.shape[0] == 1 and x_MD.shape[1] <= mailbox.words:
+            return self.ops.linear_sum(a_MK, *matrix(linear), x_MD, mailbox)
         return all_reduce.add(self.ops.linear(a_MK, *matrix(linear), dtype=torch.float32), x_MD)
 
 

@@ -42,6 +42,8 @@ class Exchanger(AllReduce, Protocol):
 class OverGroup:
     """Sums over the default process group by functional collectives, which compilers and CUDA graphs capture."""
 
+    mailbox: Any | None = None
+
     def __call__(self, x: Tensor) -> Tensor:
         group: Any = dist.group.WORLD
         total: Tensor = functional.wait_tensor(functional.all_reduce(x, "sum", group))
@@ -56,13 +58,16 @@ class OverGroup:
 
 
 class OverNvlink(OverGroup):
-    """What one decode step says goes straight into the other GPUs' memory, in one launch; longer messages go by the group."""
+    """What one decode step says goes straight into the other GPUs' memory, in one launch; longer messages go by the group.
+    With `apart` a product never sends its own parts: they are summed in a launch behind it.
+    """
 
-    def __init__(self, exchange: Exchange):
+    def __init__(self, exchange: Exchange, apart: bool = False):
         from llama_fast.kernels import exchange as kernels  # Triton is imported by who uses it
 
         self.name = kernels.opened(exchange)
         self.words, self.size = exchange.words, exchange.size
+        self.mailbox = None if apart else exchange.rows
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() > self.words:

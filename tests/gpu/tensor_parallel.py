@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from llama_fast.bench import bench
 from llama_fast.build import Runner
+from llama_fast.kernels import tuning
 from llama_fast.optimisations.compiled import Compiled
 from llama_fast.optimisations.fused import Fused
 from llama_fast.optimisations.tensor_parallel import Exchanger, OverGroup, TensorParallel
@@ -207,6 +208,7 @@ def stage(name: str, ranks: int, options: argparse.Namespace, limit_seconds: flo
     command = [sys.executable, *launcher, __file__, "--out", str(result), "--stage", name.split()[0], *extra]
     for key in ("model", "plans", "encodings", "samples"):
         command += [f"--{key}", str(getattr(options, key))]
+    command += ["--tiles", options.tiles] if options.tiles else []
     command += ["--no-oracle"] if options.no_oracle else []
     off = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
     environment = {**os.environ, **off, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -256,10 +258,14 @@ def main() -> None:
         "--exchangers", default="exchange,one-shot,group", help="the first with the oracle, the others without"
     )
     parser.add_argument("--simulate", type=int, default=0)
+    parser.add_argument("--tiles", help="files of shard_tiles.py whose rows are to be used, with commas between")
     parser.add_argument("--limit", type=float, default=150, help="seconds that a stage may take")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--exchanger", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for file in options.tiles.split(",") if options.tiles else ():
+        rows = [row for found in json.loads(Path(file).read_text()) for row in found["tiles"]]
+        tuning.ONE_ROW.update({tuple(key): tuning.Tile(*tile) for key, tile in rows})
     if options.stage:
         work = {"latency": latency, "ranks": on_ranks, "decode": alone, "simulate": simulated}[options.stage]
         work(options)

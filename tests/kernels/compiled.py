@@ -12,8 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from llama_fast.build import build
-from llama_fast.kernels import attention, choosing, linear, ops, prompt, tokens, tuning
+from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, tokens, tuning
 from llama_fast.kernels.launching import compiled_together
+from llama_fast.kernels.words import Mailbox
 from llama_fast.optimisations.fused import FusedStep
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.plan import Dense
@@ -35,6 +36,8 @@ KERNELS = (
     choosing._draw,
     prompt._turn_and_store,
     prompt._gate,
+    exchange._sum,
+    exchange._gather,
 )
 
 
@@ -64,6 +67,19 @@ def ready() -> dict[str, int]:
         assert all(variant.metadata.shared <= SHARED for variant in variants), "more shared memory than some GPUs have"
         found[kernel.fn.__name__] = len(variants)
     return found
+
+
+def over_four_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    """Products that send their own parts, and sums and gathers in launches of their own."""
+    inboxes, counts = torch.zeros(4, dtype=torch.int64), torch.zeros(1024, dtype=torch.int32)
+    mailbox = Mailbox(1, 4, 1024, inboxes, counts)
+    residual = torch.zeros(1, 96).bfloat16()
+    for tile in (tuning.Tile(2, 128, 4, 2), tuning.Tile(8, 64, 4, convert="offset"), None):
+        ops.linear_sum(x, weight, scale, residual, mailbox, tile=tile)
+        ops.linear_sum(x, weight.bfloat16(), None, residual, mailbox, tile=tile and tile._replace(convert="plain"))
+    one = exchange.Exchange(1, 4, inboxes, counts, None)
+    one.sum(residual.float(), residual)
+    one.gather(torch.zeros(3, 250), 1000)
 
 
 def main() -> None:
@@ -100,6 +116,7 @@ def main() -> None:
                     ops.attention(torch.zeros(T, heads * width, dtype=dtype), keys, keys.clone(), start_B, scratch)
             for tile in (tuning.Tile(4, 128, 4, 2, vector=True), tuning.Tile(16, 64, 1, ahead=1)):
                 ops.linear(two, weight, scale, gain=two[0], eps=1e-5, tile=tile)
+            over_four_ranks(two[:1], weight, scale)
         after = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "nothing was to be launched"
     try:

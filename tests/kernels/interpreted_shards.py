@@ -10,6 +10,7 @@ import torch
 
 from llama_fast.build import build
 from llama_fast.kernels.exchange import Exchange
+from llama_fast.kernels.words import Mailbox
 from llama_fast.optimisations.fused import FusedStep
 from llama_fast.optimisations.int8 import Int8
 from llama_fast.optimisations.tensor_parallel import OverNvlink, TensorParallel
@@ -19,22 +20,23 @@ from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference
 
-WORDS, BLOCK = 512, 32
+WORDS, BLOCK, ROW_WORDS = 512, 32, 64
 CONFIG = LlamaConfig(
     dim=32, n_layers=2, n_heads=6, n_kv_heads=6, head_dim=20, ffn_dim=66, vocab_size=35, max_context=256
 )
 
 
 def main(rank: int, size: int, file: str) -> None:
-    """Two rows at unequal positions, a step of several tokens, a long prompt; vocabulary and heads cut unevenly."""
-    memory = torch.from_file(file, shared=True, size=size * 2 * size * WORDS, dtype=torch.int64)
-    at = [memory.data_ptr() + peer * 2 * size * WORDS * 8 for peer in range(size)]
-    exchange = Exchange(
-        rank, size, torch.tensor(at), torch.zeros(WORDS // BLOCK, dtype=torch.int32), memory, WORDS, BLOCK
-    )
+    """One row, whose products send their own parts; two at unequal positions, a step of several tokens, a long prompt;
+    vocabulary and heads cut unevenly."""
+    one = 2 * size * (WORDS + ROW_WORDS)  # int64 of a rank's inboxes
+    memory = torch.from_file(file, shared=True, size=size * one, dtype=torch.int64)
+    at = torch.tensor([memory.data_ptr() + peer * one * 8 for peer in range(size)])
+    rows = Mailbox(rank, size, ROW_WORDS, at + 2 * size * WORDS * 8, torch.zeros(ROW_WORDS, dtype=torch.int32))
+    exchange = Exchange(rank, size, at, torch.zeros(WORDS // BLOCK, dtype=torch.int32), memory, WORDS, BLOCK, rows)
     shard = TensorParallel(rank, size, OverNvlink(exchange))
     checked = 0
-    for encoding, kv_heads, B, T in ((Dense(), 6, 2, 1), (Int8(), 1, 2, 2)):
+    for encoding, kv_heads, B, T in ((Dense(), 6, 2, 1), (Int8(), 1, 2, 2), (Dense(), 6, 1, 1), (Int8(), 6, 1, 1)):
         config = dataclasses.replace(CONFIG, n_kv_heads=kv_heads, tie_embeddings=kv_heads == 1)
         checkpoint = random_checkpoint(config, 1, "cpu", torch.float32)
         runner = build(checkpoint, dataclasses.replace(optimised(encoding), shard=shard), "cpu")
@@ -44,7 +46,7 @@ def main(rank: int, size: int, file: str) -> None:
         wanted_BLV = wanted(tokens_BL)
         cache = runner.allocate(B, 20)
         assert cache.layers[0].k.shape[1] == max(1, kv_heads // size), "local heads only"
-        lengths_B = torch.tensor([7, 5])
+        lengths_B = torch.tensor([7, 5])[:B]
         logits_BV = step.prompt(tokens_BL[:, :7], lengths_B, cache)
         torch.testing.assert_close(logits_BV.double(), wanted_BLV[torch.arange(B), lengths_B - 1], atol=2e-5, rtol=2e-5)
         for first in range(0, 2 * T, T):
