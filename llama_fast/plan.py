@@ -101,13 +101,16 @@ class AllReduce(Protocol):
     """How the partial results of all processes become one."""
 
     mailbox: Any | None
-    """A `kernels.words.Mailbox`, by which the kernel of one row's product may itself send its part; None: it goes to `add`."""
+    """A `kernels.words.Mailbox`, by which the kernel of one row's product may itself send it to the other processes."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The sum of x over all processes."""
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + the sum of x, in the residual's type: for kernels that would else write x only to read it."""
+    def add(self, x: Tensor, residual: Tensor, sent: bool = False) -> Tensor:
+        """residual + the sum of x, in the residual's type: for kernels that would else write x only to read it.
+
+        `sent`: by the mailbox, all processes have x already, or soon will.
+        """
 
 
 class Shard(Protocol):
@@ -241,7 +244,7 @@ class Alone:
     def __call__(self, x: Tensor) -> Tensor:
         return x
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor, sent: bool = False) -> Tensor:
         return (residual + x).type_as(residual)
 
 

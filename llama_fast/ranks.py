@@ -160,7 +160,7 @@ def form_group(place: Place, device: torch.device, collective_seconds: float) ->
 
 def exchanger_named(name: str | None, place: Place, device: torch.device) -> Exchanger:
     """ "group": functional collectives. "one-shot": PyTorch's sum over symmetric memory. "exchange": our own kernels', in which
-    the product of one row sends its own part; "apart": the same, each sum a launch behind its product.
+    the product of one row sends its own part; "apart": the same, but the sum behind it sends it.
 
     None is "exchange" for the GPUs of one host that reach each other's memory, and "group" everywhere else.
     """

@@ -1,6 +1,7 @@
-"""Sums and gathers over the GPUs of one host in a launch of their own, by the words of `words`.
+"""Sums and gathers over the GPUs of one host in one launch, by the words of `words`.
 
-A program counts one epoch for all its words. Sums run in rank order in float32: all ranks get the same bits.
+A program counts one epoch for all its words, and waits for all peers' at once. A product may have sent its own part
+(`ops.linear_send`): the sum behind it then finds most words there. Sums run in float32, in one order: all ranks get the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -16,112 +17,112 @@ from torch import Tensor
 from llama_fast.kernels.common import start_next, wait
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.ops import launch_options, machine
+from llama_fast.kernels.tuning import next_power_of_2
 from llama_fast.kernels.words import Mailbox, _inbox, _receive, _send
 
-BLOCK = 256  # words of a program, one for each thread: a warp's words leave as whole lines
+BLOCK = 128  # words of a program, a thread for each of each rank: a warp's words leave as whole lines
 WORDS = 1 << 17  # that one rank can send another at once: 8 rows of a model 16384 wide
-ROW_WORDS = 1 << 14  # the same from a product's own launch: one row
 
 
 @triton.jit
+def _peers(rank, SIZE: tl.constexpr, RANKS: tl.constexpr):
+    """[RANKS, 1]: (a rank's number, within bounds; whether it is another than this; whether it is at all)."""
+    peer = tl.arange(0, RANKS)[:, None]
+    real = peer < SIZE
+    return tl.where(real, peer, rank), real & (peer != rank), real
+
+
+@triton.jit(do_not_specialize=["rank"])
 def _sum(
-    x, residual, out, inboxes, epochs, n,
-    RANK: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    x, residual, out, inboxes, epochs, n, rank,
+    SIZE: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, SENT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n / BLOCK,): out = the ranks' x summed, + residual."""
+    """Grid (n / BLOCK,): out = the ranks' x summed, + residual. RANKS: SIZE padded to a power of two. SENT: x is on its way."""
     program = tl.program_id(0)
     start_next(PDL)
+    peer, other, real = _peers(rank, SIZE, RANKS)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
     wait(PDL)
     epoch = tl.load(epochs + program) + 1
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    all_of_them = at >= 0
-    mine = tl.load(x + at, mask=at < n, other=0).to(tl.float32)
-    for hop in tl.static_range(1, SIZE):
-        _send(_inbox(inboxes, (RANK + hop) % SIZE, RANK, epoch, WORDS, SIZE) + at, mine, epoch, all_of_them)
+    mine = tl.load(x + at, mask=live, other=0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     if ADD:
-        total += tl.load(residual + at, mask=at < n, other=0).to(tl.float32)
-    for sender in tl.static_range(SIZE):
-        if sender == RANK:
-            total += mine
-        else:
-            total += _receive(_inbox(inboxes, RANK, sender, epoch, WORDS, SIZE) + at, epoch, all_of_them)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < n)
+        total += tl.load(residual + at, mask=live, other=0).to(tl.float32)
+    travels = other & live[None, :]
+    if not SENT:
+        to = _inbox(inboxes, peer, rank, epoch, WORDS, SIZE) + at[None, :]
+        _send(to, tl.where(travels, mine[None, :], 0.0), epoch, travels)
+    came = _receive(_inbox(inboxes, rank, peer, epoch, WORDS, SIZE) + at[None, :], epoch, travels)
+    total += tl.sum(tl.where(real & ~other, mine[None, :], came), 0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=live)
     tl.debug_barrier()  # every thread has read the old count before one writes the new
     tl.store(epochs + program, epoch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _gather(
-    x, out, inboxes, epochs, rows,
+    x, out, inboxes, epochs, rows, rank,
     V: tl.constexpr, WIDEST: tl.constexpr,
-    RANK: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SIZE: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows * WIDEST / BLOCK,): rank r's x holds columns V r / SIZE up to V (r + 1) / SIZE of out [rows, V]."""
     program = tl.program_id(0)
     start_next(PDL)
+    peer, other, real = _peers(rank, SIZE, RANKS)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    row, column, live = at // WIDEST, at % WIDEST, at < rows * WIDEST
+    width = V * (rank + 1) // SIZE - V * rank // SIZE
     wait(PDL)
     epoch = tl.load(epochs + program) + 1
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    all_of_them = at >= 0
-    row = at // WIDEST
-    column = at % WIDEST
-    first: tl.constexpr = V * RANK // SIZE
-    width: tl.constexpr = V * (RANK + 1) // SIZE - first
-    live = (row < rows) & (column < width)
-    mine = tl.load(x + row * width + column, mask=live, other=0).to(tl.float32)
-    for hop in tl.static_range(1, SIZE):
-        _send(_inbox(inboxes, (RANK + hop) % SIZE, RANK, epoch, WORDS, SIZE) + at, mine, epoch, all_of_them)
-    tl.store(out + row * V + first + column, mine.to(out.dtype.element_ty), mask=live)
-    for hop in tl.static_range(1, SIZE):
-        sender = (RANK + hop) % SIZE
-        value = _receive(_inbox(inboxes, RANK, sender, epoch, WORDS, SIZE) + at, epoch, all_of_them)
-        begin = V * sender // SIZE
-        there = (row < rows) & (column < V * (sender + 1) // SIZE - begin)
-        tl.store(out + row * V + begin + column, value.to(out.dtype.element_ty), mask=there)
-    tl.debug_barrier()
+    mine = tl.load(x + row * width + column, mask=live & (column < width), other=0).to(tl.float32)[None, :]
+    travels = other & live[None, :]
+    to = _inbox(inboxes, peer, rank, epoch, WORDS, SIZE) + at[None, :]
+    _send(to, tl.where(travels, mine, 0.0), epoch, travels)
+    came = _receive(_inbox(inboxes, rank, peer, epoch, WORDS, SIZE) + at[None, :], epoch, travels)
+    begin, end = V * peer // SIZE, V * (peer + 1) // SIZE
+    kept = real & live[None, :] & (column[None, :] < end - begin)
+    value = tl.where(other, came, mine).to(out.dtype.element_ty)
+    tl.store(out + row[None, :] * V + begin + column[None, :], value, mask=kept)
+    tl.debug_barrier()  # every thread has read the old count before one writes the new
     tl.store(epochs + program, epoch)
 
 
 class Exchange(NamedTuple):
-    """One rank's side. `inboxes` [size] int64: the address in this process of every rank's inbox; `epochs` counts from 0.
+    """One rank's side; `memory` keeps its inbox, and the peers' mappings, alive. More than the mailbox's words cannot be sent at
+    once."""
 
-    An inbox is [2, size, words] int64, zeros at the start; more numbers cannot be sent at once. `memory` keeps it, and the
-    peers' mappings, alive. `rows` is for products that send their own parts: `ops.linear_sum`.
-    """
-
-    rank: int
-    size: int
-    inboxes: Tensor
-    epochs: Tensor
+    mailbox: Mailbox
     memory: object
-    words: int = WORDS
-    block: int = BLOCK
-    rows: Mailbox | None = None
 
-    def sum(self, x: Tensor, residual: Tensor | None = None, *, pdl: bool | None = None) -> Tensor:
-        """The sum of the ranks' x (any shape, contiguous), in x's type; with a residual residual + sum, in its type."""
+    def sum(self, x: Tensor, residual: Tensor | None = None, sent: bool = False, *, pdl: bool | None = None) -> Tensor:
+        """The sum of the ranks' x (any shape, contiguous), in x's type; with a residual residual + sum, in its type.
+
+        `sent`: x is what `ops.linear_send` gave, on every rank.
+        """
         out = torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
-        pdl = machine(x.device).pdl if pdl is None else pdl
-        launch(_sum, (triton.cdiv(x.numel(), self.block),))(
-            x, x if residual is None else residual, out, self.inboxes, self.epochs, x.numel(),
-            ADD=residual is not None, **self._constants(pdl),
+        launch(_sum, (triton.cdiv(x.numel(), self.mailbox.block),))(
+            x, x if residual is None else residual, out, self.mailbox.inboxes, self.mailbox.epochs, x.numel(),
+            ADD=residual is not None, SENT=sent, **self._constants(x.device, pdl),
         )  # fmt: skip
         return out
 
     def gather(self, x: Tensor, columns: int, *, pdl: bool | None = None) -> Tensor:
         """[rows, columns] of which this rank has x [rows, columns (rank + 1) // size - columns rank // size]."""
-        rows, widest = x.shape[0], -(-columns // self.size)
+        rows, widest = x.shape[0], -(-columns // self.mailbox.size)
         out = x.new_empty(rows, columns)
-        pdl = machine(x.device).pdl if pdl is None else pdl
-        launch(_gather, (triton.cdiv(rows * widest, self.block),))(
-            x, out, self.inboxes, self.epochs, rows, V=columns, WIDEST=widest, **self._constants(pdl)
-        )
+        launch(_gather, (triton.cdiv(rows * widest, self.mailbox.block),))(
+            x, out, self.mailbox.inboxes, self.mailbox.epochs, rows, V=columns, WIDEST=widest, **self._constants(x.device, pdl)
+        )  # fmt: skip
         return out
 
-    def _constants(self, pdl: bool) -> dict[str, object]:
-        shape = {"RANK": self.rank, "SIZE": self.size, "WORDS": self.words, "BLOCK": self.block}
-        return {**shape, "PDL": pdl, "num_warps": max(1, self.block // 32), **launch_options(pdl)}
+    def _constants(self, device: torch.device, pdl: bool | None) -> dict[str, object]:
+        rank, size, words, block, *_ = self.mailbox
+        pdl = machine(device).pdl if pdl is None else pdl
+        ranks = next_power_of_2(size)
+        shape = {"rank": rank, "SIZE": size, "RANKS": ranks, "WORDS": words, "BLOCK": block}
+        return {**shape, "PDL": pdl, "num_warps": min(32, max(1, block * ranks // 32)), **launch_options(pdl)}
 
 
 OPEN: dict[str, Exchange] = {}
@@ -136,13 +137,13 @@ def opened(exchange: Exchange) -> str:
 
 
 @torch.library.custom_op("llama_fast::exchange_sum", mutates_args=())
-def exchange_sum(x: Tensor, residual: Tensor | None, name: str) -> Tensor:
+def exchange_sum(x: Tensor, residual: Tensor | None, sent: bool, name: str) -> Tensor:
     """`Exchange.sum`."""
-    return OPEN[name].sum(x.contiguous(), residual)
+    return OPEN[name].sum(x.contiguous(), residual, sent)
 
 
 @exchange_sum.register_fake
-def _(x: Tensor, residual: Tensor | None, name: str) -> Tensor:
+def _(x: Tensor, residual: Tensor | None, sent: bool, name: str) -> Tensor:
     return torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
 
 
@@ -164,14 +165,12 @@ def over_nvlink(rank: int, size: int, device: torch.device) -> Exchange:
 
     group = dist.group.WORLD
     assert group is not None
-    memory = symmetric.empty(2 * size * (WORDS + ROW_WORDS), dtype=torch.int64, device=device)
+    memory = symmetric.empty(2, size, WORDS, dtype=torch.int64, device=device)
     memory.zero_()
     handle = symmetric.rendezvous(memory, group)
     addresses = [handle.get_buffer(peer, memory.shape, memory.dtype).data_ptr() for peer in range(size)]
     torch.cuda.synchronize(device)
     dist.barrier()  # no word may arrive before the zeros
     inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
-    counts = torch.zeros(WORDS // BLOCK + ROW_WORDS, dtype=torch.int32, device=device)
-    behind = 2 * size * WORDS * memory.element_size()
-    rows = Mailbox(rank, size, ROW_WORDS, inboxes + behind, counts[WORDS // BLOCK :])
-    return Exchange(rank, size, inboxes, counts[: WORDS // BLOCK], (memory, handle), rows=rows)
+    epochs = torch.zeros(WORDS // BLOCK, dtype=torch.int32, device=device)
+    return Exchange(Mailbox(rank, size, WORDS, BLOCK, inboxes, epochs), (memory, handle))

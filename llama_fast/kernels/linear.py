@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from llama_fast.kernels.common import dot, start_next, to_float32, wait
-from llama_fast.kernels.words import _receive_rows, _row_epochs, _row_inboxes, _send_rows
+from llama_fast.kernels.words import _own_epoch, _own_inbox, _send_rows
 
 
 @triton.jit
@@ -66,8 +66,8 @@ def _scales(scale, rows, live, SCALED: tl.constexpr):
 def _residuals(
     residual, rows, live, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, EPILOGUE: tl.constexpr
 ):  # fmt: skip
-    """What "add" and "sum" add, [R, MP]."""
-    if EPILOGUE == "add" or EPILOGUE == "sum":
+    """What "add" adds, [R, MP]."""
+    if EPILOGUE == "add":
         m = tl.arange(0, MP)
         return tl.load(residual + m[None, :] * N + rows[:, None], mask=live[:, None] & (m < M)[None, :], other=0).to(
             tl.float32
@@ -99,7 +99,7 @@ def _finish(
     M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, EPILOGUE: tl.constexpr,
     SCALED: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of float32 products [R, MP]: scaled, then by EPILOGUE "plain", "add", "gated" or "rope"."""
+    """Write a block of float32 products [R, MP]: scaled, then by EPILOGUE "plain" ("send"), "add", "gated" or "rope"."""
     m = tl.arange(0, MP)
     kind = out.dtype.element_ty
     if SCALED:
@@ -190,14 +190,12 @@ def _in_registers(
     T: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr, CONVERT: tl.constexpr,
     BLOCKS: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
     PDL: tl.constexpr, EARLY: tl.constexpr,
-    inboxes, epochs, rank, SIZE: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
+    inboxes, epochs, rank, SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """M activation rows (MP: M padded to a power of two). A program owns BLOCKS blocks of R weight rows, `programs` blocks apart.
 
     V: elements of one 16-byte load, summed inside a thread before anything crosses threads. EARLY: `start` may be read before
-    the wait. The last line's arguments are for the epilogue "sum": residual + the sum of all ranks' products, of one row. A program
-    then waits for the programs of its number on the other ranks. It sends before it waits, and programs start in the order of
-    their numbers, so the least that is not done always gets on.
+    the wait. The last line's arguments are for the epilogue "send": what is written goes to all other ranks as well, of one row.
     """
     CHECK: tl.constexpr = N % (R * BLOCKS) != 0  # for "gated", R and N both count gate and up rows
     CHUNKS: tl.constexpr = (K + BK - 1) // BK
@@ -215,8 +213,8 @@ def _in_registers(
             gains = gains + (_vector_tile(gain, i * BK, K, BK),)
     if EARLY:
         turns = _turns(start, cos, sin, program, R, M, MP, T, EPILOGUE, H, HKV, HD)
-    if EPILOGUE == "sum":
-        theirs, mine = _row_inboxes(inboxes, rank, R, SIZE, THREADS)
+    if EPILOGUE == "send":
+        inbox = _own_inbox(inboxes, rank, R, SIZE, THREADS)
     wait(PDL)
     residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
     if not EARLY:
@@ -234,10 +232,10 @@ def _in_registers(
         if NORM:
             factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         factors = factors + (factor,)
-    counts, sent, added = (), (), ()
-    if EPILOGUE == "sum":
+    counts = ()
+    if EPILOGUE == "send":
         for i in tl.static_range(BLOCKS):
-            counts = counts + (_row_epochs(epochs, program + i * programs, N, R, THREADS),)
+            counts = counts + (_own_epoch(epochs, program + i * programs, N, R, BLOCK, THREADS),)
     for i in tl.static_range(BLOCKS):
         block = program + i * programs
         if i + 1 < BLOCKS:  # what the next block needs travels while this one is worked on
@@ -248,23 +246,14 @@ def _in_registers(
             next_residuals = _residuals(residual, next_rows, next_live, N, M, MP, EPILOGUE)
             next_turns = _turns(start, cos, sin, block + programs, R, M, MP, T, EPILOGUE, H, HKV, HD)
         acc_RM = _products(tiles, xs, factors, M, MP, R, K, BK, V, CONVERT)
-        if EPILOGUE == "sum":
-            if SCALED:
-                acc_RM *= scales[:, None]
-            sent = sent + (_send_rows(tl.sum(acc_RM, 1), block, counts[i], theirs, rank, N, R, SIZE, WORDS, THREADS),)
-            added = added + (tl.sum(residuals, 1),)
-        else:
-            _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
-                    M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
+        if EPILOGUE == "send":
+            value_R = tl.sum(acc_RM * scales[:, None] if SCALED else acc_RM, 1)
+            _send_rows(value_R, block, counts[i], inbox, rank, N, R, SIZE, WORDS, THREADS)
+        _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+                M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
         if i + 1 < BLOCKS:
             tiles, rows, live = next_tiles, next_rows, next_live
             scales, residuals, turns = next_scales, next_residuals, next_turns
-    if EPILOGUE == "sum":
-        for i in tl.static_range(BLOCKS):
-            block = program + i * programs
-            total_R = _receive_rows(sent[i], block, counts[i], mine, epochs, rank, N, R, SIZE, WORDS, THREADS)
-            rows = _rows(block, N, R, EPILOGUE)
-            tl.store(out + rows, (added[i] + total_R).to(out.dtype.element_ty), mask=rows < N)
 
 
 @triton.jit

@@ -127,15 +127,13 @@ def _linear(
 def over_ranks(mailbox: Mailbox | None, x: Tensor, tile: Tile) -> dict[str, Any]:
     """The arguments by which a product sends its parts; ValueError for a tile whose threads are fewer than its words."""
     if mailbox is None:
-        return dict(inboxes=x, epochs=x, rank=0, SIZE=1, WORDS=1, THREADS=1)
+        return dict(inboxes=x, epochs=x, rank=0, SIZE=1, WORDS=1, BLOCK=1, THREADS=1)
     threads = 32 * tile.warps
-    if next_power_of_2(mailbox.size) * tile.rows > threads:
-        raise ValueError(
-            f"{tile.rows} rows to each of {mailbox.size} ranks: more words than the tile's {threads} threads"
-        )
+    if mailbox.size * tile.rows > threads:
+        raise ValueError(f"{tile.rows} rows to {mailbox.size} ranks: more words than the tile's {threads} threads")
     return dict(
-        inboxes=mailbox.inboxes, epochs=mailbox.epochs,
-        rank=mailbox.rank, SIZE=mailbox.size, WORDS=mailbox.words, THREADS=threads,
+        inboxes=mailbox.inboxes, epochs=mailbox.epochs, rank=mailbox.rank,
+        SIZE=mailbox.size, WORDS=mailbox.words, BLOCK=mailbox.block, THREADS=threads,
     )  # fmt: skip
 
 
@@ -171,14 +169,13 @@ def linear_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor
     return _linear(x, weight, scale, torch.empty_like(residual), "add", residual=residual, **options)
 
 
-def linear_sum(
-    x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, mailbox: Mailbox, **options: Any
-) -> Tensor:
-    """residual + the sum of all ranks' x W^T, of one row [1, N], in one launch: each program sends its rows and waits for the
-    peers'. All ranks of the mailbox make the same calls in the same order."""
+def linear_send(x: Tensor, weight: Tensor, scale: Tensor | None, mailbox: Mailbox, **options: Any) -> Tensor:
+    """x W^T of one row, float32 [1, N], that every program also sends to the other ranks. Whoever sums it next need not send:
+    `Exchange.sum(..., sent=True)`."""
     if x.shape[0] != 1 or weight.shape[0] > mailbox.words:
         raise ValueError(f"{x.shape[0]} rows of {weight.shape[0]}: a product sends one row of up to {mailbox.words}")
-    return _linear(x, weight, scale, torch.empty_like(residual), "sum", residual=residual, mailbox=mailbox, **options)
+    out = x.new_empty(1, weight.shape[0], dtype=torch.float32)
+    return _linear(x, weight, scale, out, "send", mailbox=mailbox, **options)
 
 
 def linear(

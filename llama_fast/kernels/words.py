@@ -28,15 +28,16 @@ RECEIVE: tl.constexpr = tl.constexpr(
 
 
 class Mailbox(NamedTuple):
-    """One rank's side of exchanges of up to `words` numbers.
+    """One rank's side of exchanges of up to `words` numbers, in programs of `block` words.
 
     `inboxes` [size] int64: the address in this process of every rank's inbox, which is [2, size, words] int64, zeros at the
-    start; `epochs` [words] int32 counts each word's exchanges, from 0. Its owner keeps the memory, and the peers' mappings, alive.
+    start; `epochs` [words / block] int32 counts each program's exchanges, from 0. The caller keeps the memory alive.
     """
 
     rank: int
     size: int
     words: int
+    block: int
     inboxes: Tensor
     epochs: Tensor
 
@@ -66,7 +67,7 @@ def _receive(at, epoch, live):
     """The float32 values that arrive at these addresses in this epoch; 0 where not `live`, at once."""
     if INTERPRETED:
         word = tl.load(at, mask=live, other=0)
-        while tl.min(((word >> 32 == epoch) | ~live).to(tl.int32), 0) == 0:
+        while tl.min(((word >> 32 == epoch) | ~live).to(tl.int32)) == 0:
             word = tl.load(at, mask=live, other=0)
         return (word & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
     else:
@@ -77,44 +78,26 @@ def _receive(at, epoch, live):
 
 
 @triton.jit
-def _row_inboxes(inboxes, rank, R: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """(thread t's own: that of rank t // R, where there is one; this rank's)."""
+def _own_inbox(inboxes, rank, R: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """For thread t the inbox of rank t // R, where there is one."""
     peer = tl.arange(0, THREADS) // R
-    theirs = tl.load(inboxes + tl.where(peer < SIZE, peer, rank)).to(tl.pointer_type(tl.int64))
-    return theirs, tl.load(inboxes + rank).to(tl.pointer_type(tl.int64))
+    return tl.load(inboxes + tl.where(peer < SIZE, peer, rank)).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
-def _row_epochs(epochs, block, N: tl.constexpr, R: tl.constexpr, THREADS: tl.constexpr):
-    """For thread t the epoch of row t % R of a block: one more than the last."""
+def _own_epoch(epochs, block, N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """For thread t the epoch in which row t % R of a block travels: one more than the last of the program that receives it."""
     row = block * R + tl.arange(0, THREADS) % R
-    return tl.load(epochs + row, mask=row < N, other=0) + 1
+    return tl.load(epochs + row // BLOCK, mask=row < N, other=0) + 1
 
 
 @triton.jit
 def _send_rows(
-    value_R, block, epoch, theirs, rank,
+    value_R, block, epoch, inbox, rank,
     N: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """A block's rows to every peer: thread t sends row t % R to rank t // R, so that all leave at once. -> [THREADS] row t % R."""
+    """A block's rows to every peer: thread t sends row t % R to rank t // R, so that all leave at once."""
     t = tl.arange(0, THREADS)
     peer, row = t // R, block * R + t % R
     value = tl.sum(tl.where(tl.arange(0, R)[:, None] == (t % R)[None, :], value_R[:, None], 0.0), 0)
-    _send(theirs + ((epoch & 1) * SIZE + rank) * WORDS + row, value, epoch, (peer < SIZE) & (peer != rank) & (row < N))
-    return value
-
-
-@triton.jit
-def _receive_rows(
-    value, block, epoch, mine, epochs, rank,
-    N: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """What all ranks' `_send_rows` sent, summed [R]; in one order of the ranks, so that all get the same bits."""
-    t = tl.arange(0, THREADS)
-    peer, row = t // R, block * R + t % R
-    at = mine + ((epoch & 1) * SIZE + tl.where(peer < SIZE, peer, rank)) * WORDS + row
-    came = _receive(at, epoch, (peer < SIZE) & (peer != rank) & (row < N))
-    total_R = tl.sum(tl.reshape(tl.where(peer == rank, value, came), [THREADS // R, R]), 0)
-    tl.debug_barrier()  # every thread has read the old count before one writes the new
-    tl.store(epochs + row, epoch, mask=(peer == 0) & (row < N))
-    return total_R
+    _send(inbox + ((epoch & 1) * SIZE + rank) * WORDS + row, value, epoch, (peer < SIZE) & (peer != rank) & (row < N))

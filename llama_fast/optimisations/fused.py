@@ -210,9 +210,9 @@ class FusedStep:
         """x + a @ weight.T; over several processes the sum of their products, in float32 until x is added."""
         if isinstance(all_reduce, Alone):
             return self.ops.linear_add(a_MK, *matrix(linear), x_MD)
-        mailbox = all_reduce.mailbox
-        if mailbox is not None and a_MK.shape[0] == 1 and x_MD.shape[1] <= mailbox.words:
-            return self.ops.linear_sum(a_MK, *matrix(linear), x_MD, mailbox)
+        if all_reduce.mailbox is not None and a_MK.shape[0] == 1:
+            part_1D = self.ops.linear_send(a_MK, *matrix(linear), all_reduce.mailbox)
+            return all_reduce.add(part_1D, x_MD, sent=True)
         return all_reduce.add(self.ops.linear(a_MK, *matrix(linear), dtype=torch.float32), x_MD)
 
 

@@ -49,7 +49,7 @@ class OverGroup:
         total: Tensor = functional.wait_tensor(functional.all_reduce(x, "sum", group))
         return total
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor, sent: bool = False) -> Tensor:
         return (residual + self(x)).type_as(residual)
 
     def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
@@ -58,26 +58,27 @@ class OverGroup:
 
 
 class OverNvlink(OverGroup):
-    """What one decode step says goes straight into the other GPUs' memory, in one launch; longer messages go by the group.
-    With `apart` a product never sends its own parts: they are summed in a launch behind it.
+    """What one decode step says goes straight into the other GPUs' memory; longer messages go by the group.
+
+    With `apart` a product does not send its own part: the sum behind it does.
     """
 
     def __init__(self, exchange: Exchange, apart: bool = False):
         from llama_fast.kernels import exchange as kernels  # Triton is imported by who uses it
 
         self.name = kernels.opened(exchange)
-        self.words, self.size = exchange.words, exchange.size
-        self.mailbox = None if apart else exchange.rows
+        self.words, self.size = exchange.mailbox.words, exchange.mailbox.size
+        self.mailbox = None if apart else exchange.mailbox
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() > self.words:
             return super().__call__(x)
-        return torch.ops.llama_fast.exchange_sum(x, None, self.name)  # type: ignore[no-any-return]
+        return torch.ops.llama_fast.exchange_sum(x, None, False, self.name)  # type: ignore[no-any-return]
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor, sent: bool = False) -> Tensor:
         if x.numel() > self.words:
             return super().add(x, residual)
-        return torch.ops.llama_fast.exchange_sum(x, residual, self.name)  # type: ignore[no-any-return]
+        return torch.ops.llama_fast.exchange_sum(x, residual, sent, self.name)  # type: ignore[no-any-return]
 
     def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
         rows = part.numel() // part.shape[-1]

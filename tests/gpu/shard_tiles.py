@@ -3,6 +3,7 @@
     export PYTHONPATH=.
     python -m torch.distributed.run --standalone --nproc-per-node 4 tests/gpu/shard_tiles.py --out FILE
     python tests/gpu/shard_tiles.py --out FILE --models random:llama-2-70b --layers 8 --encodings int8      one GPU
+    ... --parts 4       the shapes of four ranks, on fewer GPUs: sums are those of the ranks that are there
 
 One matrix after another, every tile that may be worth it is timed in the whole step, the exchange with the other ranks
 included, then the best few again in turns. What all ranks wait for counts: the slowest rank's median. FILE holds rows for
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,6 +35,7 @@ from llama_fast.kernels import tuning
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.tuning import Tile, next_power_of_2
 from llama_fast.optimisations.fused import FusedStep, matrix
+from llama_fast.optimisations.tensor_parallel import OverNvlink, TensorParallel
 from llama_fast.plan import KVCache, Whole
 from llama_fast.presets import encoding_named, fused
 from llama_fast.ranks import tensor_parallel
@@ -84,7 +87,7 @@ def matrices(step: FusedStep) -> dict[str, Key]:
     """Table keys of a step's matrices: (GPU, epilogue, rows, columns, bytes per weight)."""
     block: Any = step.model.blocks[0]
     alone = isinstance(block.all_reduce, type(Whole().all_reduce))
-    total = "add" if alone else "sum" if block.all_reduce.mailbox is not None else "plain"
+    total = "add" if alone else "send" if block.all_reduce.mailbox is not None else "plain"
     modules = {
         "out": (total, block.wo),
         "down": (total, block.w2),
@@ -109,11 +112,31 @@ def tile_for(key: Key, tile: Tile) -> Iterator[None]:
             tuning.ONE_ROW[key] = before
 
 
+class AsIfMore(OverNvlink):
+    """The ranks that are there in place of more: logits that others would send are zeros."""
+
+    def gather(self, part: torch.Tensor, first: int, columns: int) -> torch.Tensor:
+        return F.pad(part, (first, columns - first - part.shape[-1]))
+
+
+def as_if_more(shard: Any, parts: int, device: torch.device, apart: bool) -> TensorParallel:
+    """A shard of `parts`, on the ranks that there are."""
+    from llama_fast.kernels.exchange import BLOCK, WORDS, Exchange, over_nvlink
+    from llama_fast.kernels.words import Mailbox
+
+    if not isinstance(shard, Whole):
+        return TensorParallel(shard.rank, parts, AsIfMore(over_nvlink(shard.rank, shard.size, device), apart))
+    memory = torch.zeros(2 * WORDS, dtype=torch.int64, device=device)
+    inboxes = torch.tensor([memory.data_ptr()], device=device)
+    mailbox = Mailbox(0, 1, WORDS, BLOCK, inboxes, torch.zeros(WORDS // BLOCK, dtype=torch.int32, device=device))
+    return TensorParallel(0, parts, AsIfMore(Exchange(mailbox, memory), apart))
+
+
 class Timer:
     """Whole steps with one tile or another."""
 
-    def __init__(self, step: FusedStep, cache: KVCache, shard: Any):
-        self.step, self.cache, self.ranks = step, cache, shard.size if not isinstance(shard, Whole) else 1
+    def __init__(self, step: FusedStep, cache: KVCache, ranks: int):
+        self.step, self.cache, self.ranks = step, cache, ranks
         device = step.cos.device
         self.tokens, self.start = torch.tensor([[5]], device=device), torch.tensor([POSITION], device=device)
 
@@ -204,32 +227,39 @@ def kernel_microseconds(timer: Timer, graph: torch.cuda.CUDAGraph, rank: int, st
 
 def choose(model: str, encoding: str, shard: Any, options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device())
-    rank = 0 if isinstance(shard, Whole) else shard.rank
+    rank, ranks = (0, 1) if isinstance(shard, Whole) else (shard.rank, shard.size)
+    if options.parts:
+        shard = as_if_more(shard, options.parts, device, options.exchanger == "apart")
     checkpoint = resolve(model).open(device, torch.bfloat16)
     if options.layers and options.layers < checkpoint.config.n_layers:
         checkpoint = first_blocks(checkpoint, options.layers)
     plan = dataclasses.replace(fused(encoding_named(encoding)), shard=shard)
     runner = build(checkpoint, plan, device, torch.bfloat16)
     step, cache = FusedStep(runner.model), runner.allocate(1, SLOTS)
-    timer = Timer(step, cache, shard)
+    timer = Timer(step, cache, ranks)
     keys = matrices(step)
     chosen = {name: keys[name] for name in options.kinds.split(",")}
     tiles = {}
     for name, (_, kind, n, k, itemsize) in chosen.items():
         now = tuning.linear_tile("H100", kind, n, k, 1, itemsize)
-        tiles[name] = list(dict.fromkeys([now, *candidates(kind, n, k, itemsize, timer.ranks, options.most)]))
+        tiles[name] = list(
+            dict.fromkeys([now, *candidates(kind, n, k, itemsize, options.parts or ranks, options.most)])
+        )
     say(f"{model} {encoding}: built; compiling {sum(map(len, tiles.values()))}")
     timer.compile(rank, [(key, tile) for name, key in chosen.items() for tile in tiles[name]])
     found: dict[str, Any] = {
         "model": model,
         "encoding": encoding,
         "ranks": timer.ranks,
+        "parts": options.parts or timer.ranks,
         "layers": checkpoint.config.n_layers,
     }
     found["before_us"] = timer.slowest([statistics.median(timer.microseconds(timer.graph(), 20) for _ in range(5))])[0]
     say(f"{model} {encoding}: {found['before_us']:.1f} us a step")
     found["tiles"] = []
     for name, key in chosen.items():
+        if len(tiles[name]) == 1:
+            continue
         order = timer.ranked(key, tiles[name], steps=20, again=6)
         found[name] = [(round(us, 1), str(tuple(tile)[:4]) + tile.convert) for us, tile in order]
         best = order[0][1]
@@ -250,7 +280,8 @@ def main() -> None:
     parser.add_argument("--encodings", default="dense,int8")
     parser.add_argument("--kinds", default="out,down,gated,qkv,head")
     parser.add_argument("--layers", type=int, default=0, help="fewer blocks than the model has, for its shapes alone")
-    parser.add_argument("--most", type=int, default=24, help="tiles of a matrix that are tried")
+    parser.add_argument("--most", type=int, default=24, help="tiles of a matrix that are tried; 0: what is in use")
+    parser.add_argument("--parts", type=int, default=0, help="cut the model for so many ranks, whatever there are")
     parser.add_argument("--exchanger", help="as in llama_fast.ranks")
     options = parser.parse_args()
     several = "RANK" in os.environ

@@ -61,17 +61,20 @@ class Silent(OverGroup):
     """Nobody to talk to: a shard's own arithmetic and the launches around it, for a lower bound on its time."""
 
     def __init__(self, device: torch.device):
-        from llama_fast.kernels.exchange import Exchange
+        from llama_fast.kernels.exchange import BLOCK, WORDS, Exchange
+        from llama_fast.kernels.words import Mailbox
 
-        memory = torch.zeros(2, 1, 1 << 17, dtype=torch.int64, device=device)
+        memory = torch.zeros(2, 1, WORDS, dtype=torch.int64, device=device)
         inboxes = torch.tensor([memory.data_ptr()], device=device)
-        self.exchange = Exchange(0, 1, inboxes, torch.zeros(512, dtype=torch.int32, device=device), memory)
+        epochs = torch.zeros(WORDS // BLOCK, dtype=torch.int32, device=device)
+        self.mailbox = Mailbox(0, 1, WORDS, BLOCK, inboxes, epochs)
+        self.exchange = Exchange(self.mailbox, memory)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.exchange.sum(x, residual)
+    def add(self, x: torch.Tensor, residual: torch.Tensor, sent: bool = False) -> torch.Tensor:
+        return self.exchange.sum(x, residual, sent)
 
     def gather(self, part: torch.Tensor, first: int, columns: int) -> torch.Tensor:
         return torch.nn.functional.pad(part, (first, columns - first - part.shape[-1]))

@@ -72,14 +72,15 @@ def ready() -> dict[str, int]:
 def over_four_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
     """Products that send their own parts, and sums and gathers in launches of their own."""
     inboxes, counts = torch.zeros(4, dtype=torch.int64), torch.zeros(1024, dtype=torch.int32)
-    mailbox = Mailbox(1, 4, 1024, inboxes, counts)
-    residual = torch.zeros(1, 96).bfloat16()
-    for tile in (tuning.Tile(2, 128, 4, 2), tuning.Tile(8, 64, 4, convert="offset"), None):
-        ops.linear_sum(x, weight, scale, residual, mailbox, tile=tile)
-        ops.linear_sum(x, weight.bfloat16(), None, residual, mailbox, tile=tile and tile._replace(convert="plain"))
-    one = exchange.Exchange(1, 4, inboxes, counts, None)
-    one.sum(residual.float(), residual)
-    one.gather(torch.zeros(3, 250), 1000)
+    for size in (2, 4, 6):
+        mailbox = Mailbox(1, size, 1024, 128, inboxes, counts)
+        for tile in (tuning.Tile(2, 128, 4, 2), tuning.Tile(8, 64, 4, convert="offset"), None):
+            ops.linear_send(x, weight, scale, mailbox, tile=tile)
+            ops.linear_send(x, weight.bfloat16(), None, mailbox, tile=tile and tile._replace(convert="plain"))
+        one, part = exchange.Exchange(mailbox, None), torch.zeros(1, 96)
+        for sent in (False, True):
+            one.sum(part, part.bfloat16(), sent)
+        one.gather(torch.zeros(3, 1000 * 2 // size - 1000 // size), 1000)
 
 
 def main() -> None:
