@@ -20,6 +20,8 @@ FEW_OF_BF16 = 4
 FEW_OF_MKL = 4
 """Rows up to which a batch of matrices by MKL is faster than oneDNN's product (tests/speed/products.py)."""
 ONEDNN, MKL = torch.backends.mkldnn.is_available(), torch.backends.mkl.is_available()
+BY_WORDS = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether inductor's loops read int8 by way of a copy on which the processor stalls: with AVX-512 they do not."""
 
 
 def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Tensor:
@@ -30,11 +32,32 @@ def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Ten
     few = FEW_OF_BF16 if weight_NK.dtype is torch.bfloat16 else FEW
     # The device first: where a compiler sees the number of rows compared, it compiles each side of the comparison.
     if x.device.type == "cpu" and x_RK.shape[0] <= few:
-        wide_NK = weight_NK.float()
-        y_RN = torch.stack([(row_K.float() * wide_NK).sum(-1) for row_K in x_RK.unbind()])
+        by_words = BY_WORDS and weight_NK.dtype is torch.int8 and weight_NK.shape[1] % 4 == 0
+        y_RN = (sums_by_words if by_words else sums)(x_RK.float(), weight_NK)
     else:
         y_RN = F.linear(x_RK, weight_NK.to(x.dtype))
     return scaled(y_RN, scale_N1).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def sums(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x @ weight.T as a loop over each row of weights."""
+    wide_NK = weight_NK.float()
+    return torch.stack([(row_K * wide_NK).sum(-1) for row_K in x_RK.unbind()])
+
+
+def sums_by_words(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """The same of int8 weights that are read four to a word: shifts bring each to the top, and down again with its sign.
+
+    Every fourth input then stands beside its like: x [R, 4, K / 4]. That layout is asked of inductor by a word of its own, which
+    `torch._inductor.inductor_prims` knows; otherwise it would turn the weights instead.
+    """
+    # by way of float32: whole vectors of these are read as they lie, of integers by a copy
+    word_NQ = weight_NK.view(torch.float32).view(torch.int32)
+    bytes_of_word = [(word_NQ << (24 - 8 * i) >> 24).float() for i in range(4)]
+    x_R4Q = x_RK.unflatten(-1, (-1, 4)).transpose(1, 2)
+    x_R4Q = torch.ops.prims.inductor_force_stride_order(x_R4Q, x_R4Q.contiguous().stride())
+    parts = [[x_Q * byte_NQ for x_Q, byte_NQ in zip(x_4Q.unbind(), bytes_of_word)] for x_4Q in x_R4Q.unbind()]
+    return torch.stack([((p[0] + p[1]) + (p[2] + p[3])).sum(-1) for p in parts])
 
 
 def scaled(y: Tensor, scale_N1: Tensor | None) -> Tensor:
