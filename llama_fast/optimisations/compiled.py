@@ -59,7 +59,7 @@ class Compiled:
     choosing: ClassVar[None] = None
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
-        import torch._inductor.inductor_prims  # noqa: F401 - what `matvec` asks of the compiler
+        import torch._inductor.inductor_prims  # knows what `matvec` asks of the compiler
 
         assert isinstance(model, Llama)
         on_gpu = next(model.buffers()).device.type == "cuda"

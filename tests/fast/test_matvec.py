@@ -62,3 +62,25 @@ def test_the_library_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     leaf = weight.clone().requires_grad_()
     product(x, leaf).sum().backward()
     assert taken == ["F.linear"] and leaf.grad is not None
+
+
+@pytest.mark.parametrize("by_words", [False, True])
+def test_int8_compiled_however_its_weights_are_read(by_words: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two unequal rows; widths of whole words and vectors, of words alone, and of neither, which is read byte by byte."""
+    import torch._inductor.inductor_prims  # as `Compiled` does
+
+    monkeypatch.setattr(matvec, "BY_WORDS", by_words)
+    torch.manual_seed(0)
+    widths = (64, 20, 22) if by_words else (20,)
+    x = [torch.randn(2, width) for width in widths]
+    weight = [torch.randint(-128, 128, (5, width), dtype=torch.int8) for width in widths]
+    scale = torch.rand(5, 1) + 0.5
+
+    def all_of_them(x: list[torch.Tensor], weight: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [product(rows, matrix, scale) for rows, matrix in zip(x, weight)]
+
+    with torch.no_grad():
+        found = torch.compile(all_of_them, dynamic=False, fullgraph=True)(x, weight)
+    for y, rows, matrix in zip(found, x, weight, strict=True):
+        wanted = rows.double() @ matrix.double().T * scale[:, 0]
+        torch.testing.assert_close(y.double(), wanted, atol=1e-3, rtol=1e-5)
