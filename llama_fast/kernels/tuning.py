@@ -58,7 +58,8 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "gated", 22016, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
     ("H100", "add", 4096, 11008, 1): Tile(4, 4096, 8, convert="offset"),
     ("H100", "plain", 32000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
-    # Of shards: tests/gpu/shard_tiles.py on two H200, which are the same chip; those of four ranks each against one other rank.
+    # Of shards: tests/gpu/shard_tiles.py on two H200, which are the same chip, those of four ranks with one other rank in place of
+    # three; the 7B's of four on an H100 with none.
     # llama-2-7b over two ranks
     ("H100", "rope", 6144, 4096, 2): Tile(2, 4096, 4, 2),
     ("H100", "send", 4096, 2048, 2): Tile(1, 2048, 2, 2),
@@ -72,15 +73,15 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "plain", 16000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
     # over four
     ("H100", "rope", 3072, 4096, 2): Tile(2, 4096, 8, 2),
-    ("H100", "send", 4096, 1024, 2): Tile(2, 1024, 2),
-    ("H100", "send", 4096, 2752, 2): Tile(4, 1024, 4, 2),
+    ("H100", "send", 4096, 1024, 2): Tile(2, 1024, 4, 2),
+    ("H100", "send", 4096, 2752, 2): Tile(2, 1024, 2, 2),
     ("H100", "gated", 5504, 4096, 2): Tile(2, 4096, 8, 2),
-    ("H100", "plain", 8000, 4096, 2): Tile(4, 4096, 16),
+    ("H100", "plain", 8000, 4096, 2): Tile(4, 4096, 8, 2),
     ("H100", "rope", 3072, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
-    ("H100", "send", 4096, 1024, 1): Tile(4, 512, 2, convert="offset"),
+    ("H100", "send", 4096, 1024, 1): Tile(8, 1024, 4, convert="exact"),
     ("H100", "send", 4096, 2752, 1): Tile(2, 1024, 2, 2, convert="offset"),
-    ("H100", "gated", 5504, 4096, 1): Tile(2, 4096, 4, 2, convert="offset"),
-    ("H100", "plain", 8000, 4096, 1): Tile(2, 2048, 4, 2, convert="offset"),
+    ("H100", "gated", 5504, 4096, 1): Tile(2, 4096, 8, 2, convert="offset"),
+    ("H100", "plain", 8000, 4096, 1): Tile(4, 4096, 8, 2, convert="offset"),
     # llama-2-70b on one GPU
     ("H100", "rope", 10240, 8192, 1): Tile(2, 2048, 8, 2, convert="offset"),
     ("H100", "add", 8192, 8192, 1): Tile(4, 4096, 4, convert="exact"),
