@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--exchangers", default="exchange,one-shot,group", help="the first with the oracle, the others without"
     )
+    parser.add_argument("--latency-only", action="store_true")
     parser.add_argument("--simulate", type=int, default=0)
     parser.add_argument("--tiles", help="files of shard_tiles.py whose rows are to be used, with commas between")
     parser.add_argument("--limit", type=float, default=150, help="seconds that a stage may take")
@@ -287,6 +288,8 @@ def main() -> None:
     for ranks in counts:
         if ranks > 1:
             done(stage(f"latency {ranks}", ranks, options, 100))
+    if options.latency_only:
+        return
     if 1 in counts:
         done(stage("decode 1", 1, options, options.limit))
     if options.simulate:
