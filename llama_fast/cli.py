@@ -274,7 +274,7 @@ def bench(
     profile: Annotated[Path | None, typer.Option(help="Write a profiler's trace here, and explain each rung.")] = None,
     device: DeviceFlag = None,
 ) -> None:
-    """Climb the ladder: measure every rung, prove it, plot it."""
+    """Climb the ladder: measure every rung, prove it, plot it. Exit code 1: one does not agree, or one asked for is left out."""
     from llama_fast.bench import bench as climb
     from llama_fast.plots import draw
     from llama_fast.report import Live, show_step_times, show_table

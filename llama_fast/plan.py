@@ -100,17 +100,14 @@ class Compiler(Protocol):
 class AllReduce(Protocol):
     """How the partial results of all processes become one."""
 
-    mailbox: Any | None
-    """A `kernels.words.Mailbox`, by which the kernel of one row's product may itself send it to the other processes."""
-
     def __call__(self, x: Tensor) -> Tensor:
         """The sum of x over all processes."""
 
-    def add(self, x: Tensor, residual: Tensor, sent: bool = False) -> Tensor:
-        """residual + the sum of x, in the residual's type: for kernels that would else write x only to read it.
+    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
+        """residual + the sum of (a @ weight.T) * scale, in the residual's type, for a step that is made of our kernels."""
 
-        `sent`: by the mailbox, all processes have x already, or soon will.
-        """
+    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
+        """Whether all that a step of so many rows says goes by kernels of ours, which can be compiled without being run."""
 
 
 class Shard(Protocol):
@@ -239,13 +236,14 @@ class Eager:
 class Alone:
     """The sum over one process."""
 
-    mailbox: Any | None = None
-
     def __call__(self, x: Tensor) -> Tensor:
         return x
 
-    def add(self, x: Tensor, residual: Tensor, sent: bool = False) -> Tensor:
-        return (residual + x).type_as(residual)
+    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
+        return (residual + product(a, weight, scale)).type_as(residual)
+
+    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

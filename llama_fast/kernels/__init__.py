@@ -1,4 +1,5 @@
-"""Triton kernels of one decode step: the plain path's linear, norm, rotary and attention calls in five launches a layer.
+"""Triton kernels of one decode step: the plain path's linear, norm, rotary and attention calls in five launches a layer, and a
+launch more for each sum over ranks.
 
 `available()` says whether they can be imported here (Triton present); the modules themselves import Triton.
 Legend for shapes: B batch, T tokens per row of the batch, M = B * T rows, D model dim, H query heads, G = H / Hkv,

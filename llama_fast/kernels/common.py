@@ -1,7 +1,8 @@
 """What every kernel shares: programmatic dependent launch, int8 to float32.
 
 A kernel started with programmatic dependent launch (PDL) may begin before the one ahead of it has ended. Until `wait` it may
-touch only what no earlier kernel of the step writes: weights, gains, tables.
+touch only what no earlier kernel of the step writes: weights, gains, tables. Every kernel waits, in some program at least: so one
+that has waited knows all kernels before it to have ended, and not the last alone.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"

@@ -2,6 +2,8 @@
 
 A program counts one epoch for all its words, and waits for all peers' at once. A product may have sent its own part
 (`ops.linear_send`): the sum behind it then finds most words there. Sums run in float32, in one order: all ranks get the same bits.
+Of a long message not all programs fit the GPU at once. Each sends before it waits, for the programs of its own number alone, and
+GPUs start programs in the order of their numbers: the least that waits always gets on.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -14,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama_fast.kernels import ops
 from llama_fast.kernels.common import start_next, wait
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.ops import launch_options, machine
 from llama_fast.kernels.tuning import next_power_of_2
 from llama_fast.kernels.words import Mailbox, _inbox, _receive, _send
 
-BLOCK = 128  # words of a program, a thread for each of each rank: a warp's words leave as whole lines
+BLOCK = 128  # words of a program, up to eight ranks a thread for each of each: a warp's words leave as whole lines
 WORDS = 1 << 17  # that one rank can send another at once: 8 rows of a model 16384 wide
 
 
@@ -90,8 +93,10 @@ def _gather(
 
 
 class Exchange(NamedTuple):
-    """One rank's side; `memory` keeps its inbox, and the peers' mappings, alive. More than the mailbox's words cannot be sent at
-    once."""
+    """One rank's side; `memory` keeps its inbox, and the peers' mappings, alive.
+
+    All ranks make the same calls in the same order. ValueError for more numbers than the mailbox has words.
+    """
 
     mailbox: Mailbox
     memory: object
@@ -99,8 +104,9 @@ class Exchange(NamedTuple):
     def sum(self, x: Tensor, residual: Tensor | None = None, sent: bool = False, *, pdl: bool | None = None) -> Tensor:
         """The sum of the ranks' x (any shape, contiguous), in x's type; with a residual residual + sum, in its type.
 
-        `sent`: x is what `ops.linear_send` gave, on every rank.
+        `sent`: x is what `ops.linear_send` gave, on every rank, and nothing was exchanged since: here its epoch is counted.
         """
+        self._check(x.numel())
         out = torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
         launch(_sum, (triton.cdiv(x.numel(), self.mailbox.block),))(
             x, x if residual is None else residual, out, self.mailbox.inboxes, self.mailbox.epochs, x.numel(),
@@ -111,11 +117,20 @@ class Exchange(NamedTuple):
     def gather(self, x: Tensor, columns: int, *, pdl: bool | None = None) -> Tensor:
         """[rows, columns] of which this rank has x [rows, columns (rank + 1) // size - columns rank // size]."""
         rows, widest = x.shape[0], -(-columns // self.mailbox.size)
+        self._check(rows * widest)
         out = x.new_empty(rows, columns)
         launch(_gather, (triton.cdiv(rows * widest, self.mailbox.block),))(
             x, out, self.mailbox.inboxes, self.mailbox.epochs, rows, V=columns, WIDEST=widest, **self._constants(x.device, pdl)
         )  # fmt: skip
         return out
+
+    def add_product(self, x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
+        """residual + the sum of the ranks' (x W^T) * scale, of one row: each product sends its own part."""
+        return self.sum(ops.linear_send(x, weight, scale, self.mailbox), residual, sent=True)
+
+    def _check(self, numbers: int) -> None:
+        if numbers > self.mailbox.words:
+            raise ValueError(f"{numbers} numbers at once: this exchange takes up to {self.mailbox.words}")
 
     def _constants(self, device: torch.device, pdl: bool | None) -> dict[str, object]:
         rank, size, words, block, *_ = self.mailbox
@@ -137,13 +152,13 @@ def opened(exchange: Exchange) -> str:
 
 
 @torch.library.custom_op("llama_fast::exchange_sum", mutates_args=())
-def exchange_sum(x: Tensor, residual: Tensor | None, sent: bool, name: str) -> Tensor:
+def exchange_sum(x: Tensor, residual: Tensor | None, name: str) -> Tensor:
     """`Exchange.sum`."""
-    return OPEN[name].sum(x.contiguous(), residual, sent)
+    return OPEN[name].sum(x.contiguous(), residual)
 
 
 @exchange_sum.register_fake
-def _(x: Tensor, residual: Tensor | None, sent: bool, name: str) -> Tensor:
+def _(x: Tensor, residual: Tensor | None, name: str) -> Tensor:
     return torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
 
 

@@ -115,7 +115,8 @@ def _linear(
     else:
         vector = min(16 // weight.element_size(), tile.columns)
         # "offset" costs accuracy that only bf16 activations have already lost.
-        convert = tile.convert if weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and x.is_cuda else "plain"
+        on_gpu = facts.name != "cpu"
+        convert = tile.convert if weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and on_gpu else "plain"
         launch(_in_registers, (triton.cdiv(blocks, tile.blocks),))(
             x, x if gain is None else gain, *ends, eps, MP=next_power_of_2(m), V=vector, NORM=gain is not None,
             CONVERT=convert, BLOCKS=tile.blocks, EARLY=early, **shared,
@@ -170,8 +171,10 @@ def linear_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor
 
 
 def linear_send(x: Tensor, weight: Tensor, scale: Tensor | None, mailbox: Mailbox, **options: Any) -> Tensor:
-    """x W^T of one row, float32 [1, N], that every program also sends to the other ranks. Whoever sums it next need not send:
-    `Exchange.sum(..., sent=True)`."""
+    """x W^T of one row, float32 [1, N], of which every program also sends its rows to the other ranks.
+
+    The next exchange by this mailbox, on every rank, has to be `Exchange.sum(this, sent=True)`: it counts the epoch.
+    """
     if x.shape[0] != 1 or weight.shape[0] > mailbox.words:
         raise ValueError(f"{x.shape[0]} rows of {weight.shape[0]}: a product sends one row of up to {mailbox.words}")
     out = x.new_empty(1, weight.shape[0], dtype=torch.float32)

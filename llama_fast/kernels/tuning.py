@@ -58,6 +58,12 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "gated", 22016, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
     ("H100", "add", 4096, 11008, 1): Tile(4, 4096, 8, convert="offset"),
     ("H100", "plain", 32000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
+    # llama-2-70b on one GPU
+    ("H100", "rope", 10240, 8192, 1): Tile(2, 2048, 8, 2, convert="offset"),
+    ("H100", "add", 8192, 8192, 1): Tile(4, 4096, 4, convert="exact"),
+    ("H100", "add", 8192, 28672, 1): Tile(1, 4096, 16, 2, convert="offset"),
+    ("H100", "gated", 57344, 8192, 1): Tile(2, 4096, 8, 2, convert="exact"),
+    ("H100", "plain", 32000, 8192, 1): Tile(4, 4096, 4, convert="exact"),
     # Of shards: tests/gpu/shard_tiles.py on two H200, which are the same chip, those of four ranks with one other rank in place of
     # three; the 7B's of four on an H100 with none.
     # llama-2-7b over two ranks
@@ -82,13 +88,7 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "send", 4096, 2752, 1): Tile(2, 1024, 2, 2, convert="offset"),
     ("H100", "gated", 5504, 4096, 1): Tile(2, 4096, 8, 2, convert="offset"),
     ("H100", "plain", 8000, 4096, 1): Tile(4, 4096, 8, 2, convert="offset"),
-    # llama-2-70b on one GPU
-    ("H100", "rope", 10240, 8192, 1): Tile(2, 2048, 8, 2, convert="offset"),
-    ("H100", "add", 8192, 8192, 1): Tile(4, 4096, 4, convert="exact"),
-    ("H100", "add", 8192, 28672, 1): Tile(1, 4096, 16, 2, convert="offset"),
-    ("H100", "gated", 57344, 8192, 1): Tile(2, 4096, 8, 2, convert="exact"),
-    ("H100", "plain", 32000, 8192, 1): Tile(4, 4096, 4, convert="exact"),
-    # over two ranks
+    # llama-2-70b over two ranks
     ("H100", "rope", 5120, 8192, 2): Tile(2, 4096, 8),
     ("H100", "send", 8192, 4096, 2): Tile(2, 4096, 4),
     ("H100", "send", 8192, 14336, 2): Tile(2, 4096, 8),
@@ -138,9 +138,10 @@ def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, 
     """For a weight [n, k] of `itemsize` bytes per element and m rows of activations of so many bytes."""
     gpu = next((chip for name, chip in SAME_CHIP.items() if name in gpu), gpu)
     table = {1: ONE_ROW, 2: TWO_ROWS}.get(m, {})
-    for (name, *rest), tile in table.items():
-        if name in gpu and tuple(rest) == (epilogue, n, k, itemsize):
-            return tile
+    for kind in ("plain", "send") if epilogue == "plain" else (epilogue,):  # the same product, sent or not
+        for (name, *rest), tile in table.items():
+            if name in gpu and tuple(rest) == (kind, n, k, itemsize):
+                return tile
     return one_row_tile(epilogue, k, itemsize) if m == 1 else few_rows_tile(epilogue, n, k, itemsize, of_activations)
 
 

@@ -3,7 +3,8 @@
 Every rank writes into its peers' memory and waits for theirs. A word that has arrived says so itself, by its upper half (its
 epoch): no barrier, no second trip; the idea is that of NCCL's LL protocol. Two inboxes take turns. Epoch e + 2 may overwrite e,
 because who sends it has seen epoch e + 1 of every peer, and a peer sends that after its kernel of epoch e has ended. Epochs are
-counted on the device, so that a CUDA graph can be replayed and a recording counts nothing.
+counted on the device, so that a CUDA graph can be replayed and a recording counts nothing. All this rests on every kernel of a
+step waiting for the one ahead (`common.wait`) before it reads an epoch or sends: then all kernels before it have ended.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from llama_fast.kernels.common import INTERPRETED
 
+# $1 address, $2 word, $3 whether to
 SEND: tl.constexpr = tl.constexpr(
     "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.relaxed.sys.global.b64 [$1], $2; mov.b32 $0, 0; }"
 )
+# $1 address, $2 epoch, $3 whether to. The upper half is the epoch; until it is this one, the word has not arrived.
 RECEIVE: tl.constexpr = tl.constexpr(
     "{ .reg .b64 w; .reg .b32 v, e; .reg .pred p; mov.b32 v, 0; setp.eq.b32 p, $3, 0; @p bra done;"
     " again: ld.relaxed.sys.global.b64 w, [$1]; mov.b64 {v, e}, w; setp.ne.b32 p, e, $2; @p bra again;"

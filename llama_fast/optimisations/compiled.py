@@ -59,7 +59,7 @@ class Compiled:
     choosing: ClassVar[None] = None
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
-        import torch._inductor.inductor_prims  # knows what `matvec` asks of the compiler
+        from torch._inductor import inductor_prims  # noqa: F401 - knows what `matvec.sums_by_words` asks of a compiler
 
         assert isinstance(model, Llama)
         on_gpu = next(model.buffers()).device.type == "cuda"

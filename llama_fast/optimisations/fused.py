@@ -1,6 +1,6 @@
-"""A token as five launches a block, replayed as one CUDA graph. Where `Compiled` lets a compiler write the kernels, these
-are written for one to eight rows: each reads its weights once, at the speed of the memory, and starts loading them before
-the kernel ahead of it has ended. Attention reads the valid part of the static cache and no more.
+"""A token as five launches a block, replayed as one CUDA graph (seven over ranks: each sum is a launch). Where `Compiled` lets a
+compiler write the kernels, these are written for one to eight rows: each reads its weights once, at the speed of the memory, and
+starts loading them before the kernel ahead of it has ended. Attention reads the valid part of the static cache and no more.
 
 Decode, the check of a few proposed tokens, and the prefill of a short prompt are such steps; a longer prompt is bound by
 arithmetic, and goes through PyTorch's matrix products with one kernel between each two. Nothing is compiled but the
@@ -116,8 +116,8 @@ class FusedStep:
         self.model = model
         self.cos = model.rope_table[..., 0].contiguous()
         self.sin = model.rope_table[..., 1].contiguous()
-        sums: list[Any] = [block.all_reduce for block in model.blocks]
-        self.only_launches = all(isinstance(total, Alone) or total.mailbox is not None for total in sums)
+        block: Any = model.blocks[0]
+        self.all_reduce: AllReduce = block.all_reduce
         self.recorded: weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], Recorded]] = weakref.WeakKeyDictionary()
         config, device = model.config, model.rope_table.device
         self.attention_scratch = ops.AttentionScratch.of(
@@ -135,7 +135,9 @@ class FusedStep:
         B, T = tokens_BT.shape
         shapes = self.recorded.setdefault(cache, {})
         if (B, T) not in shapes:
-            if self.only_launches:  # collectives would exchange what no kernel has written
+            config = self.model.config
+            # Collectives would exchange what no kernel has written.
+            if self.all_reduce.in_kernels(B * T, config.dim, config.vocab_size):
                 with self.compiled_together():
                     self.run(tokens_BT, start_B, cache, blocks=1)
             result = self.run(tokens_BT, start_B, cache)
@@ -210,10 +212,7 @@ class FusedStep:
         """x + a @ weight.T; over several processes the sum of their products, in float32 until x is added."""
         if isinstance(all_reduce, Alone):
             return self.ops.linear_add(a_MK, *matrix(linear), x_MD)
-        if all_reduce.mailbox is not None and a_MK.shape[0] == 1:
-            part_1D = self.ops.linear_send(a_MK, *matrix(linear), all_reduce.mailbox)
-            return all_reduce.add(part_1D, x_MD, sent=True)
-        return all_reduce.add(self.ops.linear(a_MK, *matrix(linear), dtype=torch.float32), x_MD)
+        return all_reduce.add_product(a_MK, *matrix(linear), x_MD)
 
 
 def add_product(x_MD: Tensor, a_MK: Tensor, linear: nn.Module, all_reduce: AllReduce) -> None:

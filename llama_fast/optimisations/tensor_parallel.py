@@ -42,15 +42,24 @@ class Exchanger(AllReduce, Protocol):
 class OverGroup:
     """Sums over the default process group by functional collectives, which compilers and CUDA graphs capture."""
 
-    mailbox: Any | None = None
-
     def __call__(self, x: Tensor) -> Tensor:
         group: Any = dist.group.WORLD
         total: Tensor = functional.wait_tensor(functional.all_reduce(x, "sum", group))
         return total
 
-    def add(self, x: Tensor, residual: Tensor, sent: bool = False) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the sum of x, in the residual's type."""
         return (residual + self(x)).type_as(residual)
+
+    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
+        from llama_fast.kernels import ops  # Triton is imported by who uses it
+
+        return self.add(
+            ops.linear(a, weight, scale, dtype=torch.float32), residual
+        )  # float32 until the residual is added
+
+    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
+        return False
 
     def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
         # a sum of parts padded with zeros is exact, takes uneven parts, and is the same everywhere
@@ -60,29 +69,38 @@ class OverGroup:
 class OverNvlink(OverGroup):
     """What one decode step says goes straight into the other GPUs' memory; longer messages go by the group.
 
-    With `apart` a product does not send its own part: the sum behind it does.
+    The product of one row sends its own part; with `apart` the sum behind it does.
     """
 
     def __init__(self, exchange: Exchange, apart: bool = False):
         from llama_fast.kernels import exchange as kernels  # Triton is imported by who uses it
 
         self.name = kernels.opened(exchange)
-        self.words, self.size = exchange.mailbox.words, exchange.mailbox.size
-        self.mailbox = None if apart else exchange.mailbox
+        self.mailbox, self.apart = exchange.mailbox, apart
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() > self.words:
+        if x.numel() > self.mailbox.words:
             return super().__call__(x)
-        return torch.ops.llama_fast.exchange_sum(x, None, False, self.name)  # type: ignore[no-any-return]
+        return torch.ops.llama_fast.exchange_sum(x, None, self.name)  # type: ignore[no-any-return]
 
-    def add(self, x: Tensor, residual: Tensor, sent: bool = False) -> Tensor:
-        if x.numel() > self.words:
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if x.numel() > self.mailbox.words:
             return super().add(x, residual)
-        return torch.ops.llama_fast.exchange_sum(x, residual, sent, self.name)  # type: ignore[no-any-return]
+        return torch.ops.llama_fast.exchange_sum(x, residual, self.name)  # type: ignore[no-any-return]
+
+    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
+        from llama_fast.kernels import exchange as kernels
+
+        if self.apart or a.shape[0] != 1:
+            return super().add_product(a, weight, scale, residual)
+        return kernels.OPEN[self.name].add_product(a, weight, scale, residual)
+
+    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
+        return rows * max(dim, -(-vocab_size // self.mailbox.size)) <= self.mailbox.words
 
     def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
         rows = part.numel() // part.shape[-1]
-        if rows * -(-columns // self.size) > self.words:
+        if rows * -(-columns // self.mailbox.size) > self.mailbox.words:
             return super().gather(part, first, columns)
         whole: Tensor = torch.ops.llama_fast.exchange_gather(part.reshape(rows, -1), columns, self.name)
         return whole.view(*part.shape[:-1], columns)

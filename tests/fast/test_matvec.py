@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 
 from llama_fast import matvec
 from llama_fast.matvec import product
@@ -67,7 +68,7 @@ def test_the_library_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("by_words", [False, True])
 def test_int8_compiled_however_its_weights_are_read(by_words: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two unequal rows; widths of whole words and vectors, of words alone, and of neither, which is read byte by byte."""
-    import torch._inductor.inductor_prims  # as `Compiled` does
+    from torch._inductor import inductor_prims  # noqa: F401 - as `Compiled` does
 
     monkeypatch.setattr(matvec, "BY_WORDS", by_words)
     torch.manual_seed(0)
@@ -80,7 +81,8 @@ def test_int8_compiled_however_its_weights_are_read(by_words: bool, monkeypatch:
         return [product(rows, matrix, scale) for rows, matrix in zip(x, weight)]
 
     with torch.no_grad():
-        found = torch.compile(all_of_them, dynamic=False, fullgraph=True)(x, weight)
+        found, code = run_and_get_code(torch.compile(all_of_them, dynamic=False, fullgraph=True), x, weight)
+    assert (" << " in "".join(code)) == by_words, "the way that was asked for"
     for y, rows, matrix in zip(found, x, weight, strict=True):
         wanted = rows.double() @ matrix.double().T * scale[:, 0]
         torch.testing.assert_close(y.double(), wanted, atol=1e-3, rtol=1e-5)

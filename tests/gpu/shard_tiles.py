@@ -87,7 +87,7 @@ def matrices(step: FusedStep) -> dict[str, Key]:
     """Table keys of a step's matrices: (GPU, epilogue, rows, columns, bytes per weight)."""
     block: Any = step.model.blocks[0]
     alone = isinstance(block.all_reduce, type(Whole().all_reduce))
-    total = "add" if alone else "send" if block.all_reduce.mailbox is not None else "plain"
+    total = "add" if alone else "plain" if block.all_reduce.apart else "send"
     modules = {
         "out": (total, block.wo),
         "down": (total, block.w2),
@@ -235,6 +235,8 @@ def choose(model: str, encoding: str, shard: Any, options: argparse.Namespace) -
         checkpoint = first_blocks(checkpoint, options.layers)
     plan = dataclasses.replace(fused(encoding_named(encoding)), shard=shard)
     runner = build(checkpoint, plan, device, torch.bfloat16)
+    if "H100" not in torch.cuda.get_device_name() and "H200" not in torch.cuda.get_device_name():
+        raise SystemExit("the table's rows are for one chip: an H100 or an H200")
     step, cache = FusedStep(runner.model), runner.allocate(1, SLOTS)
     timer = Timer(step, cache, ranks)
     keys = matrices(step)
@@ -282,7 +284,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="fewer blocks than the model has, for its shapes alone")
     parser.add_argument("--most", type=int, default=24, help="tiles of a matrix that are tried; 0: what is in use")
     parser.add_argument("--parts", type=int, default=0, help="cut the model for so many ranks, whatever there are")
-    parser.add_argument("--exchanger", help="as in llama_fast.ranks")
+    parser.add_argument("--exchanger", choices=("exchange", "apart"), default="exchange", help="as in llama_fast.ranks")
     options = parser.parse_args()
     several = "RANK" in os.environ
     with tensor_parallel("cuda", exchanger=options.exchanger) if several else contextlib.nullcontext(Whole()) as shard:

@@ -67,14 +67,18 @@ class Silent(OverGroup):
         memory = torch.zeros(2, 1, WORDS, dtype=torch.int64, device=device)
         inboxes = torch.tensor([memory.data_ptr()], device=device)
         epochs = torch.zeros(WORDS // BLOCK, dtype=torch.int32, device=device)
-        self.mailbox = Mailbox(0, 1, WORDS, BLOCK, inboxes, epochs)
-        self.exchange = Exchange(self.mailbox, memory)
+        self.exchange = Exchange(Mailbox(0, 1, WORDS, BLOCK, inboxes, epochs), memory)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor, sent: bool = False) -> torch.Tensor:
-        return self.exchange.sum(x, residual, sent)
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.exchange.sum(x, residual)
+
+    def add_product(self, a: Any, weight: Any, scale: Any, residual: Any) -> torch.Tensor:
+        if len(a) == 1:
+            return self.exchange.add_product(a, weight, scale, residual)
+        return super().add_product(a, weight, scale, residual)
 
     def gather(self, part: torch.Tensor, first: int, columns: int) -> torch.Tensor:
         return torch.nn.functional.pad(part, (first, columns - first - part.shape[-1]))
@@ -177,6 +181,15 @@ def faults(exchanger: Exchanger, place: Place, device: torch.device) -> list[str
             added = exchanger.add(parts[place.rank].float(), residual)
             if added.dtype != residual.dtype or (added.double() - exact - residual).abs().max() > 0.03 * place.size:
                 wrong.append(f"add {step} of {n}")
+            drawn = torch.randn(
+                n + 1, 64 * place.size, device=device, generator=torch.Generator(device).manual_seed(step)
+            )
+            x, weight = drawn.bfloat16().split((1, n))
+            mine = slice(64 * place.rank, 64 * (place.rank + 1))
+            product = exchanger.add_product(x[:, mine].contiguous(), weight[:, mine].contiguous(), None, residual[None])
+            exact = x.double() @ weight.double().T + residual.double()
+            if (product.double() - exact).abs().max() > 0.004 * exact.abs().max():
+                wrong.append(f"product {step} of {n}")
             whole = torch.randn(3, n, device=device, generator=torch.Generator(device).manual_seed(step))
             first, last = n * place.rank // place.size, n * (place.rank + 1) // place.size
             if not torch.equal(exchanger.gather(whole[:, first:last].contiguous(), first, n), whole):
@@ -260,7 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--exchangers", default="exchange,one-shot,group", help="the first with the oracle, the others without"
     )
-    parser.add_argument("--latency-only", action="store_true")
+    parser.add_argument("--latency-only", action="store_true", help="sums and gathers alone, no model")
     parser.add_argument("--simulate", type=int, default=0)
     parser.add_argument("--tiles", help="files of shard_tiles.py whose rows are to be used, with commas between")
     parser.add_argument("--limit", type=float, default=150, help="seconds that a stage may take")

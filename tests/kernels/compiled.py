@@ -69,14 +69,14 @@ def ready() -> dict[str, int]:
     return found
 
 
-def over_four_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+def over_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
     """Products that send their own parts, and sums and gathers in launches of their own."""
-    inboxes, counts = torch.zeros(4, dtype=torch.int64), torch.zeros(1024, dtype=torch.int32)
+    inboxes, counts = torch.zeros(6, dtype=torch.int64), torch.zeros(1024, dtype=torch.int32)
     for size in (2, 4, 6):
-        mailbox = Mailbox(1, size, 1024, 128, inboxes, counts)
-        for tile in (tuning.Tile(2, 128, 4, 2), tuning.Tile(8, 64, 4, convert="offset"), None):
+        mailbox = Mailbox(1, size, 2048, 128, inboxes, counts)
+        for tile in (tuning.Tile(2, 128, 4, 2, convert="exact"), tuning.Tile(8, 64, 4, convert="offset"), None):
             ops.linear_send(x, weight, scale, mailbox, tile=tile)
-            ops.linear_send(x, weight.bfloat16(), None, mailbox, tile=tile and tile._replace(convert="plain"))
+            ops.linear_send(x, weight.bfloat16(), None, mailbox, tile=tile)
         one, part = exchange.Exchange(mailbox, None), torch.zeros(1, 96)
         for sent in (False, True):
             one.sum(part, part.bfloat16(), sent)
@@ -117,7 +117,7 @@ def main() -> None:
                     ops.attention(torch.zeros(T, heads * width, dtype=dtype), keys, keys.clone(), start_B, scratch)
             for tile in (tuning.Tile(4, 128, 4, 2, vector=True), tuning.Tile(16, 64, 1, ahead=1)):
                 ops.linear(two, weight, scale, gain=two[0], eps=1e-5, tile=tile)
-            over_four_ranks(two[:1], weight, scale)
+            over_ranks(two[:1], weight, scale)
         after = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "nothing was to be launched"
     try:

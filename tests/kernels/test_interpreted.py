@@ -36,5 +36,5 @@ def test_ranks_agree_with_one(group: str, ranks: int, tmp_path: Path) -> None:
             job.kill()
             job.wait()
     assert [job.returncode for job in jobs] == [0] * ranks, "\n".join(said)
-    results = {text.split("results agree, ")[1] for text in said if f"{group}: " in text}
-    assert len(results) == 1 and "bits" in results.pop(), "all ranks get the same bits"
+    assert all(f"{group}: " in text and "results agree, bits " in text for text in said)
+    assert len({text.split("results agree, bits ")[1] for text in said}) == 1, "all ranks get the same bits"

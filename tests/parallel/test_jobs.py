@@ -138,7 +138,8 @@ def test_ranks_climb_what_one_process_cannot_and_one_job_that_fails_leaves_the_o
     monkeypatch.setattr("llama_fast.bench.build", full)
     monkeypatch.setattr(jobs, "climb", climb)
     for names, climbed, code, says in (
-        ("tp-int8", ["tp-int8"], 1, ""),  # the baseline, which goes with it, did not fit
+        ("tp-int8", ["tp-int8"], 0, ""),  # the baseline, which goes with it unasked, did not fit
+        ("baseline,tp-int8", ["tp-int8"], 1, ""),
         ("tp,tp-int8", ["tp-int8"], 2, "error: tp on 2 ranks: CUDA out of memory\n"),
         (
             "baseline",
