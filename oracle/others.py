@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,13 +39,16 @@ class HFSubject:
 
     @torch.no_grad()
     def decode_logits(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
+        from transformers import DynamicCache
+
+        named = inspect.signature(self.model.forward).parameters
+        word = "cache" if "cache" in named else "past_key_values"  # up to transformers 5.23
         found = []
         for row, split in zip(rows, splits, strict=True):
-            step = self.model(self._row(row[:split]), use_cache=True)
-            seen = [step.logits[0, -1]]
+            cache = {word: DynamicCache(config=self.model.config)}
+            seen = [self.model(self._row(row[:split]), use_cache=True, **cache).logits[0, -1]]
             for token in row[split:]:
-                step = self.model(self._row([token]), past_key_values=step.past_key_values, use_cache=True)
-                seen.append(step.logits[0, -1])
+                seen.append(self.model(self._row([token]), use_cache=True, **cache).logits[0, -1])
             found.append(torch.stack(seen))
         return found
 
