@@ -14,7 +14,10 @@ from llama_fast import cli
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns in its own words, and they change
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.filterwarnings("ignore"),  # transformers warns in its own words, and they change
+]
 
 
 def test_sixty_greedy_tokens_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

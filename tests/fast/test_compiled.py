@@ -21,6 +21,8 @@ from llama_fast.plan import Dense, Encoding, Plan
 from llama_fast.sampling import Sampling
 from llama_ref.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def twinned(checkpoint: Checkpoint) -> Checkpoint:
     """The same model in which tokens 50 to 99 have the logits of tokens 0 to 49."""

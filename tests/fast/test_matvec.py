@@ -10,6 +10,8 @@ from torch._inductor.utils import run_and_get_code
 from llama_fast import matvec
 from llama_fast.matvec import product
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.mark.parametrize("shape", [(1, 96), (3, 96), (2, 2, 96), (2, 5, 96), (1, 1, 96), (40, 96)], ids=str)
 @pytest.mark.parametrize("libraries", ["all", "onednn", "none"])

@@ -17,6 +17,8 @@ from llama_fast.sampling import Sampling
 from llama_ref.checkpoint import Checkpoint
 from oracle.speculation import judge_speculation
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 PROMPTS = [[5, 17, 3], [4, 4, 4, 61, 20, 9, 33]]
 NEW = 24
 

@@ -17,6 +17,7 @@ from llama_fast.kernels.tuning import AttentionTile, Tile
 from llama_fast.sampling import Chooser, Sampling, draw
 
 NAN = float("nan")
+ops.ARGMAX_STRETCH = 32  # what the interpreter reduces it walks element by element
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,7 +190,7 @@ def check_ends() -> int:
     table = rand(11, 1030, seed=1, dtype=torch.bfloat16)
     tokens = torch.tensor([3, 0, 10])
     assert torch.equal(ops.embed(tokens, table), table[tokens])
-    for rows, vocab in ((1, 7), (3, 5000), (2, 4096)):
+    for rows, vocab in ((1, 7), (3, 79), (2, 64)):
         logits = rand(rows, vocab, seed=2)
         logits[0, 5], logits[0, vocab - 1], logits[rows - 1, 2] = 9.0, 9.0, 11.0
         scratch = ops.ArgmaxScratch.of(rows, vocab, torch.device("cpu"))

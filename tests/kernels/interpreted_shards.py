@@ -10,6 +10,7 @@ import sys
 import torch
 
 from llama_fast.build import build
+from llama_fast.kernels import ops
 from llama_fast.kernels.exchange import Exchange
 from llama_fast.kernels.words import Mailbox
 from llama_fast.optimisations.fused import FusedStep
@@ -21,6 +22,7 @@ from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference
 
+ops.ARGMAX_STRETCH = 16
 WORDS, BLOCK = 512, 32
 CONFIG = LlamaConfig(
     dim=32, n_layers=2, n_heads=6, n_kv_heads=6, head_dim=20, ffn_dim=66, vocab_size=35, max_context=256
