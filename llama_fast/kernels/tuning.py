@@ -44,7 +44,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# On an NVIDIA H100 80GB HBM3: tests/gpu/kernel_sweep.py, the fastest in a whole token and not alone.
+# On an NVIDIA H100 80GB HBM3, or an H200: tests/gpu/kernel_sweep.py and shard_tiles.py, the fastest in a whole token and not alone.
 # (GPU name contains, epilogue, N, K, bytes per weight) -> Tile for one row
 ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     # llama-2-7b
@@ -54,9 +54,10 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "add", 4096, 11008, 2): Tile(1, 4096, 8, 2),
     ("H100", "plain", 32000, 4096, 2): Tile(2, 4096, 8, 2),
     ("H100", "rope", 12288, 4096, 1): Tile(8, 2048, 4, convert="offset"),
-    ("H100", "add", 4096, 4096, 1): Tile(4, 2048, 4, 2, convert="offset"),
-    ("H100", "gated", 22016, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
+    ("H100", "add", 4096, 4096, 1): Tile(4, 4096, 8, 2, convert="exact"),
+    ("H100", "gated", 22016, 4096, 1): Tile(2, 2048, 4, 2, convert="offset"),
     ("H100", "add", 4096, 11008, 1): Tile(4, 4096, 8, convert="offset"),
+    ("H200", "add", 4096, 11008, 1): Tile(2, 4096, 8, convert="offset"),
     ("H100", "plain", 32000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
     # llama-2-70b on one GPU
     ("H100", "rope", 10240, 8192, 1): Tile(2, 2048, 8, 2, convert="offset"),
@@ -124,7 +125,7 @@ TWO_ROWS: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "gated", 22016, 4096, 2): Tile(1, 4096, 8, 2, vector=True),
     ("H100", "add", 4096, 11008, 2): Tile(2, 4096, 8, vector=True),
 }
-SAME_CHIP = {"H200": "H100"}  # with another memory: not swept, but a better guess than the rule
+SAME_CHIP = {"H200": "H100"}  # with a faster memory: the same tile is the best of most shapes
 VERY_SHORT_CACHE_SLOTS = 256
 SHORT_CACHE_SLOTS = 1024
 MOST_SPLITS = 16
@@ -136,12 +137,12 @@ LONG_ROW = 4096
 
 def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, of_activations: int = 2) -> Tile:
     """For a weight [n, k] of `itemsize` bytes per element and m rows of activations of so many bytes."""
-    gpu = next((chip for name, chip in SAME_CHIP.items() if name in gpu), gpu)
     table = {1: ONE_ROW, 2: TWO_ROWS}.get(m, {})
-    for kind in ("plain", "send") if epilogue == "plain" else (epilogue,):  # the same product, sent or not
-        for (name, *rest), tile in table.items():
-            if name in gpu and tuple(rest) == (kind, n, k, itemsize):
-                return tile
+    for chip in (gpu, *(chip for name, chip in SAME_CHIP.items() if name in gpu)):
+        for kind in ("plain", "send") if epilogue == "plain" else (epilogue,):  # the same product, sent or not
+            for (name, *rest), tile in table.items():
+                if name in chip and tuple(rest) == (kind, n, k, itemsize):
+                    return tile
     return one_row_tile(epilogue, k, itemsize) if m == 1 else few_rows_tile(epilogue, n, k, itemsize, of_activations)
 
 

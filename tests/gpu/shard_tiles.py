@@ -83,6 +83,15 @@ def candidates(epilogue: str, n: int, k: int, itemsize: int, ranks: int, most: i
     return tiles[:most]
 
 
+def card() -> str:
+    """The name by which the table has this GPU."""
+    name = torch.cuda.get_device_name()
+    for known in ("H100", "H200"):
+        if known in name:
+            return known
+    raise SystemExit("the table's rows are for an H100 or an H200")
+
+
 def matrices(step: FusedStep) -> dict[str, Key]:
     """Table keys of a step's matrices: (GPU, epilogue, rows, columns, bytes per weight)."""
     block: Any = step.model.blocks[0]
@@ -96,7 +105,7 @@ def matrices(step: FusedStep) -> dict[str, Key]:
         "head": ("plain", step.model.head),
     }
     weights = {name: (kind, matrix(module)[0]) for name, (kind, module) in modules.items()}
-    return {name: ("H100", kind, *w.shape, w.element_size()) for name, (kind, w) in weights.items()}
+    return {name: (card(), kind, *w.shape, w.element_size()) for name, (kind, w) in weights.items()}
 
 
 @contextlib.contextmanager
@@ -235,15 +244,13 @@ def choose(model: str, encoding: str, shard: Any, options: argparse.Namespace) -
         checkpoint = first_blocks(checkpoint, options.layers)
     plan = dataclasses.replace(fused(encoding_named(encoding)), shard=shard)
     runner = build(checkpoint, plan, device, torch.bfloat16)
-    if "H100" not in torch.cuda.get_device_name() and "H200" not in torch.cuda.get_device_name():
-        raise SystemExit("the table's rows are for one chip: an H100 or an H200")
     step, cache = FusedStep(runner.model), runner.allocate(1, SLOTS)
     timer = Timer(step, cache, ranks)
     keys = matrices(step)
     chosen = {name: keys[name] for name in options.kinds.split(",")}
     tiles = {}
     for name, (_, kind, n, k, itemsize) in chosen.items():
-        now = tuning.linear_tile("H100", kind, n, k, 1, itemsize)
+        now = tuning.linear_tile(card(), kind, n, k, 1, itemsize)
         tiles[name] = list(
             dict.fromkeys([now, *candidates(kind, n, k, itemsize, options.parts or ranks, options.most)])
         )

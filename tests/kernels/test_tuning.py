@@ -22,6 +22,16 @@ def test_linear_tiles_are_powers_of_two(gpu: str) -> None:
             assert tile.columns // tile.slices >= 16 and tile.warps >= tile.slices
 
 
+def test_a_card_has_its_own_tile_or_that_of_its_chip() -> None:
+    own, chips = ("H200", "add", 4096, 11008, 1), ("H100", "add", 4096, 11008, 1)
+    assert ONE_ROW[own] != ONE_ROW[chips]
+    assert linear_tile("NVIDIA H200", "add", 4096, 11008, 1, 1) == ONE_ROW[own]
+    assert linear_tile("NVIDIA H100 80GB HBM3", "add", 4096, 11008, 1, 1) == ONE_ROW[chips]
+    shared = ("H100", "rope", 12288, 4096, 1)
+    assert linear_tile("NVIDIA H200", "rope", 12288, 4096, 1, 1) == ONE_ROW[shared]
+    assert linear_tile("another", "rope", 12288, 4096, 1, 1) != ONE_ROW[shared]
+
+
 def test_attention_splits_fit_the_scratch() -> None:
     for pairs, rows, slots in itertools.product((1, 3, 8, 32, 256), (1, 4, 7, 64), (64, 256, 1024, 131072)):
         for key_bytes in (128, 256, 1024):
