@@ -86,7 +86,7 @@ def encoded(
 def encode_one(
     checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | None, device: torch.device
 ) -> dict[str, Tensor]:
-    """The parts of one weight. Nothing is read that this process does not need, and never more than a stripe too much."""
+    """The parts of one weight. Of rows only this process's are read; where columns are cut, whole rows, a stripe at a time."""
     weights, config, encoding = checkpoint.weights, checkpoint.config, plan.encoding
     source = weights[f"{stem}.weight"]
     scale = weights.get(f"{stem}.scale")

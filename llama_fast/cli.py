@@ -24,7 +24,7 @@ from llama_fast.presets import encoding_named
 from llama_fast.report import Summary
 from llama_fast.roofline import GB
 from llama_fast.sampling import Sampling
-from llama_ref.command import is_foreseen, one_line, run
+from llama_ref.command import is_foreseen, one_line, run, writable
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
 
@@ -88,6 +88,7 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a prompt; print the text, the speed, the bandwidth and the memory."""
+    writable(json_file, profile)
     member = ranks.join(where(device))
     to, kind = member.device, dtype_named(dtype, member.device)
     found = ranks.one_after_another(lambda: resolve(model))
@@ -281,10 +282,12 @@ def bench(
     from llama_fast.rungs import rungs_named, rungs_of
     from oracle.rungs import rung_judge
 
-    if rungs:
-        rungs_named(rungs)  # a wrong name is said before a model is fetched
+    named = rungs_named(rungs) if rungs else []  # a wrong name is said before a model is fetched
     member = ranks.join(where(device))
     to, shard = member.device, member.shard
+    for rung in named:
+        if rung.needs_gpu and to.type != "cuda":
+            raise ValueError(f"the rung {rung.name} needs a CUDA device")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise OSError(f"cannot write to {out}")

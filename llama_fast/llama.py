@@ -232,11 +232,16 @@ class Llama:
         """A prompt's ids: text by the tokenizer, a conversation by its template, ids as they are."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return chat_ids(self.tokenizer, [message for message in prompt if not isinstance(message, int)])
+        messages = [message for message in prompt if isinstance(message, Mapping)]
+        if messages and len(messages) == len(prompt):
+            return chat_ids(self.tokenizer, messages)
         ids = [token for token in prompt if isinstance(token, int)]
         if len(ids) != len(prompt):
             raise ValueError(f"a prompt is text, token ids, or messages, not {prompt!r:.80}")
+        vocabulary = self.runner.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary}")
         return ids
 
     def writer(self, ids: Sequence[int], stop: str | Sequence[str] = ()) -> TextStream:

@@ -25,7 +25,7 @@ BY_WORDS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Tensor:
-    """(x @ weight.T) * scale for x [..., K]: [..., N] in x's type. Sums and scale in float32, rounded once."""
+    """(x @ weight.T) * scale for x [..., K]: [..., N] in x's type. All is float32, but a library's sums before the scale."""
     if not torch.compiler.is_compiling():
         return scaled(library_product(x, weight_NK.to(x.dtype)), scale_N1)
     x_RK = x.reshape(-1, x.shape[-1])

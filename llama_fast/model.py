@@ -1,8 +1,8 @@
 """The same Llama, arranged to be fast: a cache and a position come in, so a token costs one pass over the weights.
 
 A second derivation of the arithmetic of `llama_ref.model`: rotary pairs are turned by real cosines and sines instead of
-complex numbers, attention is PyTorch's fused one over cached keys, projections may be joined. `linear`, the matrices'
-arithmetic, and `all_reduce`, the sum over processes, are arguments; the blocks do not know what either is.
+complex numbers, attention is PyTorch's fused one over cached keys, projections may be joined. `projections`, the
+matrices' arithmetic, and `all_reduce`, the sum over processes, are arguments; the blocks do not know what either is.
 
 Shapes: B batch, T tokens, S cache slots, D model width, H query heads, K key/value heads, d head width, F hidden width,
 V vocabulary.

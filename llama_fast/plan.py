@@ -6,7 +6,7 @@
 A slot holds exactly one value, so "int8 and int4 together" cannot be written. The optimised kinds are the leaves in
 `llama_fast.optimisations`; they satisfy the Protocols below and no leaf imports another.
 
-Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V vocabulary.
+Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width.
 """
 
 from __future__ import annotations

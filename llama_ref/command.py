@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
@@ -23,6 +25,19 @@ def run(app: Callable[..., Any]) -> int:
         if type(error).__name__ in endings:
             return endings[type(error).__name__]
         raise
+
+
+def writable(*files: Path | None) -> None:
+    """ValueError for a file that could not be written: better now than after a minute."""
+    for file in files:
+        if file is None:
+            continue
+        if not file.parent.is_dir():
+            raise ValueError(f"{file.parent}: no such directory, {file.name} could not be written")
+        if file.is_dir():
+            raise ValueError(f"{file} is a directory, not a file to write")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ValueError(f"{file} cannot be written")
 
 
 def one_line(error: BaseException) -> str:

@@ -102,6 +102,10 @@ class JsonTokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the text holds bytes that are not UTF-8") from error
         with _in_our_words(self._where):
             ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else list(ids)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_ref.command import one_line, run
+from llama_ref.command import one_line, run, writable
 from oracle.compare import Outcome
 
 if TYPE_CHECKING:
@@ -171,13 +171,6 @@ def dtype_named(name: str, known: Sequence[str]) -> torch.dtype:
         raise ValueError(f"unknown dtype {name!r} (known: {', '.join(known)})")
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-def writable(*files: Path | None) -> None:
-    """Raise ValueError for a file whose directory is not there: better now than after a minute."""
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{file.parent}: no such directory, {file.name} could not be written")
 
 
 def texts(found: Model) -> tuple[Encode | None, Encode | None]:

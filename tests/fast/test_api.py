@@ -125,6 +125,21 @@ def test_impossible_options_are_refused(llama: Llama, options: dict[str, Any], m
         llama.generate(["abc"], 4, **options)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([{"role": "user", "content": "Hi"}, 3], "a prompt is text, token ids, or messages"),
+        ([3, {"role": "user", "content": "Hi"}], "a prompt is text, token ids, or messages"),
+        ([4, -5], "token id -5 is outside the vocabulary of"),
+        ([4, 1000], "token id 1000 is outside the vocabulary of"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(llama: Llama, prompt: Any, message: str) -> None:
+    for call in (llama.generate, llama.score, lambda prompt: list(llama.stream(prompt))):
+        with pytest.raises(ValueError, match=message):
+            call(prompt)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_distributions_are_those_of_transformers(options: dict[str, Any]) -> None:
     from transformers import (

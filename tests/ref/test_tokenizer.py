@@ -92,6 +92,11 @@ def test_json_text_comes_back(json_tokenizer: JsonTokenizer, text: str) -> None:
     assert json_tokenizer.decode([*ids, 1]) == text  # special tokens are not text
 
 
+def test_bytes_that_are_no_text_are_not_the_files_fault(json_tokenizer: JsonTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^the text holds bytes that are not UTF-8$"):
+        json_tokenizer.encode("ab" + b"\xff".decode("utf-8", "surrogateescape"))
+
+
 @pytest.mark.parametrize("template", [True, False])
 def test_json_agrees_with_transformers(tmp_path: Path, template: bool) -> None:
     from transformers import AutoTokenizer
