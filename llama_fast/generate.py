@@ -154,10 +154,8 @@ def check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int,
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
-    vocabulary = runner.config.vocab_size
-    strange = [token for prompt in prompts for token in prompt if not 0 <= token < vocabulary]
-    if strange:
-        raise ValueError(f"token id {strange[0]} is outside the vocabulary of {vocabulary}")
+    for prompt in prompts:
+        check_ids(prompt, runner.config.vocab_size)
     longest = max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > runner.config.max_context:
         raise ValueError(
@@ -165,6 +163,13 @@ def check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int,
             f"{runner.config.max_context}"
         )
     return longest + max_new_tokens
+
+
+def check_ids(ids: Sequence[int], vocabulary: int) -> None:
+    """ValueError for a token id that is not one of `vocabulary`."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary}")
 
 
 def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 
 from llama_fast.build import Runner, build, default_dtype, where
-from llama_fast.generate import check, pad, stream
+from llama_fast.generate import check, check_ids, pad, stream
 from llama_fast.logprobs import Logprobs, TokenLogprob
 from llama_fast.optimisations.static_cache import Static
 from llama_fast.plan import KVCache, Plan
@@ -238,10 +238,7 @@ class Llama:
         ids = [token for token in prompt if isinstance(token, int)]
         if len(ids) != len(prompt):
             raise ValueError(f"a prompt is text, token ids, or messages, not {prompt!r:.80}")
-        vocabulary = self.runner.config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary}")
+        check_ids(ids, self.runner.config.vocab_size)
         return ids
 
     def writer(self, ids: Sequence[int], stop: str | Sequence[str] = ()) -> TextStream:

@@ -1,5 +1,6 @@
 """Which block sizes a kernel runs with: a table measured per GPU and matrix shape, and a rule for everything else."""
 
+import itertools
 from typing import NamedTuple
 
 
@@ -45,7 +46,7 @@ def next_power_of_2(n: int) -> int:
 
 
 # On an NVIDIA H100 80GB HBM3, or an H200: tests/gpu/kernel_sweep.py and shard_tiles.py, the fastest in a whole token and not alone.
-# (GPU name contains, epilogue, N, K, bytes per weight) -> Tile for one row
+# (card, epilogue, N, K, bytes per weight) -> Tile for one row
 ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     # llama-2-7b
     ("H100", "rope", 12288, 4096, 2): Tile(2, 4096, 4, 2),
@@ -125,7 +126,8 @@ TWO_ROWS: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "gated", 22016, 4096, 2): Tile(1, 4096, 8, 2, vector=True),
     ("H100", "add", 4096, 11008, 2): Tile(2, 4096, 8, vector=True),
 }
-SAME_CHIP = {"H200": "H100"}  # with a faster memory: the same tile is the best of most shapes
+CARDS = {"H100": ("H100",), "H200": ("H200", "H100")}
+"""What a GPU's name contains -> whose rows it takes. An H200 is the H100's chip with a faster memory: most tiles are the same."""
 VERY_SHORT_CACHE_SLOTS = 256
 SHORT_CACHE_SLOTS = 1024
 MOST_SPLITS = 16
@@ -135,14 +137,18 @@ LONG_ROW = 4096
 """Columns: of so many, or fewer, a program loads most before the wait, in bf16 three loads of 512 and in int8 all."""
 
 
+def card(gpu: str) -> str | None:
+    """ "NVIDIA H100 80GB HBM3" -> "H100"; None for a GPU that the tables do not know."""
+    return next((name for name in CARDS if name in gpu), None)
+
+
 def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, of_activations: int = 2) -> Tile:
     """For a weight [n, k] of `itemsize` bytes per element and m rows of activations of so many bytes."""
     table = {1: ONE_ROW, 2: TWO_ROWS}.get(m, {})
-    for chip in (gpu, *(chip for name, chip in SAME_CHIP.items() if name in gpu)):
-        for kind in ("plain", "send") if epilogue == "plain" else (epilogue,):  # the same product, sent or not
-            for (name, *rest), tile in table.items():
-                if name in chip and tuple(rest) == (kind, n, k, itemsize):
-                    return tile
+    kinds = ("plain", "send") if epilogue == "plain" else (epilogue,)  # the same product, sent or not
+    for name, kind in itertools.product(CARDS.get(card(gpu) or "", ()), kinds):
+        if (name, kind, n, k, itemsize) in table:
+            return table[name, kind, n, k, itemsize]
     return one_row_tile(epilogue, k, itemsize) if m == 1 else few_rows_tile(epilogue, n, k, itemsize, of_activations)
 
 

@@ -85,11 +85,10 @@ def candidates(epilogue: str, n: int, k: int, itemsize: int, ranks: int, most: i
 
 def card() -> str:
     """The name by which the table has this GPU."""
-    name = torch.cuda.get_device_name()
-    for known in ("H100", "H200"):
-        if known in name:
-            return known
-    raise SystemExit("the table's rows are for an H100 or an H200")
+    found = tuning.card(torch.cuda.get_device_name())
+    if found is None:
+        raise SystemExit(f"the table's rows are for {' or '.join(tuning.CARDS)}")
+    return found
 
 
 def matrices(step: FusedStep) -> dict[str, Key]:
