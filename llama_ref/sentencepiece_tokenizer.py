@@ -85,8 +85,8 @@ class SentencePieceTokenizer:
             end = match.end()
         return ids + self._stretch(text[end:], first=end == 0)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Special tokens are no text, and neither are ids beyond the vocabulary (a model's table may be padded)."""
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Ids beyond the vocabulary are no text (a model's table may be padded), and special tokens only if asked for."""
         pieces: list[str] = []
         run = bytearray()
         for token in ids:
@@ -96,7 +96,7 @@ class SentencePieceTokenizer:
             if run:
                 pieces.append(run.decode(errors="replace"))
                 run.clear()
-            if token not in self._silent:
+            if token not in self._silent or not skip_special_tokens:
                 pieces.append(self._text.get(token, ""))
         text = "".join(pieces) + run.decode(errors="replace")
         return text.removeprefix(" ")

@@ -53,8 +53,8 @@ class Tokenizer(Protocol):
         """Ids of a text; with `bos`, led by BOS if the model's texts start with one."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, without special tokens."""
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of some ids, without the text of special tokens unless that is asked for."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -110,9 +110,9 @@ class JsonTokenizer:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else list(ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         with _in_our_words(self._where):
-            text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def save(self, directory: Path) -> None:
@@ -152,7 +152,7 @@ class RandomTokenizer:
             ids = DEFAULT_PROMPT_LLAMA_IDS if bos else DEFAULT_PROMPT_LLAMA_IDS[1:]
         return [token % self.vocab_size for token in ids]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return " ".join(str(int(token)) for token in ids)
 
     def save(self, directory: Path) -> None:
