@@ -7,16 +7,16 @@ from unittest.mock import patch
 
 import torch
 
-from llama_fast import model
 from llama_fast.build import build
-from llama_fast.presets import optimised
+from llama_fast.model.llama import llama as model
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
-from oracle.cases import random_row
-from oracle.fast import FastSubject
-from oracle.judge import Bench
-from oracle.page import Line, chart
-from oracle.questions import references
+from oracle.questions.checkpoints import references
+from oracle.questions.judge import Bench
+from oracle.report.page import Line, chart
+from oracle.statistics.cases import random_row
+from oracle.subjects.fast import FastSubject
 
 CONFIG = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=24, ffn_dim=96, vocab_size=257, max_context=256

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from llama_fast.generate import stream
+from llama_fast.caches.growing import GrowingCache
+from llama_fast.contracts import KVCache
+from llama_fast.engine.generate import stream
+from llama_fast.engine.sampling import Sampling
 from llama_fast.llama import Llama, Row
-from llama_fast.plan import GrowingCache, KVCache
-from llama_fast.sampling import Sampling
 from llama_ref.chat import chat_ids
 
 

@@ -16,15 +16,17 @@ from typing import Any, overload
 
 import torch
 
-from llama_fast.build import Runner, build, default_dtype, where
-from llama_fast.generate import check, check_ids, pad, stream
-from llama_fast.logprobs import Logprobs, TokenLogprob
-from llama_fast.optimisations.static_cache import Static
-from llama_fast.plan import KVCache, Plan
-from llama_fast.presets import encoding_named, optimised
-from llama_fast.sampling import Sampling
-from llama_fast.speculation import Speculation, Statistics
-from llama_fast.text import TextStream
+from llama_fast.build import build, default_dtype, where
+from llama_fast.caches.static import Static
+from llama_fast.contracts import KVCache
+from llama_fast.engine.generate import check, check_ids, pad, stream
+from llama_fast.engine.logprobs import Logprobs, TokenLogprob
+from llama_fast.engine.runner import Runner
+from llama_fast.engine.sampling import Sampling
+from llama_fast.engine.speculation import Speculation, Statistics
+from llama_fast.engine.text import TextStream
+from llama_fast.plan import Plan
+from llama_fast.recipes import encoding_named, optimised
 from llama_ref.chat import chat_ids
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llama_fast.build import build, default_dtype, where
 from llama_fast.llama import Llama
-from llama_fast.presets import encoding_named, optimised
+from llama_fast.recipes import encoding_named, optimised
 from llama_ref.chat import chat_text
 from llama_ref.models import resolve
 

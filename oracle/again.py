@@ -8,10 +8,10 @@ import json
 import torch
 
 from llama_fast.build import build
-from llama_fast.presets import encoding_named, fused, optimised
+from llama_fast.recipes import encoding_named, fused, optimised
 from llama_ref.models import resolve
-from oracle.fast import FastSubject
-from oracle.questions import answer
+from oracle.questions.checkpoints import answer
+from oracle.subjects.fast import FastSubject
 
 
 def main() -> None:

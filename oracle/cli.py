@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llama_ref.command import one_line, run, writable
-from oracle.compare import Outcome
+from oracle.statistics.compare import Outcome
 
 if TYPE_CHECKING:
     import torch
 
+    from llama_fast.engine.speculation import Speculation
     from llama_fast.plan import Plan
-    from llama_fast.speculation import Speculation
     from llama_ref.config import LlamaConfig
     from llama_ref.models import Model
-    from oracle.certificate import Certificate
-    from oracle.tokens import Encode
+    from oracle.questions.tokens import Encode
+    from oracle.report.certificate import Certificate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -61,13 +61,13 @@ def verify(
 ) -> None:
     """Judge prefill, decoding, every stage, text, sampling, stop rules, files; for a lossy encoding also its cost."""
 
-    from llama_fast import presets
+    from llama_fast import recipes as presets
     from llama_fast.build import default_dtype, where
     from llama_ref.models import resolve
-    from oracle.cases import text_rows
-    from oracle.speculation import verify_speculation
+    from oracle.statistics.cases import text_rows
     from oracle.verify import Extras, verify_other
     from oracle.verify import verify as run
+    from oracle.verify_speculation import verify_speculation
 
     in_type = None if dtype is None else dtype_named(dtype, ("float32", "bfloat16"))
     writable(json, html)
@@ -110,8 +110,8 @@ def record_cases(
 ) -> None:
     """Write the tokens that another engine is to be judged on."""
     from llama_ref.models import resolve
-    from oracle.cases import standard_case
-    from oracle.recorded import Cases
+    from oracle.questions.recorded import Cases
+    from oracle.statistics.cases import standard_case
 
     writable(out)
     found = resolve(model)
@@ -137,9 +137,9 @@ def judge_file(
     """Judge logits that were computed elsewhere, and if they are there, greedy tokens and stages."""
     from llama_fast.build import where
     from llama_ref.models import resolve
-    from oracle.adapters import stage_widths
-    from oracle.certificate import Certificate
-    from oracle.recorded import Cases, Recorded, check_stages, judge_recorded, traces
+    from oracle.questions.recorded import Cases, Recorded, check_stages, judge_recorded, traces
+    from oracle.report.certificate import Certificate
+    from oracle.subjects.adapters import stage_widths
     from oracle.verify import add_stages, bench_for, subject_of
 
     writable(json, html)
@@ -194,7 +194,7 @@ def texts(found: Model) -> tuple[Encode | None, Encode | None]:
 
 def other_named(name: str, found: Model, vocab_size: int, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
     """ "transformers" or "package.module:function" as a Subject."""
-    from oracle.others import callable_named, open_transformers
+    from oracle.subjects.others import callable_named, open_transformers
 
     if name != "transformers":
         return callable_named(name, vocab_size, dtype, device)
@@ -215,10 +215,10 @@ def proposers_named(
     """What makes the proposers for a type of arithmetic; None where none is asked for. Those that could not serve a target of
     `config` after these prompts fail here, before the long run."""
     from llama_fast.build import build
-    from llama_fast.optimisations.speculative import Draft, Ngram
-    from llama_fast.presets import encoding_named
+    from llama_fast.recipes import encoding_named
+    from llama_fast.speculative.proposers import Draft, Ngram
     from llama_ref.models import resolve
-    from oracle.speculation import check_draft
+    from oracle.questions.speculation import check_draft
 
     if draft is None:
         if encoding is not None:
@@ -248,7 +248,7 @@ def finish(certificate: Certificate, json: Path | None, html: Path | None) -> No
     if json is not None:
         json.write_text(certificate.to_json(), encoding="utf-8")
     if html is not None:
-        from oracle.page import page
+        from oracle.report.page import page
 
         html.write_text(page(certificate), encoding="utf-8")
     raise typer.Exit(0 if certificate.outcome is Outcome.AGREE else 1)

@@ -4,10 +4,10 @@
     python -m oracle.spread --device cuda --only stages [--seeds 4]        the parts of a block as a GPU computes them
 
 Innocent are the reference, our twin, and `transformers` with its two attentions, each in several orders of summation
-(oracle/orders.py), on random models of three shapes and, with --models, on SmolLM2-135M with real text. For the parts of a
-block it is our twin, with each attention kernel that PyTorch has. A GPU's kernels err otherwise than a CPU's (float32 attention
-in three products of TF32), so it has a table of its own, measured on the 7B shape too. The seeds from 1000 on are left to
-tests, which check the factors on orders that made none of them.
+(`oracle.statistics.orders`), on random models of three shapes and, with --models, on SmolLM2-135M with real text. For the
+parts of a block it is our twin, with each attention kernel that PyTorch has. A GPU's kernels err otherwise than a CPU's
+(float32 attention in three products of TF32), so it has a table of its own, measured on the 7B shape too. The seeds from
+1000 on are left to tests, which check the factors on orders that made none of them.
 """
 
 from __future__ import annotations
@@ -32,20 +32,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_fast.build import build
 from llama_fast.plan import Plan
-from llama_fast.presets import optimised
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint, open_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.models import DEFAULT_MODEL, resolve
-from oracle.adapters import RefSubject, Weights, Yardstick
-from oracle.budget import KINDS, ORDERS, STATISTICS, TABLES, kind_of
-from oracle.cases import standard_case
-from oracle.compare import ratios, unit_roundoff
-from oracle.fast import FastSubject
-from oracle.judge import Bench
-from oracle.localise import Trace
-from oracle.orders import Order
-from oracle.others import HFSubject
-from oracle.subject import Subject
+from oracle.questions.judge import Bench
+from oracle.statistics.budget import KINDS, ORDERS, STATISTICS, TABLES, kind_of
+from oracle.statistics.cases import standard_case
+from oracle.statistics.compare import ratios, unit_roundoff
+from oracle.statistics.orders import Order
+from oracle.subjects.adapters import RefSubject, Weights, Yardstick
+from oracle.subjects.fast import FastSubject
+from oracle.subjects.others import HFSubject
+from oracle.subjects.subject import Subject, Trace
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -272,7 +271,7 @@ def as_usual() -> AbstractContextManager[Any]:
         angle = torch.outer(torch.arange(config.max_context).float(), 1.0 / config.rope_theta**power)
         return torch.stack([angle.cos(), angle.sin()], -1)
 
-    return patch("llama_fast.model.rope_table", table)
+    return patch("llama_fast.model.llama.rope_table", table)
 
 
 def attention_by(way: str) -> AbstractContextManager[Any]:

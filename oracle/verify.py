@@ -14,26 +14,43 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from llama_fast.build import Runner, build
-from llama_fast.optimisations.compiled import Compiled
-from llama_fast.plan import Eager, Plan
+from llama_fast.build import build
+from llama_fast.compilers.compiled import Compiled
+from llama_fast.compilers.eager import Eager
+from llama_fast.engine.runner import Runner
+from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.hf_config import from_hf, to_hf
 from llama_ref.tokenizer import Tokenizer
-from oracle.adapters import RefSubject, Weights, Yardstick, angles, radius
-from oracle.cases import Case, random_row, standard_case, text_rows
-from oracle.certificate import Certificate
-from oracle.compare import Outcome, Verdict, empty, unit_roundoff
-from oracle.drift import BUDGETS, Drift, Tally, judge_drift, measure
-from oracle.fast import FastSampler, FastSubject
-from oracle.generation import judge_draws, judge_stopping
-from oracle.judge import Bench, judge
-from oracle.localise import Stage, first_beyond, judge_rope_table, judge_stages, judge_weights, layer_curve, summary
-from oracle.questions import OtherProcess, judge_repetition, judge_round_trip, judge_text, judge_window, references
-from oracle.requests import judge_requests
-from oracle.sampling import judge_sampling
-from oracle.subject import Subject
-from oracle.tokens import Encode
+from oracle.questions.checkpoints import (
+    OtherProcess,
+    judge_repetition,
+    judge_round_trip,
+    judge_text,
+    judge_window,
+    references,
+)
+from oracle.questions.generation import judge_draws, judge_stopping
+from oracle.questions.judge import Bench, judge
+from oracle.questions.localise import (
+    Stage,
+    first_beyond,
+    judge_rope_table,
+    judge_stages,
+    judge_weights,
+    layer_curve,
+    summary,
+)
+from oracle.questions.requests import judge_requests
+from oracle.questions.sampling import judge_sampling
+from oracle.questions.tokens import Encode
+from oracle.report.certificate import Certificate
+from oracle.statistics.cases import Case, random_row, standard_case, text_rows
+from oracle.statistics.compare import Outcome, Verdict, empty, unit_roundoff
+from oracle.statistics.drift import BUDGETS, Drift, Tally, judge_drift, measure
+from oracle.subjects.adapters import RefSubject, Weights, Yardstick, angles, radius
+from oracle.subjects.fast import FastSampler, FastSubject
+from oracle.subjects.subject import Subject
 
 DRIFT_ROWS, DRIFT_TOKENS = 4, 256
 STAGE_TOKENS, STAGE_STEPS = 64, 8

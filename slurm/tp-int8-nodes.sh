@@ -18,4 +18,4 @@ port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node do not meet
 srun --kill-on-bad-exit=1 python -m torch.distributed.run \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-4}" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="${nodes[0]}:$port" \
-    -m llama_fast.cli bench --model "$model" --rungs tp-int8 --out "results/tp-int8-nodes-$SLURM_JOB_ID" "${@:3}"
+    -m llama_fast bench --model "$model" --rungs tp-int8 --out "results/tp-int8-nodes-$SLURM_JOB_ID" "${@:3}"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import cli
+from llama_fast.ladder import cli
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
 

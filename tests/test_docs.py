@@ -40,7 +40,7 @@ def commands() -> dict[str, set[str]]:
     """Each command of the program, and its flags and arguments."""
     import typer.main
 
-    from llama_fast.cli import app
+    from llama_fast.ladder.cli import app
 
     group: Any = typer.main.get_command(app)
     found = {}

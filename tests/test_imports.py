@@ -10,23 +10,43 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHASES = {"generate", "sampling", "logprobs", "acceptance", "pace", "ngrams", "speculation", "checks", "rounds"}
-TRUNK = {"matvec", "attention", "compilation", "tuner_clock", "plan", "model", "build", "text", "roofline"} | PHASES
-FACE = {
-    "presets",
-    "llama",
-    "chat",
-    "bandwidth",
-    "profiling",
-    "rungs",
-    "bench",
-    "plots",
-    "ranks",
-    "jobs",
-    "scaling",
-    "report",
-    "__init__",
+
+FACTS = tuple(
+    f"llama_ref.{name}"
+    for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat", "command")
+)
+"""What describes files is shared by both Llamas; what says how a Llama computes is written twice."""
+
+LEAVES = ("encodings", "caches", "compilers", "parallel")
+"""The folders of a plan's slots: none imports another."""
+
+FLOORS = {
+    "contracts": (),
+    "kernels": (),
+    "model": ("contracts",),
+    **dict.fromkeys(LEAVES, ("contracts", "kernels", "model")),
+    "plan": ("contracts", *LEAVES),
+    "weights": ("contracts", "plan", *LEAVES),
+    "engine": ("contracts", "model", "plan", "weights", *LEAVES),
+    "speculative": ("contracts", "model", "compilers", "plan", "engine", "caches", "parallel"),
+    "build": ("contracts", "model", "plan", "weights", "engine", *LEAVES),
+    "recipes": ("contracts", "plan", *LEAVES),
+    "llama": ("contracts", "plan", "engine", "build", "recipes", *LEAVES),
+    "chat": ("contracts", "plan", "engine", "build", "recipes", "llama"),
+    "lm_eval_model": ("contracts", "plan", "engine", "build", "recipes", "llama"),
+    "__init__": ("plan", "engine", "build", "llama", "chat"),
+    "ladder": ("*",),
+    "__main__": ("ladder",),
 }
+"""What each folder, or file beside the folders, of `llama_fast` may import besides itself: one rule a folder."""
+
+ORACLE_FLOORS = {
+    "statistics": (),
+    "subjects": ("statistics",),
+    "questions": ("statistics", "subjects"),
+    "report": ("statistics", "questions"),
+}
+TWINS_ALLOWED = ("subjects", "questions")  # of the oracle's folders, those that know the Llamas
 
 
 def modules_imported(path: Path) -> set[str]:
@@ -53,66 +73,49 @@ def files(pattern: str) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("path", files("llama_ref/*.py"), ids=lambda p: p.stem)
+def place(path: Path) -> str:
+    """The folder of a file, or the file itself where it stands beside the folders: model/llama.py -> "model"."""
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", files("llama_ref/**/*.py"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_reference_imports_nothing_of_ours(path: Path) -> None:
     assert not outside(ours(path), "llama_ref")
 
 
-FACTS = tuple(
-    f"llama_ref.{name}"
-    for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat", "command")
-)
-
-
 @pytest.mark.parametrize("path", files("llama_fast/**/*.py"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_twin_shares_facts_and_no_argument(path: Path) -> None:
-    allowed = (*FACTS, "llama_fast", "oracle") if path.name == "cli.py" else (*FACTS, "llama_fast")
-    assert not outside(ours(path), *allowed)
+def test_a_folder_imports_only_what_stands_below_it(path: Path) -> None:
+    """The ladder is the top floor: it alone may import the oracle."""
+    floor = place(path)
+    below = FLOORS[floor]
+    if below == ("*",):
+        assert not outside(ours(path), *FACTS, "llama_fast", "oracle")
+        return
+    allowed = {f"llama_fast.{name}" for name in (floor, *below)}
+    assert not outside(ours(path) - {"llama_fast"}, *FACTS, *allowed)
 
 
-@pytest.mark.parametrize("name", sorted(TRUNK))
-def test_the_trunk_knows_no_leaf_and_no_face(name: str) -> None:
-    assert not outside(ours(ROOT / f"llama_fast/{name}.py"), *FACTS, *(f"llama_fast.{other}" for other in TRUNK))
-
-
-@pytest.mark.parametrize("path", files("llama_fast/optimisations/*.py"), ids=lambda p: p.stem)
-def test_a_leaf_imports_no_other_leaf(path: Path) -> None:
-    assert not outside(ours(path), *FACTS, *(f"llama_fast.{name}" for name in TRUNK), "llama_fast.kernels")
-
-
-@pytest.mark.parametrize("path", files("llama_fast/kernels/*.py"), ids=lambda p: p.stem)
-def test_kernels_stand_alone(path: Path) -> None:
-    assert not outside(ours(path), "llama_fast.kernels")
+def test_no_floor_stands_above_one_that_imports_it() -> None:
+    """The rules themselves go one way: they can be laid out as floors."""
+    placed: set[str] = set()
+    left = {floor: set(below) - {"*"} for floor, below in FLOORS.items()}
+    while left:
+        free = {floor for floor, below in left.items() if below <= placed}
+        assert free, f"a circle among {sorted(left)}"
+        placed |= free
+        left = {floor: below for floor, below in left.items() if floor not in free}
 
 
 def test_every_file_has_its_place() -> None:
-    assert {path.stem for path in files("llama_fast/*.py")} == TRUNK | FACE | {"cli", "lm_eval_model"}
+    assert {place(path) for path in files("llama_fast/**/*.py")} == FLOORS.keys()
 
 
-def test_the_comparison_knows_torch_alone() -> None:
-    """And the factors, which know nothing of ours themselves."""
-    assert not outside(ours(ROOT / "oracle/compare.py"), "oracle.budget")
-    assert not ours(ROOT / "oracle/budget.py")
-
-
-@pytest.mark.parametrize("path", files("oracle/*.py"), ids=lambda p: p.stem)
-def test_judging_knows_no_llama(path: Path) -> None:
-    """The adapters make subjects of the Llamas; `verify` and `cli` put checkpoints, plans and words together."""
-    composition = path.stem in (
-        "adapters",
-        "fast",
-        "questions",
-        "rungs",
-        "again",
-        "speculation",
-        "law",
-        "requests",
-        "threads",
-        "verify",
-        "cli",
-        "spread",
-    )
-    allowed = ("oracle", "llama_ref", "llama_fast") if composition else ("oracle",)
+@pytest.mark.parametrize("path", files("oracle/*/*.py"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_oracle_has_floors_and_its_statistics_know_torch_alone(path: Path) -> None:
+    floor = place(path)
+    allowed = [f"oracle.{name}" for name in (floor, *ORACLE_FLOORS[floor])]
+    if floor in TWINS_ALLOWED:
+        allowed += ["llama_ref", "llama_fast"]
     assert not outside(ours(path), *allowed)
 
 

@@ -45,7 +45,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# On an NVIDIA H100 80GB HBM3, or an H200: tests/gpu/kernel_sweep.py and shard_tiles.py, the fastest in a whole token and not alone.
+# On an NVIDIA H100 80GB HBM3, or an H200: tests/instruments/kernel_sweep.py and shard_tiles.py, the fastest in a whole token and not alone.
 # (card, epilogue, N, K, bytes per weight) -> Tile for one row
 ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     # llama-2-7b
@@ -66,7 +66,7 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "add", 8192, 28672, 1): Tile(1, 4096, 16, 2, convert="offset"),
     ("H100", "gated", 57344, 8192, 1): Tile(2, 4096, 8, 2, convert="exact"),
     ("H100", "plain", 32000, 8192, 1): Tile(4, 4096, 4, convert="exact"),
-    # Of shards: tests/gpu/shard_tiles.py on two H200, which are the same chip, those of four ranks with one other rank in place of
+    # Of shards: tests/instruments/shard_tiles.py on two H200, which are the same chip, those of four ranks with one other rank in place of
     # three; the 7B's of four on an H100 with none.
     # llama-2-7b over two ranks
     ("H100", "rope", 6144, 4096, 2): Tile(2, 4096, 4, 2),

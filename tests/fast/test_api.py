@@ -18,12 +18,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_fast import Llama, Plan, Sampling, build
+from llama_fast.caches.static import Static
 from llama_fast.chat import Chat, common
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.optimisations.speculative import Ngram
-from llama_fast.optimisations.static_cache import Static
-from llama_fast.presets import optimised
-from llama_fast.sampling import Chooser
+from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.sampling import Chooser
+from llama_fast.recipes import optimised
+from llama_fast.speculative.proposers import Ngram
 from llama_ref.chat import chat_ids
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
@@ -189,7 +189,7 @@ class Syncs(TorchDispatchMode):
 def test_choosing_never_waits_for_the_device() -> None:
     options = OPTIONS[-1]
     chooser = Chooser(Sampling(**options), [1, 2], torch.device("cpu"), [[1, 2], [3]], 97)
-    from llama_fast.logprobs import Logprobs
+    from llama_fast.engine.logprobs import Logprobs
 
     with Syncs() as syncs:
         logits_BV = torch.randn(2, 97)
@@ -272,7 +272,7 @@ def test_a_conversation_beyond_the_context_is_refused_and_forgets_the_turn(llama
 
 
 def test_held_positions_must_be_there(llama: Llama) -> None:
-    from llama_fast.generate import stream
+    from llama_fast.engine.generate import stream
 
     with pytest.raises(ValueError, match="held=3"):
         next(stream(llama.runner, [[1, 2, 3, 4]], 2, held=3))
@@ -294,7 +294,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-CHAT = [sys.executable, "-u", "-m", "llama_fast.cli", "chat", "--temperature", "0", "--model"]
+CHAT = [sys.executable, "-u", "-m", "llama_fast.ladder.cli", "chat", "--temperature", "0", "--model"]
 
 
 def test_chat_answers_line_by_line(model: Path) -> None:
@@ -343,7 +343,7 @@ def test_chat_survives_an_interrupt_in_a_reply(model: Path) -> None:
 
 def test_generate_tells_logprobs_and_writes_a_trace(model: Path, tmp_path: Path) -> None:
     out, trace = tmp_path / "out.json", tmp_path / "trace.json"
-    command = [sys.executable, "-m", "llama_fast.cli", "generate", "--model", str(model), "--prompt", "ab"]
+    command = [sys.executable, "-m", "llama_fast.ladder.cli", "generate", "--model", str(model), "--prompt", "ab"]
     command += ["--max-new-tokens", "3", "--min-p", "0.01", "--repetition-penalty", "1.1", "--logprobs", "2"]
     done = subprocess.run([*command, "--json", str(out), "--profile", str(trace)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast.build import Runner, build
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.optimisations.static_cache import Static
-from llama_fast.plan import Dense, Growing, Plan
-from llama_fast.presets import fused
+from llama_fast.build import build
+from llama_fast.caches.growing import Growing
+from llama_fast.caches.static import Static
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.runner import Runner
+from llama_fast.plan import Plan
+from llama_fast.recipes import fused
 from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference
@@ -90,7 +93,7 @@ def test_masked_slots_do_not_matter(untied: Checkpoint) -> None:
 def test_int8_twice_encoded_and_read_from_disk_is_one_model(checkpoint: Checkpoint, tmp_path: object) -> None:
     from pathlib import Path
 
-    from llama_fast.build import encoded
+    from llama_fast.weights import encoded
     from llama_ref.checkpoint import open_checkpoint
 
     directory = Path(str(tmp_path)) / "int8"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llama_fast import Llama, Plan
-from llama_fast.optimisations.int8 import Int8
+from llama_fast.encodings.int8 import Int8
 from llama_ref.checkpoint import Checkpoint, save_checkpoint
 from llama_ref.tokenizer import RandomTokenizer
 

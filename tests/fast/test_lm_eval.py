@@ -92,7 +92,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(model: str, checkpoint: Path, tasks: Path, batch: int, out: Path) -> dict[str, Any]:
     """What the command says: metrics, and every answer."""
-    command = [sys.executable, "-m", "llama_fast.cli", "lm-eval", "run", "--model", model, "--model_args"]
+    command = [sys.executable, "-m", "llama_fast.ladder.cli", "lm-eval", "run", "--model", model, "--model_args"]
     command += [f"pretrained={checkpoint},dtype=float32", "--tasks", *TASKS, "--include_path", str(tasks)]
     command += ["--batch_size", str(batch), "--device", "cpu", "--output_path", str(out), "--log_samples"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_fast.bench import RungResult
+from llama_fast.ladder.bench import RungResult
 
 if sys.version_info >= (3, 11):
     import tomllib

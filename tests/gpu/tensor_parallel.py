@@ -28,16 +28,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_fast.bench import bench
-from llama_fast.build import Runner
+from llama_fast.compilers.compiled import Compiled
+from llama_fast.compilers.graphed import Fused
+from llama_fast.engine.runner import Runner
 from llama_fast.kernels import tuning
-from llama_fast.optimisations.compiled import Compiled
-from llama_fast.optimisations.fused import Fused
-from llama_fast.optimisations.tensor_parallel import Exchanger, OverGroup, TensorParallel
-from llama_fast.plan import Plan, Whole
-from llama_fast.presets import encoding_named, fused, optimised
-from llama_fast.ranks import Place, exchanger_named, tensor_parallel
-from llama_fast.rungs import Rung
+from llama_fast.ladder.bench import bench
+from llama_fast.ladder.rungs import Rung
+from llama_fast.parallel.alone import Whole
+from llama_fast.parallel.ranks import Place, exchanger_named, tensor_parallel
+from llama_fast.parallel.tensor_parallel import Exchanger, OverGroup, TensorParallel
+from llama_fast.plan import Plan
+from llama_fast.recipes import encoding_named, fused, optimised
 from llama_ref.models import resolve
 from oracle.verify import judge_runner
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast.bench import bench
-from llama_fast.build import Runner, build
+from llama_fast.build import build
+from llama_fast.engine.runner import Runner
+from llama_fast.ladder.bench import bench
+from llama_fast.ladder.judging import rung_judge
+from llama_fast.ladder.rungs import RUNGS
 from llama_fast.plan import Plan
-from llama_fast.rungs import RUNGS
 from llama_ref.checkpoint import Checkpoint, random_checkpoint
 from llama_ref.config import NAMED
-from oracle.rungs import rung_judge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -43,7 +44,7 @@ def test_all_rungs_are_climbed_where_half_of_them_fit(monkeypatch: pytest.Monkey
         held_before_building.append(round(held, 2))
         return build(checkpoint, plan, *where)
 
-    monkeypatch.setattr("llama_fast.bench.build", build_if_there_is_room)
+    monkeypatch.setattr("llama_fast.ladder.bench.build", build_if_there_is_room)
     checkpoint = random_checkpoint(config, 0, device, torch.bfloat16)
     rungs = [rung for rung in RUNGS.values() if not rung.over_ranks]
     said = Said()

@@ -8,11 +8,11 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from llama_fast.build import build
-from llama_fast.generate import generate
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.plan import Dense
-from llama_fast.presets import optimised
-from llama_fast.sampling import Sampling
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.generate import generate
+from llama_fast.engine.sampling import Sampling
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 

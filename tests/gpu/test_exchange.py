@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from llama_fast.optimisations.int8 import Int8
+from llama_fast.encodings.int8 import Int8
 
 pytestmark = pytest.mark.gpu
 ROUNDS = 6

@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from llama_fast.build import Runner, build
-from llama_fast.generate import generate
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.plan import Dense, Encoding
-from llama_fast.presets import fused
-from llama_fast.sampling import Sampling
+from llama_fast.build import build
+from llama_fast.contracts import Encoding
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.generate import generate
+from llama_fast.engine.runner import Runner
+from llama_fast.engine.sampling import Sampling
+from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference

@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import Llama, Plan, build, presets
+from llama_fast import Llama, Plan, build
+from llama_fast import recipes as presets
 from llama_fast.chat import Chat
-from llama_fast.generate import stream
-from llama_fast.logprobs import Logprobs
-from llama_fast.sampling import Sampling
+from llama_fast.engine.generate import stream
+from llama_fast.engine.logprobs import Logprobs
+from llama_fast.engine.sampling import Sampling
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
-from oracle.cases import random_row
-from oracle.compare import Outcome
-from oracle.fast import FastSubject
-from oracle.judge import Bench
+from oracle.questions.judge import Bench
+from oracle.statistics.cases import random_row
+from oracle.statistics.compare import Outcome
+from oracle.subjects.fast import FastSubject
 from oracle.verify import references
 
 pytestmark = pytest.mark.gpu

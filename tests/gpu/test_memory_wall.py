@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast.bandwidth import read_bandwidth_gb_per_s
-from llama_fast.build import Runner, build
-from llama_fast.generate import generate
-from llama_fast.plan import Dense
-from llama_fast.presets import fused
-from llama_fast.roofline import GB, cache_bytes_per_step, floor_steps_per_second, weight_bytes_per_step
+from llama_fast.build import build
+from llama_fast.encodings.dense import Dense
+from llama_fast.engine.generate import generate
+from llama_fast.engine.runner import Runner
+from llama_fast.ladder.bandwidth import read_bandwidth_gb_per_s
+from llama_fast.model.roofline import GB, cache_bytes_per_step, floor_steps_per_second, weight_bytes_per_step
+from llama_fast.recipes import fused
 from llama_ref.models import open_model
 from tests.gpu.targets import TARGETS
 
@@ -108,7 +109,7 @@ def test_a_small_model() -> None:
 def test_first_token_of_a_cold_and_of_a_warm_process(tmp_path: Path) -> None:
     """Wall time of a whole process that prints one token, its import and its 7B random weights included."""
     caches = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    command = [sys.executable, "-m", "llama_fast.cli", "generate", "--model", "random:llama-2-7b", "--fused"]
+    command = [sys.executable, "-m", "llama_fast.ladder.cli", "generate", "--model", "random:llama-2-7b", "--fused"]
     seconds = []
     for _ in range(2):
         began = time.perf_counter()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_fast import jobs
-from llama_fast.rungs import RUNGS
+from llama_fast.ladder import jobs
+from llama_fast.ladder.rungs import RUNGS
 from tests.gpu.targets import MODEL, target
 
 RANKS = min(4, torch.cuda.device_count())

@@ -13,20 +13,23 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from llama_fast.build import Runner, build
-from llama_fast.generate import Generation, generate
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.optimisations.speculative import Draft, Ngram, Proposer
-from llama_fast.pace import speedup
-from llama_fast.plan import Dense, Encoding, KVCache, Plan
-from llama_fast.presets import fused, optimised
-from llama_fast.rounds import Readback, Rounds
-from llama_fast.sampling import Sampling
-from llama_fast.speculation import Statistics
+from llama_fast.build import build
+from llama_fast.contracts import Encoding, KVCache
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.generate import Generation, generate
+from llama_fast.engine.runner import Runner
+from llama_fast.engine.sampling import Sampling
+from llama_fast.engine.speculation import Statistics
+from llama_fast.plan import Plan
+from llama_fast.recipes import fused, optimised
+from llama_fast.speculative.adaptive_k import speedup
+from llama_fast.speculative.proposers import Draft, Ngram, Proposer
+from llama_fast.speculative.rounds import Readback, Rounds
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.models import resolve
-from oracle.speculation import judge_speculation
+from oracle.questions.speculation import judge_speculation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 

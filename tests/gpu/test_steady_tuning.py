@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast.bandwidth import Wall
 from llama_fast.build import build
-from llama_fast.generate import generate
-from llama_fast.presets import optimised
-from llama_fast.tuner_clock import TunerClock, steady_tuning
+from llama_fast.compilers.tuner_clock import TunerClock, steady_tuning
+from llama_fast.engine.generate import generate
+from llama_fast.ladder.bandwidth import Wall
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import random_checkpoint
 from tests.gpu.test_cuda_graphs import CONFIG
 

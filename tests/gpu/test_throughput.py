@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast.bench import Ladder, bench
-from llama_fast.plots import draw
-from llama_fast.report import show_step_times
-from llama_fast.rungs import RUNGS, rungs_named, rungs_of
+from llama_fast.ladder.bench import Ladder, bench
+from llama_fast.ladder.judging import rung_judge
+from llama_fast.ladder.plots import draw
+from llama_fast.ladder.report import show_step_times
+from llama_fast.ladder.rungs import RUNGS, rungs_named, rungs_of
 from llama_ref.models import resolve
-from oracle.rungs import rung_judge
 from tests.gpu.targets import MODEL, target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1500)]

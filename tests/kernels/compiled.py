@@ -12,13 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from llama_fast.build import build
+from llama_fast.compilers.graphed import FusedStep
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
 from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, tokens, tuning
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.words import Mailbox
-from llama_fast.optimisations.fused import FusedStep
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.plan import Dense
-from llama_fast.presets import optimised
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 

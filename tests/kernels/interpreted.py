@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_fast.engine.sampling import Chooser, Sampling, draw
 from llama_fast.kernels import ops
 from llama_fast.kernels.tuning import AttentionTile, Tile
-from llama_fast.sampling import Chooser, Sampling, draw
 
 NAN = float("nan")
 ops.ARGMAX_STRETCH = 32  # what the interpreter reduces it walks element by element

@@ -10,14 +10,14 @@ import sys
 import torch
 
 from llama_fast.build import build
+from llama_fast.compilers.graphed import FusedStep
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
 from llama_fast.kernels import ops
 from llama_fast.kernels.exchange import Exchange
 from llama_fast.kernels.words import Mailbox
-from llama_fast.optimisations.fused import FusedStep
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.optimisations.tensor_parallel import OverNvlink, TensorParallel
-from llama_fast.plan import Dense
-from llama_fast.presets import optimised
+from llama_fast.parallel.tensor_parallel import OverNvlink, TensorParallel
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference

@@ -2,12 +2,13 @@
 
 import torch
 
-from llama_fast.build import Runner, build
+from llama_fast.build import build
+from llama_fast.compilers.graphed import FusedStep
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.runner import Runner
 from llama_fast.kernels import ops
-from llama_fast.optimisations.fused import FusedStep
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.plan import Dense
-from llama_fast.presets import optimised
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference

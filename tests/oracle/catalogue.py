@@ -17,19 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast import acceptance, checks, logprobs, rounds, sampling, text
-from llama_fast import model as fast
 from llama_fast import plan as plan_module
-from llama_fast.optimisations import int8, speculative, static_cache, tensor_parallel
+from llama_fast.caches import static as static_cache
+from llama_fast.encodings import int8
+from llama_fast.engine import logprobs, sampling, text
+from llama_fast.engine.sampling import Chooser
+from llama_fast.model.llama import llama as fast
+from llama_fast.parallel import tensor_parallel
 from llama_fast.plan import Plan
-from llama_fast.presets import encoding_named, optimised
-from llama_fast.sampling import Chooser
+from llama_fast.recipes import encoding_named, optimised
+from llama_fast.speculative import acceptance, rounds
+from llama_fast.speculative import proposers as speculative
+from llama_fast.speculative import verification as checks
 from llama_ref import huggingface, saved, tokenizer
 from llama_ref.checkpoint import Checkpoint
 
 Patch = pytest.MonkeyPatch
 BUILD: Any = importlib.import_module("llama_fast.build")  # the package exports functions under these names
-GENERATE: Any = importlib.import_module("llama_fast.generate")
+GENERATE: Any = importlib.import_module("llama_fast.engine.generate")
 DENSE, INT8 = optimised(), optimised(encoding_named("int8"))
 GROWING = Plan()
 BF16 = torch.bfloat16

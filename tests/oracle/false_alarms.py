@@ -20,7 +20,7 @@ from variations import VARIATIONS
 
 from conftest import TINY
 from llama_ref.checkpoint import random_checkpoint
-from oracle.compare import Outcome
+from oracle.statistics.compare import Outcome
 
 SHAPES = (
     TINY,

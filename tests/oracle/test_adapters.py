@@ -10,19 +10,19 @@ import torch
 
 from llama_fast.build import build
 from llama_fast.plan import Plan
-from llama_fast.presets import optimised
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.generate import greedy
 from llama_ref.model import Llama
-from oracle.adapters import RefSubject, Weights
-from oracle.cases import Case, random_row, standard_case, text_rows
-from oracle.compare import Outcome
-from oracle.fast import FastSubject
-from oracle.generation import judge_stopping
-from oracle.judge import Bench, judge
-from oracle.localise import first_beyond, judge_stages, judge_weights
-from oracle.others import CallableSubject
-from oracle.subject import Setting, Subject
+from oracle.questions.generation import judge_stopping
+from oracle.questions.judge import Bench, judge
+from oracle.questions.localise import first_beyond, judge_stages, judge_weights
+from oracle.statistics.cases import Case, random_row, standard_case, text_rows
+from oracle.statistics.compare import Outcome
+from oracle.subjects.adapters import RefSubject, Weights
+from oracle.subjects.fast import FastSubject
+from oracle.subjects.others import CallableSubject
+from oracle.subjects.subject import Setting, Subject
 
 CPU = torch.device("cpu")
 
@@ -190,7 +190,7 @@ def test_weights_are_rounded_to_the_subjects_type_whether_kept_or_not(
     tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Weights(tiny.weights, torch.bfloat16, CPU)
-    monkeypatch.setattr("oracle.adapters.HELD_BYTES", 0)
+    monkeypatch.setattr("oracle.subjects.adapters.HELD_BYTES", 0)
     made_anew = Weights(tiny.weights, torch.bfloat16, CPU)
     assert list(kept) == list(made_anew) == list(tiny.weights)
     for name in kept:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from llama_fast.build import build
-from llama_fast.presets import encoding_named, optimised
+from llama_fast.recipes import encoding_named, optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
-from oracle.cases import random_row
-from oracle.compare import Outcome
-from oracle.fast import FastSubject
-from oracle.judge import Bench
+from oracle.questions.judge import Bench
+from oracle.statistics.cases import random_row
+from oracle.statistics.compare import Outcome
+from oracle.subjects.fast import FastSubject
 from oracle.verify import references
 
 CONFIG = LlamaConfig(64, 3, 6, 2, 10, 96, 211, 256)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from oracle.budget import LEAST, TABLES, Tail, factors, tails
-from oracle.compare import Check, Outcome, Verdict, compare_logits, compare_stage, empty, unit_roundoff
+from oracle.statistics.budget import LEAST, TABLES, Tail, factors, tails
+from oracle.statistics.compare import Check, Outcome, Verdict, compare_logits, compare_stage, empty, unit_roundoff
 
 UNIT = unit_roundoff(torch.float32)
 NARROW = unit_roundoff(torch.bfloat16)

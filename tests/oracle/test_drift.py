@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oracle.compare import Outcome
-from oracle.drift import BUDGETS, Drift, DriftBudget, Estimate, Tally, judge_drift, measure
+from oracle.statistics.compare import Outcome
+from oracle.statistics.drift import BUDGETS, Drift, DriftBudget, Estimate, Tally, judge_drift, measure
 
 V = 40
 

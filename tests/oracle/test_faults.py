@@ -12,7 +12,7 @@ from variations import VARIATIONS, Variation
 
 from llama_fast.build import build
 from llama_ref.checkpoint import Checkpoint
-from oracle.compare import Outcome
+from oracle.statistics.compare import Outcome
 from oracle.verify import judge_runner
 
 QUICK = ("theta x 2", "on halves", "decode sees one slot ahead", "written one slot later", "eps x 10")

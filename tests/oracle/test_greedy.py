@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oracle.compare import Outcome, unit_roundoff
-from oracle.greedy import Continuation, chance_of_tie, compare_greedy, first_argmax, poisson_quantile
+from oracle.statistics.compare import Outcome, unit_roundoff
+from oracle.statistics.greedy import Continuation, chance_of_tie, compare_greedy, first_argmax, poisson_quantile
 
 UNIT = unit_roundoff(torch.float32)
 V = 50

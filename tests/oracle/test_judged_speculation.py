@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_fast import checks
 from llama_fast.build import build
-from llama_fast.optimisations.speculative import Draft
 from llama_fast.plan import Plan
+from llama_fast.speculative import verification as checks
+from llama_fast.speculative.proposers import Draft
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
-from oracle import cli, speculation
+from oracle import cli
+from oracle.questions.checkpoints import speculation
 
 CONFIG = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=101, max_context=256

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast.matvec import library_product
+from llama_fast.model.matvec import library_product
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.model import Llama
-from oracle.adapters import RefSubject, Yardstick
-from oracle.cases import random_row
-from oracle.orders import Order
+from oracle.statistics.cases import random_row
+from oracle.statistics.orders import Order
+from oracle.subjects.adapters import RefSubject, Yardstick
 
 TOKENS = torch.tensor([random_row(257, 50, 1), random_row(257, 50, 2)])
 

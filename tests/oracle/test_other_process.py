@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from oracle.compare import Outcome, Verdict
-from oracle.questions import OtherProcess
+from oracle.questions.checkpoints import OtherProcess
+from oracle.statistics.compare import Outcome, Verdict
 
 OURS = {"greedy": [[1, 2], [3]], "drawn": [[4], [5, 6]]}
 FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 172.00 MiB."
@@ -32,7 +32,7 @@ print("chatter", json.dumps(answer), sep="\\n") if isinstance(answer, dict) else
     )
     script.chmod(0o700)
     monkeypatch.setattr("sys.executable", str(script))
-    monkeypatch.setattr("oracle.questions.answer", lambda *asked: OURS)
+    monkeypatch.setattr("oracle.questions.checkpoints.answer", lambda *asked: OURS)
     subject: Any = None
     verdict = OtherProcess(["--model", "tiny"], [[1], [2]], 2).judge(subject)
     return verdict, int((folder / "ran").read_text())

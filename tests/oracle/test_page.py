@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from llama_fast.presets import encoding_named, optimised
+from llama_fast.recipes import encoding_named, optimised
 from llama_ref.checkpoint import Checkpoint
-from oracle.certificate import Certificate
-from oracle.compare import Check, Verdict
-from oracle.page import Line, chart, page
+from oracle.report.certificate import Certificate
+from oracle.report.page import Line, chart, page
+from oracle.statistics.compare import Check, Verdict
 from oracle.verify import verify
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_ref.checkpoint import Checkpoint, save_checkpoint
 from llama_ref.model import Llama
 from oracle import cli
-from oracle.adapters import stage_widths
+from oracle.subjects.adapters import stage_widths
 
 Tensors = dict[str, Tensor]
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from llama_fast.build import build
-from llama_fast.optimisations.int8 import Int8
+from llama_fast.encodings.int8 import Int8
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig, RopeScaling
-from oracle.compare import Outcome
-from oracle.fast import FastSubject
-from oracle.localise import first_beyond
+from oracle.questions.localise import first_beyond
+from oracle.statistics.compare import Outcome
+from oracle.subjects.fast import FastSubject
 from oracle.verify import references, stage_reports, verify
 
 SMALL = LlamaConfig(48, 2, 6, 2, 12, 72, 101, 192)

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from llama_fast.build import build
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.presets import optimised
+from llama_fast.encodings.int8 import Int8
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
 from oracle import cli
-from oracle.adapters import RefSubject
-from oracle.certificate import SCHEMA
-from oracle.compare import Outcome
+from oracle.report.certificate import SCHEMA
+from oracle.statistics.compare import Outcome
+from oracle.subjects.adapters import RefSubject
 from oracle.verify import judge_runner, verify
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_differ_is_exit_1(named: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     def off(config: LlamaConfig) -> torch.Tensor:
         return rope_table(replace(config, rope_theta=config.rope_theta * 1.0001))
 
-    from llama_fast import model
+    from llama_fast.model.llama import llama as model
 
     rope_table = model.rope_table
     monkeypatch.setattr(model, "rope_table", off)
@@ -116,7 +116,7 @@ def test_the_same_input_gives_the_same_bytes_apart_from_the_date(tiny: Checkpoin
 def test_a_subject_that_errs_beyond_comparison_still_gets_a_readable_certificate(
     tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llama_fast import model
+    from llama_fast.model.llama import llama as model
 
     monkeypatch.setattr(model, "rotate", lambda x, turns: x * torch.nan)
     certificate = verify(tiny, optimised(), CPU, torch.float32)

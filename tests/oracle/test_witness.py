@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from llama_fast.build import build
-from llama_fast.presets import optimised
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint, open_checkpoint
 from llama_ref.generate import greedy
 from llama_ref.model import Llama
-from oracle.adapters import RefSubject, angles
-from oracle.cases import Case, standard_case
-from oracle.compare import Outcome, unit_roundoff
-from oracle.fast import FastSubject
-from oracle.judge import Bench, judge
-from oracle.localise import first_beyond, judge_rope_table, judge_stages
-from oracle.others import HFSubject
+from oracle.questions.judge import Bench, judge
+from oracle.questions.localise import first_beyond, judge_rope_table, judge_stages
+from oracle.statistics.cases import Case, standard_case
+from oracle.statistics.compare import Outcome, unit_roundoff
+from oracle.subjects.adapters import RefSubject, angles
+from oracle.subjects.fast import FastSubject
+from oracle.subjects.others import HFSubject
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,25 +12,25 @@ from typing import Any
 import torch
 
 from llama_fast.build import build
-from llama_fast.optimisations.speculative import Draft, Ngram
 from llama_fast.plan import Plan
+from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import JsonTokenizer
-from oracle.adapters import angles, radius
-from oracle.cases import TEXT, Case, random_row, standard_case
-from oracle.compare import Verdict
-from oracle.fast import FastSampler, FastSubject
-from oracle.generation import judge_draws, judge_stopping
-from oracle.judge import Bench, judge
-from oracle.law import judge_rounds
-from oracle.localise import first_beyond, judge_rope_table, judge_weights, summary
-from oracle.others import HFSubject
-from oracle.questions import judge_repetition, judge_round_trip, judge_text, judge_window, references
-from oracle.requests import judge_requests
-from oracle.sampling import judge_sampling
-from oracle.speculation import judge_acceptance, judge_speculation
-from oracle.threads import judge_ranks
+from oracle.questions.checkpoints import judge_repetition, judge_round_trip, judge_text, judge_window, references
+from oracle.questions.generation import judge_draws, judge_stopping
+from oracle.questions.judge import Bench, judge
+from oracle.questions.law import judge_rounds
+from oracle.questions.localise import first_beyond, judge_rope_table, judge_weights, summary
+from oracle.questions.requests import judge_requests
+from oracle.questions.sampling import judge_sampling
+from oracle.questions.speculation import judge_acceptance, judge_speculation
+from oracle.questions.threads import judge_ranks
+from oracle.statistics.cases import TEXT, Case, random_row, standard_case
+from oracle.statistics.compare import Verdict
+from oracle.subjects.adapters import angles, radius
+from oracle.subjects.fast import FastSampler, FastSubject
+from oracle.subjects.others import HFSubject
 from oracle.verify import bench_for, stage_reports
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def sampling(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int =
 
 
 def speculation(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
-    from llama_fast import acceptance
+    from llama_fast.speculative import acceptance
 
     target = build(checkpoint, plan, device="cpu", dtype=dtype)
     small = replace(checkpoint.config, n_layers=1)

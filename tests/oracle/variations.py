@@ -18,21 +18,21 @@ from catalogue import DENSE, GROWING, INT8, around, attention, norm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llama_fast import model as fast
 from llama_fast import plan as plan_module
 from llama_fast.build import build
+from llama_fast.model.llama import llama as fast
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
-from oracle.adapters import RefSubject, Weights
-from oracle.cases import Split, standard_case
-from oracle.fast import FastSubject
-from oracle.judge import Bench, judge
-from oracle.localise import summary
-from oracle.orders import Order
-from oracle.others import CallableSubject
-from oracle.questions import references
-from oracle.subject import Subject
-from oracle.threads import RankedSubject
+from oracle.questions.checkpoints import references
+from oracle.questions.judge import Bench, judge
+from oracle.questions.localise import summary
+from oracle.questions.threads import RankedSubject
+from oracle.statistics.cases import Split, standard_case
+from oracle.statistics.orders import Order
+from oracle.subjects.adapters import RefSubject, Weights
+from oracle.subjects.fast import FastSubject
+from oracle.subjects.others import CallableSubject
+from oracle.subjects.subject import Subject
 from oracle.verify import bench_for, stage_reports
 
 Patch = pytest.MonkeyPatch

@@ -15,21 +15,25 @@ import torch
 import torch.distributed as dist
 
 from llama_fast.build import build
-from llama_fast.generate import generate
-from llama_fast.optimisations.compiled import Compiled
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.optimisations.speculative import Draft, Ngram
-from llama_fast.optimisations.static_cache import Static
-from llama_fast.plan import Dense, Eager, Encoding, Growing, Plan
-from llama_fast.ranks import explained, fail, tensor_parallel
-from llama_fast.roofline import stored_bytes
-from llama_fast.sampling import Sampling
+from llama_fast.caches.growing import Growing
+from llama_fast.caches.static import Static
+from llama_fast.compilers.compiled import Compiled
+from llama_fast.compilers.eager import Eager
+from llama_fast.contracts import Encoding
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.generate import generate
+from llama_fast.engine.sampling import Sampling
+from llama_fast.model.roofline import stored_bytes
+from llama_fast.parallel.ranks import explained, fail, tensor_parallel
+from llama_fast.plan import Plan
+from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.models import resolve
-from oracle.cases import standard_case
-from oracle.fast import FastSubject
-from oracle.judge import Bench, judge
+from oracle.questions.judge import Bench, judge
+from oracle.statistics.cases import standard_case
+from oracle.subjects.fast import FastSubject
 from oracle.verify import judge_runner, references
 
 TWELVE = LlamaConfig(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast import ranks
+from llama_fast.parallel import ranks
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
@@ -23,7 +23,7 @@ from tests.parallel.launched import JOB, Launched, environment, errors
 CONFIG = LlamaConfig(
     dim=48, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=10, ffn_dim=72, vocab_size=301, max_context=8192
 )
-CLI = ("-m", "llama_fast.cli", "generate", "--prompt", "ab", "--temperature", 0, "--device", "cpu", "--model")
+CLI = ("-m", "llama_fast.ladder.cli", "generate", "--prompt", "ab", "--temperature", 0, "--device", "cpu", "--model")
 ENDLESS = ("--max-new-tokens", 8000, "--stream")
 
 

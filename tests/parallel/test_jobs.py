@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import cli, jobs, rungs
-from llama_fast.bench import RungResult, Spread
-from llama_fast.optimisations.tensor_parallel import TensorParallel
-from llama_fast.rungs import RUNGS, Rung, rungs_of
+from llama_fast.ladder import cli, jobs, rungs
+from llama_fast.ladder.bench import RungResult, Spread
+from llama_fast.ladder.rungs import RUNGS, Rung, rungs_of
+from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> Path:
 def test_bench_starts_a_job_for_its_rungs_over_ranks(model: Path, tmp_path: Path) -> None:
     arguments = ("--model", model, "--rungs", "tp-int8", "--samples", 2, "--new-tokens", 20, "--out", tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "llama_fast.cli", "bench", "--device", "cpu", *map(str, arguments)],
+        [sys.executable, "-m", "llama_fast.ladder.cli", "bench", "--device", "cpu", *map(str, arguments)],
         env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,7 +52,9 @@ def test_bench_starts_a_job_for_its_rungs_over_ranks(model: Path, tmp_path: Path
 
 
 def test_a_rung_for_one_process_is_refused_under_a_launcher(model: Path) -> None:
-    with Launched(2, "-m", "llama_fast.cli", "bench", "--device", "cpu", "--model", model, "--rungs", "tp,int8") as job:
+    with Launched(
+        2, "-m", "llama_fast.ladder.cli", "bench", "--device", "cpu", "--model", model, "--rungs", "tp,int8"
+    ) as job:
         code, output = job.ended()
     assert code != 0
     assert errors(output) == ["error: 2 ranks were started, and int8 is for one process: run it without"], output
@@ -135,7 +137,7 @@ def test_ranks_climb_what_one_process_cannot_and_one_job_that_fails_leaves_the_o
         counts = {"batch": 1, "prompt_tokens": 1, "new_tokens": 4, "cache_length": 5, "ranks": ranks}
         return [RungResult(**(numbers | words | counts), tokens_per_second=Spread(1.0, 1.0, 1.0))]
 
-    monkeypatch.setattr("llama_fast.bench.build", full)
+    monkeypatch.setattr("llama_fast.ladder.bench.build", full)
     monkeypatch.setattr(jobs, "climb", climb)
     for names, climbed, code, says in (
         ("tp-int8", ["tp-int8"], 0, ""),  # the baseline, which goes with it unasked, did not fit

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_fast import build, generate
-from llama_fast.build import encoded
-from llama_fast.optimisations.int8 import Int8
-from llama_fast.presets import encoding_named, optimised
+from llama_fast import build
+from llama_fast.encodings.int8 import Int8
+from llama_fast.engine import generate
+from llama_fast.recipes import encoding_named, optimised
+from llama_fast.weights import encoded
 from llama_ref.checkpoint import open_checkpoint, save_checkpoint
 from llama_ref.convert import convert
 from llama_ref.model import Llama as Reference

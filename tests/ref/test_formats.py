@@ -289,7 +289,7 @@ def test_a_directory_in_use_is_left_alone(tiny: Any) -> None:
 
 
 def test_the_command_converts(tiny: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llama_fast.cli", "convert"]
+    command = [sys.executable, "-m", "llama_fast.ladder.cli", "convert"]
     done = subprocess.run(
         [*command, str(tiny.directory), str(tmp_path / "out")], capture_output=True, text=True, cwd=REPOSITORY
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from llama_fast.text import TextStream
+from llama_fast.engine.text import TextStream
 from llama_ref.models import Model
 from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama_ref.tokenizer import Tokenizer, TokenizerError, load_tokenizer

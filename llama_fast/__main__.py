@@ -1,0 +1,5 @@
+"""`python -m llama_fast`, and `torchrun -m llama_fast` for a rank: the command line."""
+
+from llama_fast.ladder.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What happens to the two phases before they run: one file a kind."""

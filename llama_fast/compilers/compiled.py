@@ -1,0 +1,120 @@
+"""Compile the two phases. Eager PyTorch launches hundreds of small kernels a token and the host cannot keep up.
+
+The source's recipe: prefill compiled for any length, decode compiled for one shape and, on a GPU, replayed as a CUDA
+graph. The equal blocks are regions of the graph that are compiled once for all. On a CPU prefill, which is bound by
+arithmetic, stays eager.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.compilers.compilation import own_code
+from llama_fast.compilers.tuner_clock import steady_tuning
+from llama_fast.contracts import KVCache, Phase, Sampler
+from llama_fast.model.llama import Llama
+
+Options = dict[str, str | int | bool | Callable[..., Any]]
+
+GPU_OPTIONS: Options = {
+    "triton.cudagraphs": True,  # what mode="reduce-overhead" means
+    # Only so does inductor write a matrix-vector kernel of its own: without it int8 weights are first copied to bf16.
+    "coordinate_descent_tuning": True,
+    # A product's input is stored before it is read N times: norm and SiLU would else be computed again for every output.
+    "realize_acc_reads_threshold": 2,
+    "realize_opcount_threshold": 8,
+}
+
+
+def about_the_request(guards: Sequence[Any]) -> list[bool]:
+    """Which guards a step asks before it runs: those on its arguments and on PyTorch's state, not on the model and on code,
+    which stay what they were. For a model of thirty blocks that leaves 166 of 5058, and a seventh of an int8 step.
+    """
+    arguments = {"tokens_BT", "start_B", "cache", "choose", ""}  # of `build.decode`; what has no name is a state
+    return [re.sub(r"^L\['(\w+)'\]", r"\1", guard.name).split(".")[0] in arguments for guard in guards]
+
+
+CPU_OPTIONS: Options = {
+    "realize_acc_reads_threshold": 2,  # for the same reason
+    "guard_filter_fn": about_the_request,
+    "size_asserts": False,  # of what follows from the shapes asked
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The source's two phases. `regions`: one compilation for all blocks, else each by itself, in minutes."""
+
+    regions: bool = True
+    compiles_each_shape: ClassVar[bool] = True
+    choosing: ClassVar[None] = None
+
+    def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
+        from torch._inductor import inductor_prims  # noqa: F401 - knows what `matvec.sums_by_words` asks of a compiler
+
+        assert isinstance(model, Llama)
+        on_gpu = next(model.buffers()).device.type == "cuda"
+        shell = with_regions(model) if self.regions else model
+        options = GPU_OPTIONS if on_gpu else CPU_OPTIONS
+        steps: dict[tuple[object, ...], Phase] = {}
+        prefills: dict[tuple[object, ...], Phase] = {}
+        marked: weakref.WeakSet[KVCache] = weakref.WeakSet()
+
+        def compiled_prefill(
+            unused: nn.Module, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Sampler
+        ) -> tuple[Tensor, Tensor]:
+            if choose.code not in prefills:
+                prefills[choose.code] = torch.compile(own_code(prefill), dynamic=True, fullgraph=True)
+            return prefills[choose.code](model, tokens_BT, lengths_B, cache, choose)
+
+        def compiled_step(
+            unused: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Sampler
+        ) -> tuple[Tensor, Tensor]:
+            if cache not in marked:
+                mark_addresses(cache)
+                marked.add(cache)
+            shape = (tokens_BT.shape, cache.length, choose.code)
+            if shape not in steps:
+                steps[shape] = torch.compile(own_code(decode), dynamic=False, fullgraph=True, options={**options})
+                with steady_tuning(tokens_BT.device):
+                    return steps[shape](shell, tokens_BT, start_B, cache, choose)
+            return steps[shape](shell, tokens_BT, start_B, cache, choose)
+
+        return compiled_prefill if on_gpu else prefill, compiled_step
+
+
+def mark_addresses(cache: KVCache) -> None:
+    """Say that a cache stays where it is: a mutated input that is not marked loses its CUDA graph without a word.
+
+    Unguarded: a second cache of the same shape runs the same code.
+    """
+    for layer in cache.layers:
+        torch._dynamo.mark_static_address(layer.k, guard=False)
+        torch._dynamo.mark_static_address(layer.v, guard=False)
+
+
+class Region(nn.Module):
+    """A block whose code is compiled once for all blocks that are equal but for their numbers."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    @torch.compiler.nested_compile_region
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.block(*arguments)  # type: ignore[no-any-return]
+
+
+def with_regions(model: Llama) -> Llama:
+    """The same modules behind regions."""
+    shell = copy.copy(model)
+    shell._modules = {**model._modules, "blocks": nn.ModuleList(Region(block) for block in model.blocks)}
+    return shell

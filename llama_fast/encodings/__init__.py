@@ -1,0 +1,1 @@
+"""How matrices are stored, and how a stored matrix multiplies: one file a kind."""

@@ -1,0 +1,79 @@
+"""Int8 weights: one scale per output row, symmetric. Activations stay floating, so only the reading gets cheaper.
+
+    >>> parts = Int8().encode(torch.tensor([[1.0, -0.5], [0.1, 0.0]]), torch.float32)
+    >>> parts["weight"]
+    tensor([[126, -63],
+            [127,   0]], dtype=torch.int8)
+
+The scale is max|row| / 127 rounded up to a bf16 number. Up, so that no weight leaves [-127, 127] and the error is at
+most half a step everywhere; a bf16 number, so that the same file means the same matrix in every type of arithmetic:
+stored integer x stored scale is exact in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.contracts import Parts
+from llama_fast.model.matvec import product
+
+LARGEST = 127
+
+
+class Int8Linear(nn.Module):
+    """(x @ q.T) * scale: the sum runs over the integers' values, the scale is applied once per output."""
+
+    def __init__(self, parts: Parts):
+        super().__init__()
+        self.weight = nn.Buffer(parts["weight"])
+        self.scale = nn.Buffer(parts["scale"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.scale)
+
+
+class Int8Embedding(nn.Module):
+    """Rows of an int8 table, each times its scale."""
+
+    def __init__(self, parts: Parts, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Buffer(parts["weight"])
+        self.scale = nn.Buffer(parts["scale"])
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids].to(self.dtype) * self.scale[ids].to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A quarter of float32's bytes, half of bf16's."""
+
+    name: str = field(default="int8", init=False)
+
+    def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """{"weight": int8 [out, in], "scale": bf16 [out, 1]}; a row of zeros gets the smallest scale."""
+        wide = weight.float()
+        step = wide.abs().amax(1, keepdim=True) / LARGEST
+        scale = ceil_bf16(step.clamp(min=torch.finfo(torch.bfloat16).tiny))
+        whole = torch.round(wide / scale.float())
+        return {"weight": whole.to(torch.int8), "scale": scale}
+
+    def decode(self, parts: Parts) -> Tensor:
+        """Float32 [out, in]: 8-bit integer times 8-bit mantissa, so nothing is rounded."""
+        return parts["weight"].float() * parts["scale"].float()
+
+    def linear(self, parts: Parts) -> nn.Module:
+        return Int8Linear(parts)
+
+    def embedding(self, parts: Parts, dtype: torch.dtype) -> nn.Module:
+        return Int8Embedding(parts, dtype)
+
+
+def ceil_bf16(x: Tensor) -> Tensor:
+    """The smallest bf16 number that is not below positive float32 x: 1.001 -> 1.0078125."""
+    bits = x.view(torch.int32)
+    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()

@@ -1,0 +1,1 @@
+"""From prompts to tokens: requests, sampling, and the loop that decodes."""

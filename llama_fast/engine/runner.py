@@ -1,0 +1,112 @@
+"""A built model and its two phases: prefill, all prompts at once, and decode, a token or a few for every row.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.contracts import KVCache, Phase
+from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.model.llama import Llama
+from llama_fast.plan import Plan
+from llama_fast.weights import DecodedWeights
+from llama_ref.checkpoint import Checkpoint
+from llama_ref.config import LlamaConfig
+
+
+def prefill(
+    model: nn.Module, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser
+) -> tuple[Tensor, Tensor]:
+    """Phase one: all prompts at once, padded on the right. The next token [B] and its logits [B, V] of each row."""
+    logits_BV = model(tokens_BT, None, cache, last_B=lengths_B - 1)[:, 0]
+    return choose(logits_BV, lengths_B), logits_BV
+
+
+def decode(
+    model: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser
+) -> tuple[Tensor, Tensor]:
+    """Phase two: the tokens just chosen (T = 1) or proposed (T > 1). The next token [B] and all logits [B, T, V]."""
+    logits_BTV = model(tokens_BT, start_B, cache)
+    return choose(logits_BTV[:, -1], start_B + tokens_BT.shape[1]), logits_BTV
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A built model and its two phases. `config` holds the shapes of this process's shard."""
+
+    checkpoint: Checkpoint
+    config: LlamaConfig
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    model: Llama
+    run_prefill: Phase
+    run_decode: Phase
+
+    def allocate(self, batch: int, length: int) -> KVCache:
+        """A cache for `batch` rows of up to `length` positions; ValueError beyond the model's context."""
+        if length > self.config.max_context:
+            raise ValueError(f"{length} positions exceed the model's context of {self.config.max_context}")
+        return self.plan.cache.allocate(self.config, batch, length, self.dtype, self.device)
+
+    @torch.no_grad()
+    def start(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser) -> tuple[Tensor, Tensor]:
+        """Prefill: the first new token [B] and the logits [B, V] it was chosen from."""
+        cache.reserve(torch.zeros_like(lengths_B), tokens_BT.shape[1])
+        return self.run_prefill(self.model, tokens_BT, lengths_B, cache, choose)
+
+    @torch.no_grad()
+    def step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser) -> tuple[Tensor, Tensor]:
+        """Decode: the next token [B] and the logits [B, T, V] of all T."""
+        cache.reserve(start_B, tokens_BT.shape[1])
+        return self.run_decode(self.model, tokens_BT, start_B, cache, choose)
+
+    @torch.no_grad()
+    def extend(
+        self, tokens_BT: Tensor, start_B: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser
+    ) -> tuple[Tensor, Tensor]:
+        """Prefill behind the start_B positions that the cache already holds; `lengths_B` counts the new tokens.
+
+        The next token [B] and its logits [B, V]. Not compiled: every length would be compiled anew.
+        """
+        cache.reserve(start_B, tokens_BT.shape[1])
+        logits_BV = self.model(tokens_BT, start_B, cache, last_B=lengths_B - 1)[:, 0]
+        return choose(logits_BV, start_B + lengths_B), logits_BV
+
+    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
+        """The logits [B, V] at each row's last token."""
+        return self.start(tokens_BT, lengths_B, cache, self._greedy(tokens_BT))[1]
+
+    def decode(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> Tensor:
+        """The logits [B, T, V] of tokens at positions start_B, start_B + 1, ..."""
+        return self.step(tokens_BT, start_B, cache, self._greedy(tokens_BT))[1]
+
+    @torch.no_grad()
+    def score(self, tokens_BT: Tensor) -> Tensor:
+        """The logits [B, T, V] of whole sequences, not compiled."""
+        B, T = tokens_BT.shape
+        cache = self.allocate(B, T)
+        cache.reserve(torch.zeros(B, dtype=torch.int64), T)
+        return self.model(tokens_BT, None, cache)  # type: ignore[no-any-return]
+
+    def prepared(self, choose: Chooser, positions: int) -> Chooser:
+        """`choose`, for a request of so many positions: where no compiler merges them, uniforms are hashed at once, and tokens
+        chosen by the kernels that the plan has.
+        """
+        if not self.plan.compiler.compiles_each_shape:
+            choose.look_ahead(positions)
+            choose.kernels = self.plan.compiler.choosing
+        return choose
+
+    def reference_weights(self) -> Mapping[str, Tensor]:
+        """decode(encode(w)) under canonical names: what a reference must compute with to be comparable."""
+        return DecodedWeights(self.checkpoint, self.plan, self.dtype, self.device)
+
+    def _greedy(self, tokens_BT: Tensor) -> Chooser:
+        return Chooser(Sampling(), [0] * tokens_BT.shape[0], self.device)

@@ -1,0 +1,407 @@
+"""Words to Plan to text: `llama-fast generate`, `bench`, `quantize`. The one place that knows flags and terminals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from llama_fast import recipes as presets
+from llama_fast.build import build, default_dtype, where
+from llama_fast.engine.sampling import Sampling
+from llama_fast.ladder import jobs
+from llama_fast.ladder.report import Summary
+from llama_fast.llama import Llama
+from llama_fast.model.roofline import GB
+from llama_fast.parallel import ranks
+from llama_fast.parallel.alone import Whole
+from llama_fast.parallel.tensor_parallel import TensorParallel
+from llama_fast.plan import Plan
+from llama_fast.recipes import encoding_named
+from llama_fast.speculative.proposers import Draft, Ngram
+from llama_fast.weights import encoded
+from llama_ref.command import is_foreseen, one_line, run, writable
+from llama_ref.models import DEFAULT_MODEL, resolve
+from llama_ref.tokenizer import DEFAULT_PROMPT
+
+if TYPE_CHECKING:
+    from llama_fast.chat import Chat
+    from llama_fast.ladder.bench import Ladder
+
+HELP = "Llama inference in native PyTorch, proved right and as fast as the machine's memory allows."
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_enable=False)
+
+ModelFlag = Annotated[
+    str, typer.Option(help="A directory, a GGUF file, a hub id, smollm2-135m, or random:NAME[:SEED].")
+]
+DeviceFlag = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.")]
+DtypeFlag = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bf16 on a GPU, float32 on a CPU.")]
+EncodingFlag = Annotated[str | None, typer.Option(help="dense or int8; by default as the checkpoint is stored.")]
+
+TRACED_TOKENS = 16
+"""A trace grows by some thousand events a token."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@app.command()
+def generate(
+    model: ModelFlag = DEFAULT_MODEL,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEFAULT_PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
+    num_samples: Annotated[int, typer.Option(help="How many continuations, one after another.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest.")] = 200,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that sum to p.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Sample i draws with seed + i.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    min_p: Annotated[
+        float, typer.Option(help="Draw among those at least this times as likely as the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what stands in the text gets less likely.")] = 1.0,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Into the JSON: each token's log-probability, and of so many others.", min=0)
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
+    encoding: EncodingFlag = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first token.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Decode by our own kernels; needs a GPU.")] = False,
+    draft: Annotated[
+        str | None, typer.Option(help="Who proposes tokens: a model with the same vocabulary, or ngram.")
+    ] = None,
+    draft_encoding: Annotated[
+        str | None, typer.Option(help="How the draft's weights are stored; as its checkpoint by default.")
+    ] = None,
+    speculate: Annotated[
+        int | None, typer.Option(help="Tokens proposed in a round; chosen from what is measured by default.")
+    ] = None,
+    device: DeviceFlag = None,
+    dtype: DtypeFlag = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write texts, tokens and rates here.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a profiler's trace (Chrome's format) of one more, untimed sample here.")
+    ] = None,
+) -> None:
+    """Continue a prompt; print the text, the speed, the bandwidth and the memory."""
+    writable(json_file, profile)
+    member = ranks.join(where(device))
+    to, kind = member.device, dtype_named(dtype, member.device)
+    found = ranks.one_after_another(lambda: resolve(model))
+    checkpoint = found.open(to, kind)
+    if fused and compile:
+        raise ValueError("--fused and --compile are two ways to decode: choose one")
+    kept = encoding_named(encoding or checkpoint.encoding)
+    plan = replace(presets.fused(kept) if fused else presets.optimised(kept, compile), shard=member.shard)
+    proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
+    llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop or []}
+    options |= {"draft": proposer, "min_p": min_p, "repetition_penalty": repetition_penalty, "logprobs": logprobs}
+    if compile or fused:
+        warm_up(llama, prompt, max_new_tokens, options)
+    if to.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(to)
+    outputs = []
+    for i in range(num_samples):
+        print(prompt, end="", flush=True)
+        show = (lambda _, piece: print(piece, end="", flush=True)) if stream else None
+        output = llama.generate(prompt, max_new_tokens, seed=seed + i, on_text=show, **options)
+        print("" if stream else output.text, flush=True)
+        outputs.append(output)
+    summary = Summary.of(llama, outputs, proposer)
+    print("\n".join(summary.lines()))
+    if json_file is not None and ranks.is_first():
+        content = {"model": model, "plan": str(plan), "dtype": str(kind).removeprefix("torch."), **summary.as_json()}
+        if summary.speculation is not None:
+            content["speculation"] = summary.speculation.as_json()
+        content["samples"] = [asdict(output) for output in outputs]
+        json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if profile is not None:
+        write_trace(profile, lambda: llama.generate(prompt, min(max_new_tokens, TRACED_TOKENS), seed=seed, **options))
+    member.leave()
+
+
+def warm_up(llama: Llama, prompt: str, max_new_tokens: int, options: dict[str, Any]) -> None:
+    """The first tokens of a request compile, for a cache as long as it needs; they are not timed."""
+    options = {name: value for name, value in options.items() if name != "logprobs"}
+    with contextlib.closing(llama.stream(prompt, max_new_tokens, **options)) as pieces:
+        for _ in zip(range(8), pieces):
+            pass
+
+
+def write_trace(file: Path, action: Callable[[], object]) -> None:
+    """Run `action` under PyTorch's profiler and write what it saw, for chrome://tracing or ui.perfetto.dev."""
+    from torch.profiler import profile
+
+    with profile() as trace:
+        action()
+    trace.export_chrome_trace(str(file))
+    print(f"Trace: {file}")
+
+
+@app.command()
+def chat(
+    model: ModelFlag = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that sum to p.")] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said gets less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed and the same words give the same replies.")] = 0,
+    encoding: EncodingFlag = None,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile while the first reply is made.")
+    ] = False,
+    device: DeviceFlag = None,
+    dtype: DtypeFlag = None,
+) -> None:
+    """Talk to a model. Ctrl-C ends a reply, Ctrl-D the conversation; /reset starts anew, /exit leaves."""
+    from llama_fast.chat import Chat
+
+    found = resolve(model)
+    to, kind = where(device), dtype_named(dtype, where(device))
+    checkpoint = found.open(to, kind)
+    plan = presets.optimised(encoding_named(encoding or checkpoint.encoding), compile)
+    llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
+    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty=repetition_penalty)
+    talk(Chat(llama, system, max_new_tokens, sampling), sys.stdin.isatty())
+
+
+def talk(chat: Chat, shown: bool) -> None:
+    """Turn by turn until the input ends; `shown`: prompts for a person who types."""
+    if shown:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() then knows arrow keys
+    while True:
+        try:
+            text = input("> " if shown else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            chat.forget()
+        elif text:
+            reply(chat, text)
+
+
+def reply(chat: Chat, text: str) -> None:
+    """Print one reply as it comes; Ctrl-C ends it, and what was said stays said."""
+    pieces = chat.say(text)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [interrupted]", end="")
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, end="")
+    finally:
+        pieces.close()
+    print(flush=True)
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """The lm-evaluation-harness with `--model llama_fast`; all arguments are its own."""
+    try:
+        from llama_fast.lm_eval_model import main
+    except ImportError as error:
+        raise ValueError(f"the harness is not there ({error}): pip install lm_eval") from error
+    main(context.args)
+
+
+@app.command()
+def quantize(
+    model: ModelFlag = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="The directory to write; it must be new or empty.")] = Path("quantized"),
+    encoding: Annotated[str, typer.Option(help="int8.")] = "int8",
+    device: DeviceFlag = None,
+) -> None:
+    """Encode a checkpoint once and save it: a directory that loads again without the original."""
+    from llama_ref.saved import check_can_write, save_checkpoint
+
+    kind = encoding_named(encoding)
+    if kind.name == "dense":
+        raise ValueError("encoding dense changes nothing: name a smaller one, as int8")
+    check_can_write(out)
+    found = resolve(model)
+    checkpoint = found.open()
+    if checkpoint.encoding != "dense":
+        raise ValueError(f"{model} is stored as {checkpoint.encoding} already")
+    tensors = {
+        f"{stem}.{part}": tensor.cpu()
+        for stem, parts in encoded(checkpoint, Plan(encoding=kind), None, where(device))
+        for part, tensor in parts.items()
+    }
+    save_checkpoint(out, checkpoint.config, tensors, kind.name, tokenizer=found.tokenizer())
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    print(f"{out}: {kind.name}, {size / GB:.3f} GB")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A directory or file in any layout, or a hub id.")],
+    target: Annotated[Path, typer.Argument(help="The directory to write; it must be new or empty.")],
+    to: Annotated[str | None, typer.Option(help="hf or meta; by default the other one than the source has.")] = None,
+) -> None:
+    """Rewrite a checkpoint in Hugging Face's or Meta's layout, number for number."""
+    from llama_ref.convert import convert as rewrite
+    from llama_ref.saved import check_can_write
+
+    check_can_write(target)
+    found = resolve(source)
+    if found.path is None:
+        raise ValueError(f"{source} has no files to convert")
+    print(f"{target}: {rewrite(found.path, target, to)}")
+
+
+@app.command()
+def bench(
+    model: ModelFlag = DEFAULT_MODEL,
+    rungs: Annotated[str | None, typer.Option(help="Which rungs, with commas between; all by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Where ladder.json and ladder.png go.")] = Path("."),
+    samples: Annotated[int, typer.Option(help="Samples of every rung, taken in turns.", min=1)] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens a sample, whatever the EOS ids say.", min=2)] = 200,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEFAULT_PROMPT,
+    profile: Annotated[Path | None, typer.Option(help="Write a profiler's trace here, and explain each rung.")] = None,
+    device: DeviceFlag = None,
+) -> None:
+    """Climb the ladder: measure every rung, prove it, plot it. Exit code 1: one does not agree, or one asked for is left out."""
+    from llama_fast.ladder.bench import bench as climb
+    from llama_fast.ladder.judging import rung_judge
+    from llama_fast.ladder.plots import draw
+    from llama_fast.ladder.report import Live, show_step_times, show_table
+    from llama_fast.ladder.rungs import rungs_named, rungs_of
+
+    named = rungs_named(rungs) if rungs else []  # a wrong name is said before a model is fetched
+    member = ranks.join(where(device))
+    to, shard = member.device, member.shard
+    for rung in named:
+        if rung.needs_gpu and to.type != "cuda":
+            raise ValueError(f"the rung {rung.name} needs a CUDA device")
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise OSError(f"cannot write to {out}")
+    with Live(model) as live:
+        live.say("opening the model")
+        found = ranks.one_after_another(lambda: resolve(model))
+        checkpoint = found.open(to, default_dtype(to))
+        ids = found.tokenizer().encode(prompt)
+        alone = isinstance(shard, Whole)
+        if rungs:
+            chosen = rungs_named(rungs, baseline=alone and checkpoint.encoding == "dense")
+        else:
+            chosen = rungs_of(to, checkpoint.encoding, launched=not alone)
+        here, elsewhere = ([rung for rung in chosen if rung.over_ranks is over] for over in (False, True))
+        if isinstance(shard, TensorParallel):
+            here, elsewhere = jobs.divided(chosen, shard, to), []
+        count, undivided = 1, {}
+        try:
+            count = jobs.ranks_for(checkpoint.config, to) if elsewhere else 1
+        except ValueError as error:
+            if rungs:
+                raise
+            elsewhere, undivided = [], {rung.name: str(error) for rung in elsewhere}
+        ladder = climb(
+            checkpoint, model, ids, here, to, rung_judge(checkpoint, ids), live, samples, new_tokens, profile
+        )
+        ladder = replace(ladder, left_out=ladder.left_out | undivided)
+        if isinstance(shard, TensorParallel):
+            ladder = jobs.of_all_ranks(ladder, shard)
+        save(ladder, out)  # whatever comes after
+        same = ["--model", model, "--prompt", prompt, "--device", to.type]
+        same += ["--samples", str(samples), "--new-tokens", str(new_tokens)]
+        failed: dict[str, str] = {}
+        for rung in elsewhere:  # a job for each: what ends one leaves the others
+            if to.type == "cuda":
+                torch.cuda.empty_cache()  # the first rank works on this GPU too
+            try:
+                ladder = replace(ladder, rungs=ladder.rungs + jobs.climb([rung], count, same, live.say))
+            except ValueError as error:
+                failed[rung.name] = str(error)
+        ladder = replace(ladder, left_out=ladder.left_out | failed)
+    save(ladder, out)
+    if not ladder.rungs:
+        raise ValueError(f"{model}: no rung could be climbed: {'; '.join(map(': '.join, ladder.left_out.items()))}")
+    if ranks.is_first():
+        show_table(ladder)
+        show_step_times(ladder)
+        draw(ladder, out / "ladder.png")
+        print(f"{out / 'ladder.json'}  {out / 'ladder.png'}")
+    member.leave()
+    if failed:
+        raise ValueError("; ".join(failed.values()))
+    asked = {rung.name for rung in rungs_named(rungs, baseline=False)} if rungs else set()
+    if any(rung.verdict != "AGREE" for rung in ladder.rungs) or asked & set(ladder.left_out):
+        raise typer.Exit(1)
+
+
+def save(ladder: Ladder, out: Path) -> None:
+    """Write `ladder.json`, as the first rank."""
+    if ranks.is_first():
+        (out / "ladder.json").write_text(json.dumps(ladder.as_json(), indent=2) + "\n")
+
+
+def proposer_named(
+    draft: str | None, encoding: str | None, k: int | None, target: Plan, device: torch.device, dtype: torch.dtype
+) -> Draft | Ngram | None:
+    """ "ngram", or a model built as the target is but for its encoding; None where none is asked for."""
+    if draft is None:
+        if encoding is not None or k is not None:
+            raise ValueError("--draft-encoding and --speculate say how tokens are proposed: --draft must say by whom")
+        return None
+    if draft == "ngram":
+        if encoding is not None:
+            raise ValueError("an n-gram lookup has no weights: --draft-encoding does not apply to it")
+        return Ngram(k)
+    if k is not None and k < 1:
+        raise ValueError(f"k={k} must be at least 1: so many tokens are proposed in a round")
+    checkpoint = resolve(draft).open(device, dtype)
+    plan = replace(target, encoding=encoding_named(encoding or checkpoint.encoding))
+    return Draft(build(checkpoint, plan, device, dtype), k)
+
+
+def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
+    """ "bfloat16" -> torch.bfloat16; None is the device's default."""
+    if name is None:
+        return default_dtype(device)
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r} (known: {', '.join(DTYPES)})")
+    return DTYPES[name]
+
+
+def main() -> None:
+    """The entry point: an error is one line and exit code 2, never a traceback (LLAMA_FAST_TRACEBACK=1 shows it)."""
+    place = None
+    try:
+        place = ranks.Place.of_environment()
+        ranks.only_first_speaks()
+        code = run(app)
+        if place is not None:
+            ranks.hard_exit(code)
+        sys.exit(code)
+    except Exception as error:
+        if os.environ.get("LLAMA_FAST_TRACEBACK"):
+            raise
+        if place is not None:
+            ranks.fail(ranks.explained(error), 2)
+        kind = "" if is_foreseen(error) else f"{type(error).__name__}: "
+        print(f"error: {kind}{one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

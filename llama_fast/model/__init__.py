@@ -1,0 +1,1 @@
+"""The model: one forward pass, and the arithmetic of a few rows."""

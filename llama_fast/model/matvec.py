@@ -1,0 +1,85 @@
+"""A few rows times a matrix: what a decode step consists of.
+
+On a CPU a library's matrix product has no good path for a single row, least of all for int8 weights. Written as a sum,
+the same product becomes a loop that inductor generates: it streams the weights once, converts them in registers and
+runs on all cores. Every row keeps an accumulator of its own, so a row's result has the same bits alone and among others.
+Where nothing is compiled a library multiplies; not always the one that PyTorch would choose.
+Shapes: R rows, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 8
+"""Rows up to which reading the weights, not multiplying, takes the time."""
+FEW_OF_BF16 = 4
+"""The same for bf16 weights: for these the library's product of many rows costs what five rows of the loop cost."""
+FEW_OF_MKL = 4
+"""Rows up to which a batch of matrices by MKL is faster than oneDNN's product (tests/instruments/products.py)."""
+ONEDNN, MKL = torch.backends.mkldnn.is_available(), torch.backends.mkl.is_available()
+BY_WORDS = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether inductor's loops read int8 by way of a copy on which the processor stalls: with AVX-512 they do not."""
+
+
+def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Tensor:
+    """(x @ weight.T) * scale for x [..., K]: [..., N] in x's type. All is float32, but a library's sums before the scale."""
+    if not torch.compiler.is_compiling():
+        return scaled(library_product(x, weight_NK.to(x.dtype)), scale_N1)
+    x_RK = x.reshape(-1, x.shape[-1])
+    few = FEW_OF_BF16 if weight_NK.dtype is torch.bfloat16 else FEW
+    # The device first: where a compiler sees the number of rows compared, it compiles each side of the comparison.
+    if x.device.type == "cpu" and x_RK.shape[0] <= few:
+        by_words = BY_WORDS and weight_NK.dtype is torch.int8 and weight_NK.shape[1] % 4 == 0
+        y_RN = (sums_by_words if by_words else sums)(x_RK.float(), weight_NK)
+    else:
+        y_RN = F.linear(x_RK, weight_NK.to(x.dtype))
+    return scaled(y_RN, scale_N1).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def sums(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x @ weight.T as a loop over each row of weights."""
+    wide_NK = weight_NK.float()
+    return torch.stack([(row_K * wide_NK).sum(-1) for row_K in x_RK.unbind()])
+
+
+def sums_by_words(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """The same of int8 weights that are read four to a word: shifts bring each to the top, and down again with its sign.
+
+    Every fourth input then stands beside its like: x [R, 4, K / 4]. That layout is asked of inductor by a word of its own, which
+    `torch._inductor.inductor_prims` knows; otherwise it would turn the weights instead.
+    """
+    # by way of float32: whole vectors of these are read as they lie, of integers by a copy
+    word_NQ = weight_NK.view(torch.float32).view(torch.int32)
+    bytes_of_word = [(word_NQ << (24 - 8 * i) >> 24).float() for i in range(4)]
+    x_R4Q = x_RK.unflatten(-1, (-1, 4)).transpose(1, 2)
+    x_R4Q = torch.ops.prims.inductor_force_stride_order(x_R4Q, x_R4Q.contiguous().stride())
+    parts = [[x_Q * byte_NQ for x_Q, byte_NQ in zip(x_4Q.unbind(), bytes_of_word)] for x_4Q in x_R4Q.unbind()]
+    return torch.stack([((p[0] + p[1]) + (p[2] + p[3])).sum(-1) for p in parts])
+
+
+def scaled(y: Tensor, scale_N1: Tensor | None) -> Tensor:
+    """Columns times their factors, in float32 and rounded to the type of y."""
+    return y if scale_N1 is None else (y.float() * scale_N1.float().view(-1)).to(y.dtype)
+
+
+def library_product(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """x @ weight.T by the library that is fastest at it.
+
+    For float32 on a CPU PyTorch takes MKL. On an AMD CPU its product of a few rows reads weights at under half of the memory's
+    speed; as a batch of one matrix for each thread, at nearly all of it. For more rows oneDNN is faster.
+    """
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or torch.is_grad_enabled():  # oneDNN's has no gradient
+        return F.linear(x, weight_NK)
+    N, K = weight_NK.shape
+    x_RK = x.reshape(-1, K)
+    R, threads = x_RK.shape[0], torch.get_num_threads()
+    if MKL and R <= FEW_OF_MKL and N and N % threads == 0:
+        y_PnR = torch.bmm(weight_NK.unflatten(0, (threads, -1)), x_RK.t().expand(threads, K, R))
+        return y_PnR.permute(2, 0, 1).reshape(*x.shape[:-1], N)
+    if ONEDNN:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, None, "none", [], "")
+        return y
+    return F.linear(x, weight_NK)

@@ -1,0 +1,345 @@
+"""Processes that work as one: join what `torchrun` started, leave without hanging, and end together when one fails.
+
+    torchrun --nproc-per-node 2 -m llama_fast generate --model random:llama-2-7b
+
+Nothing is launched here. A failure is said once, by the rank that meets it first; the launcher ends the others. Against
+what no launcher sees (a stopped process, a lost host, a dead launcher) every rank watches its neighbour's heartbeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llama_fast.contracts import Shard
+from llama_fast.parallel.alone import Whole
+from llama_fast.parallel.tensor_parallel import (
+    Exchanger,
+    OverGroup,
+    OverNvlink,
+    OverSymmetricMemory,
+    TensorParallel,
+)
+
+T = TypeVar("T")
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 15.0  # compilers and loaders may keep Python's lock for seconds
+STORE_SECONDS = 5.0
+MEETING_SECONDS = 45.0
+ONE_SHOT_BYTES = 1 << 18  # on two H200: 9.2 us, NCCL 12.7; larger messages were not measured
+COLLECTIVE_SECONDS = 600.0  # ranks may compile or load for minutes before they meet
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, as the launcher says: `rank` of `size`, the `local_rank`-th of its host."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> Place | None:
+        """None if no launcher started this process. Raises ValueError where its variables are no numbers."""
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+            return None
+        said = {name: os.environ.get(name, os.environ["RANK"]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        wrong = [f"{name}={value}" for name, value in said.items() if not value.isdecimal()]
+        if wrong:
+            raise ValueError(f"a launcher's variables must be numbers: {', '.join(wrong)}")
+        return cls(int(said["RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_RANK"]))
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """The device that is this rank's own: "cuda" -> "cuda:1" on local rank 1. ValueError if there are too few GPUs."""
+    place = Place.of_environment()
+    if place is None or device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise ValueError(f"rank {place.rank} needs GPU {place.local_rank}, but {count} are visible on this host")
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+class Member:
+    """This process's part in a group of ranks: its shard, and how it leaves. Alone, where no launcher is, it is whole."""
+
+    def __init__(self, shard: Shard, device: torch.device, watch: Watch | None = None):
+        self.shard = shard
+        self.device = device
+        self.watch = watch
+
+    def leave(self) -> None:
+        """With all others, when all is done; nobody leaves before everybody is here. After a failure call `fail`."""
+        if self.watch is not None:
+            meet(self.device)
+            self.watch.stop(COLLECTIVE_SECONDS)
+            leave_group()
+
+
+def join(device: torch.device | str, collective_seconds: float | None = None, exchanger: str | None = None) -> Member:
+    """Join the group of the launcher that started this process: NCCL on GPUs, gloo on CPUs.
+
+    `exchanger` as in `exchanger_named`; by default the fastest that the devices allow. A collective that some rank does not
+    join within `collective_seconds` (LLAMA_FAST_TIMEOUT_SECONDS, or ten minutes) is an error. Raises ValueError where the
+    group cannot be formed.
+    """
+    place = Place.of_environment()
+    device = device_of_rank(torch.device(device))
+    if place is None:
+        return Member(Whole(), device)
+    seconds = collective_seconds or float(os.environ.get("LLAMA_FAST_TIMEOUT_SECONDS", COLLECTIVE_SECONDS))
+    watch = Watch(place)
+    watch.start()
+    try:
+        form_group(place, device, seconds)
+        shard = TensorParallel(place.rank, place.size, exchanger_named(exchanger, place, device))
+        shard.all_reduce(torch.zeros(8, device=device))  # the first message connects the ranks
+    except BaseException:
+        watch.stop()
+        raise
+    return Member(shard, device, watch)
+
+
+@contextlib.contextmanager
+def tensor_parallel(
+    device: torch.device | str, collective_seconds: float | None = None, exchanger: str | None = None
+) -> Iterator[TensorParallel]:
+    """`join` for programs that a launcher started, and leave at the end. Raises ValueError outside a launcher."""
+    member = join(device, collective_seconds, exchanger)
+    if not isinstance(member.shard, TensorParallel):
+        raise ValueError("no launcher started this process: use torchrun (RANK and WORLD_SIZE are not set)")
+    try:
+        yield member.shard
+    except BaseException:
+        if member.watch is not None:
+            member.watch.stop(SILENCE_SECONDS)
+        raise
+    member.leave()
+
+
+def form_group(place: Place, device: torch.device, collective_seconds: float) -> None:
+    on_gpu = device.type == "cuda"
+    # multicast can put the GPUs of a shared host out of service
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    meeting: Any = dist
+    try:
+        # a store of our own patience: on a port that somebody else listens on, a client would wait as long as a collective
+        store, _, _ = next(
+            meeting.rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=MEETING_SECONDS))
+        )
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=meeting.PrefixStore("default_pg", store),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=collective_seconds),
+            device_id=device if on_gpu else None,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"the {place.size} ranks could not meet at {where}: {first_line(error)}") from error
+
+
+def exchanger_named(name: str | None, place: Place, device: torch.device) -> Exchanger:
+    """ "group": functional collectives. "one-shot": PyTorch's sum over symmetric memory. "exchange": our own kernels', in which
+    the product of one row sends its own part; "apart": the same, but the sum behind it sends it.
+
+    None is "exchange" for the GPUs of one host that reach each other's memory, and "group" everywhere else.
+    """
+    if name not in (None, "group", "one-shot", "exchange", "apart"):
+        raise ValueError(f"unknown exchanger {name!r} (known: group, one-shot, exchange, apart)")
+    one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == place.size
+    if name == "group" or (
+        name is None and not (device.type == "cuda" and one_host and place.size > 1 and reach(device))
+    ):
+        return OverGroup()
+    if name == "one-shot":
+        from torch.distributed import _symmetric_memory as symmetric
+
+        buffer = symmetric.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
+        group: Any = dist.group.WORLD
+        symmetric.rendezvous(buffer, group)
+        return OverSymmetricMemory(buffer, ONE_SHOT_BYTES)
+    from llama_fast.kernels.exchange import over_nvlink
+
+    return OverNvlink(over_nvlink(place.rank, place.size, device), apart=name == "apart")
+
+
+def reach(device: torch.device) -> bool:
+    """Whether this GPU reads the memory of all other visible ones, and our kernels can be imported."""
+    from llama_fast import kernels
+
+    others = [peer for peer in range(torch.cuda.device_count()) if peer != device.index]
+    return kernels.available() and all(torch.cuda.can_device_access_peer(device.index, peer) for peer in others)
+
+
+def meet(device: torch.device) -> None:
+    """Until every rank is here with its work done, so that none takes away what another still reads."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+
+
+def leave_group() -> None:
+    """Within seconds, come what may: a communicator waits for CUDA graphs that recorded it and may still be alive."""
+    limit = threading.Timer(10, hard_exit, args=(0,))
+    limit.daemon = True
+    limit.start()
+    gc.collect()
+    dist.destroy_process_group()
+    limit.cancel()
+    limit.join()
+
+
+class Watch:
+    """A thread that beats, listens to the next rank's beat, and ends this process on a signal or on silence."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.ended = threading.Event()
+        self.wake, self.waker = socket.socketpair()
+        self.waker.setblocking(False)
+        self.thread = threading.Thread(target=self.run, daemon=True, name="watch over ranks")
+        self.before: dict[int, object] = {}
+
+    def start(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # A blocked main thread runs no handler of Python's; a byte on a socket reaches the thread all the same.
+            signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, ignore)
+        self.thread.start()
+
+    def stop(self, patience_seconds: float = STORE_SECONDS) -> None:
+        """Be over before Python is: a thread that then still talks to the store would abort the process."""
+        self.ended.set()
+        if self.before:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+        self.waker.send(b"\0")
+        self.thread.join(patience_seconds)  # after a failure it may be at a port where nobody answers
+
+    def run(self) -> None:
+        store: Any | None = None
+        heard, since = -1, time.monotonic()
+        next_rank = (self.place.rank + 1) % self.place.size
+        while not self.ended.is_set():
+            readable, _, _ = select.select([self.wake], [], [], BEAT_SECONDS)
+            if readable:
+                self.obey(self.wake.recv(1)[0])
+                continue
+            try:
+                store = store or connect()
+                store.add(f"beat/{self.place.rank}", 1)
+                beats = store.add(f"beat/{next_rank}", 0)
+            except Exception as error:  # the store's client raises RuntimeError and its own kinds, by version
+                if time.monotonic() - since > SILENCE_SECONDS and not self.ended.is_set():
+                    fail(f"the launcher cannot be reached any more: {first_line(error)}", 1)
+                continue
+            if beats != heard:
+                heard, since = beats, time.monotonic()
+            elif heard and time.monotonic() - since > SILENCE_SECONDS and not self.ended.is_set():
+                fail(f"rank {next_rank} has not been heard for {SILENCE_SECONDS:.0f} s", 1)
+
+    def obey(self, number: int) -> None:
+        if number == signal.SIGINT:
+            fail("interrupted", 128 + number)
+        if number == signal.SIGTERM:  # if a rank has failed and could speak, it has: then this stays unsaid
+            fail("ended by the launcher: another rank has died, or the job was cancelled", 128 + number)
+
+
+def ignore(number: int, frame: FrameType | None) -> None:
+    """A signal's handler where the thread acts."""
+
+
+def connect() -> Any:
+    """A connection of its own to the launcher's store: one in use by a blocked call cannot be shared."""
+    tcp: Any = dist
+    store = tcp.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=STORE_SECONDS),
+        wait_for_workers=False,
+    )
+    return tcp.PrefixStore(f"llama_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End this process at once, whatever its threads do. Of all ranks the first to get here says why."""
+    place = Place.of_environment()
+    claims = [1 if place is None or place.local_rank == 0 else 2]  # where there is nobody to ask: one of each host
+    if place is not None and place.size > 1:
+
+        def claim() -> None:
+            with contextlib.suppress(Exception):
+                claims.append(connect().add("failed", 1))
+
+        asking = threading.Thread(target=claim, daemon=True)
+        asking.start()
+        asking.join(STORE_SECONDS)  # a stranger's port accepts a connection and never answers
+    if claims[-1] == 1:
+        print(f"\nerror: {message}", file=sys.stderr, flush=True)  # another rank may be in the middle of a line of text
+    hard_exit(code)
+
+
+def hard_exit(code: int) -> NoReturn:
+    """Without teardown, which can wait for ranks that are gone."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def explained(error: BaseException) -> str:
+    """One line for an error that another rank's end caused, or for any other."""
+    line = first_line(error)
+    lost = isinstance(error, dist.DistError) or any(word in line.lower() for word in ("gloo", "nccl", "connection"))
+    return f"another rank has ended or does not answer ({line})" if lost else line
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without a C++ trace."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[0].split())[:300] if lines else type(error).__name__
+
+
+def only_first_speaks() -> None:
+    """Standard output is rank 0's: what the others print goes nowhere."""
+    if not is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
+
+
+def one_after_another(do: Callable[[], T]) -> T:
+    """What `do` returns, the first rank of each host before the others: it may fill a cache that they then read."""
+    place = Place.of_environment()
+    if place is None or not dist.is_initialized():
+        return do()
+    result = do() if place.local_rank == 0 else None
+    dist.barrier()
+    return do() if place.local_rank else result  # type: ignore[return-value]
+
+
+def is_first() -> bool:
+    """Whether this process is to write files: rank 0, or the only one."""
+    place = Place.of_environment()
+    return place is None or place.rank == 0

@@ -1,0 +1,31 @@
+"""Words to Plans: the encodings by name, and the plans that the command line, the ladder and the oracle all mean."""
+
+from __future__ import annotations
+
+from llama_fast.caches.static import Static
+from llama_fast.compilers.compiled import Compiled
+from llama_fast.compilers.eager import Eager
+from llama_fast.compilers.graphed import Fused
+from llama_fast.contracts import Encoding
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
+from llama_fast.plan import Plan
+
+ENCODINGS: dict[str, Encoding] = {kind.name: kind for kind in (Dense(), Int8())}
+
+
+def encoding_named(name: str) -> Encoding:
+    """ "int8" -> Int8(); ValueError that lists the known names."""
+    if name not in ENCODINGS:
+        raise ValueError(f"unknown encoding {name!r} (known: {', '.join(ENCODINGS)})")
+    return ENCODINGS[name]
+
+
+def optimised(encoding: Encoding = Dense(), compile: bool = False) -> Plan:
+    """The static cache and joined projections, with this encoding, compiled or not."""
+    return Plan(encoding, cache=Static(), compiler=Compiled() if compile else Eager(), fuse_projections=True)
+
+
+def fused(encoding: Encoding = Dense()) -> Plan:
+    """The static cache and our own kernels; needs a CUDA device."""
+    return Plan(encoding, cache=Static(), compiler=Fused(), fuse_projections=True)

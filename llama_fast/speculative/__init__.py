@@ -1,0 +1,1 @@
+"""Speculation: proposals, their verification, and how many to make."""

@@ -1,0 +1,345 @@
+"""Speculative decoding: several tokens are proposed cheaply and checked by the target in one step.
+
+Where plain decoding reads all weights for one token, a round reads them for as many as were guessed right, and one more. The
+answer stays the target's: the tokens at temperature 0, the distribution otherwise.
+
+    generate(target, prompts, 200, draft=Draft(small))            a draft model, k chosen from what is measured
+    generate(target, prompts, 200, draft=Ngram(k=8))              a lookup in what was written so far, k fixed
+    generate(target, prompts, 200, draft=Padded(k=5))             no speculation, but its arithmetic
+
+A check of k + 1 rows rounds differently from a step of one, so greedy equality with plain decoding holds up to ties of
+the rounding. `Padded(k)` decodes plainly through checks of that shape, and `Draft(runner, k, aligned=True)` and
+`Ngram(k, aligned=True)` equal it bit for bit. The shape alone would not do: a matrix product may round its seventh row
+otherwise than its first. So a position has its fixed row in an aligned check, and proposals that reach past the end of its
+window are lost: in the round after a rejection all but k / 2 on average.
+
+Shapes: B rows, K proposed tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from llama_fast.caches.growing import GrowingCache
+from llama_fast.compilers.eager import Eager
+from llama_fast.contracts import KVCache
+from llama_fast.engine.generate import check
+from llama_fast.engine.runner import Runner
+from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.speculation import Statistics
+from llama_fast.model.roofline import stored_bytes, weight_bytes_per_step
+from llama_fast.speculative.adaptive_k import A_DRAFT, Costs
+from llama_fast.speculative.ngrams import Text
+from llama_fast.speculative.rounds import NO_GUESS, Compilations, Rounds, Source, agreement
+from llama_fast.speculative.verification import State
+
+AUTOMATIC = (1, 2, 4, 7)
+"""What k is chosen from: between these the speed hardly changes. 7 proposals and the newest token are eight rows."""
+CHEAP_ROWS = 8
+"""Rows, of all sequences together, whose check is bound by memory."""
+DRAWN = 1
+"""The stream of uniforms that proposals are drawn with."""
+
+
+class Proposer:
+    """What `Draft`, `Ngram` and `Padded` share: the choice of k, the room it needs, the costs measured so far."""
+
+    only = AUTOMATIC[-1]
+    """The one k that is tried where the shape of its check is compiled for it."""
+
+    def __init__(self, k: int | None, most: int, aligned: bool = False):
+        """`k` None: chosen while generating, from 1 to `most`. `aligned`: a position's arithmetic is the same in every check."""
+        for label, value in (("k", k), ("most", most)):
+            if value is not None and value < 1:
+                raise ValueError(f"{label}={value} must be at least 1: so many tokens are proposed in a round")
+        if aligned and k is None:
+            raise ValueError("aligned checks need a fixed k")
+        self.k, self.most, self.aligned = k, most, aligned
+        self.compilations = Compilations()
+        self._costs: dict[tuple[object, ...], Costs] = {}
+        self._seen: weakref.WeakKeyDictionary[KVCache, set[object]] = weakref.WeakKeyDictionary()
+
+    @property
+    def slack(self) -> int:
+        """Cache slots wanted beyond those of the request: a check writes k slots past the last token."""
+        return self.k or self.most
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the proposer's weights and caches; none where it has no model."""
+        return 0
+
+    def read_bytes(self, statistics: Statistics) -> float:
+        """Bytes of weights read for the proposals that were counted."""
+        return 0.0
+
+    def begin(
+        self,
+        target: Runner,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        cache: KVCache | None,
+    ) -> Rounds:
+        """A generation by rounds; ValueError, with the numbers, for what cannot be."""
+        needed = check(target, prompts, max_new_tokens)
+        room = target.config.max_context - needed
+        if cache is not None and not isinstance(cache, GrowingCache):
+            room = min(room, cache.length - needed)
+        self.fits(target, needed)
+        if self.k is None and target.device.type == "cuda":
+            room = min(room, max(1, CHEAP_ROWS // len(prompts) - 1))
+        ks = self.candidates(target, room)
+        if self.k is not None and self.k > room:
+            raise ValueError(
+                f"k={self.k} is larger than the context left: {needed} positions are asked for, and {room} remain"
+            )
+        if cache is None:
+            cache = target.allocate(len(prompts), needed + max(ks, default=0))
+        source = self.source(target, len(prompts), needed + max(ks, default=0), sampling)
+        if self.aligned and sampling.temperature and not source.blind:
+            raise ValueError("aligned checks are for temperature 0: they promise bits, not a distribution")
+        fixed = self.k is not None
+        rounds = Rounds(
+            source,
+            target,
+            prompts,
+            max_new_tokens,
+            sampling,
+            eos_ids,
+            cache,
+            ks,
+            fixed,
+            self.compilations,
+            self.aligned,
+        )
+        kind = rounds.choose.code
+        rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length, kind), Costs(agreement(target)))
+        rounds.rehearsal = self.is_new(cache, kind) and not isinstance(target.plan.compiler, Eager)
+        if (
+            not fixed and target.device.type == "cuda"
+        ):  # up to eight rows cost a GPU the same, another shape costs kernels
+            rounds.width = max(ks, default=0) + 1
+        if not ks:
+            rounds.statistics.notice = f"plain decoding: {needed} positions leave no room for proposals"
+        return rounds
+
+    def candidates(self, target: Runner, room: int) -> tuple[int, ...]:
+        """The ks to choose from: one where each is compiled for."""
+        if self.k is not None:
+            return (self.k,)
+        on_gpu = target.device.type == "cuda"
+        single = target.plan.compiler.compiles_each_shape and not on_gpu
+        possible = (min(self.only, self.most),) if single else AUTOMATIC
+        return tuple(k for k in possible if k <= min(self.most, room))
+
+    def is_new(self, cache: KVCache, kind: tuple[object, ...]) -> bool:
+        """Whether this is the first generation of its kind in that cache; a compiler has then not seen its shapes."""
+        known = self._seen.setdefault(cache, set())
+        new = kind not in known
+        known.add(kind)
+        return new
+
+    def fits(self, target: Runner, needed: int) -> None:
+        """Raise ValueError where this proposer cannot serve that target for `needed` positions and its k beyond."""
+
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
+        """For one generation of `batch` rows, up to `needed` positions."""
+        raise NotImplementedError
+
+
+class Draft(Proposer):
+    """A draft model: any runner with the target's vocabulary, a smaller model or the same one in fewer bits.
+
+    It keeps its caches from one generation to the next, as compiled code wants them.
+    """
+
+    only = 3
+
+    def __init__(self, runner: Runner, k: int | None = None, most: int = AUTOMATIC[-1], aligned: bool = False):
+        super().__init__(k, most, aligned)
+        self.runner = runner
+        self._cache: dict[int, KVCache] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        slots = {
+            id(t): t.nbytes for cache in self._cache.values() for layer in cache.layers for t in (layer.k, layer.v)
+        }
+        return int(stored_bytes(self.runner.model) + sum(slots.values()))
+
+    def read_bytes(self, statistics: Statistics) -> float:
+        return float(statistics.proposed * weight_bytes_per_step(self.runner.model))
+
+    def fits(self, target: Runner, needed: int) -> None:
+        ours, theirs = self.runner.config, target.config
+        if ours.vocab_size != theirs.vocab_size:
+            raise ValueError(
+                f"the draft has a vocabulary of {ours.vocab_size} tokens, the target one of {theirs.vocab_size}"
+            )
+        if self.runner.device != target.device:
+            raise ValueError(f"the draft is on {self.runner.device}, the target on {target.device}")
+        wanted = needed + (self.k or 0)
+        if wanted > ours.max_context:
+            raise ValueError(
+                f"the draft's context of {ours.max_context} is shorter than the {wanted} positions asked for"
+            )
+
+    def candidates(self, target: Runner, room: int) -> tuple[int, ...]:
+        return super().candidates(
+            target, min(room, self.runner.config.max_context - (target.config.max_context - room))
+        )
+
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
+        return DraftSource(self.runner, self.cache(batch, needed), sampling, batch, needed, self.compilations)
+
+    def cache(self, batch: int, needed: int) -> KVCache:
+        """The draft's cache for `batch` rows: the last one, if it is long enough."""
+        kept = self._cache.get(batch)
+        if kept is None or isinstance(kept, GrowingCache) or kept.length < needed:
+            kept = self._cache[batch] = self.runner.allocate(batch, needed)
+        return kept
+
+
+class DraftSource:
+    """Proposals of a model, token by token. The host waits for none of them."""
+
+    blind = keeps_up = False
+    runs_ahead = True
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache: KVCache,
+        sampling: Sampling,
+        batch: int,
+        needed: int,
+        compilations: Compilations,
+    ):
+        self.name = f"draft {runner.plan}"
+        self.runner, self.cache = runner, cache
+        seeds = sampling.seeds(batch)
+        # The target's own transforms, so that q is like p.
+        self.choose = runner.prepared(Chooser(sampling, seeds, runner.device), needed + 1)
+        self.greedy = Chooser(Sampling(), seeds, runner.device)
+        self.pick = compilations.of(pick, runner, batch, self.choose.code)
+
+    def guess(self, evidence: int) -> tuple[float, float]:
+        return A_DRAFT
+
+    def join(self, state: State, width: int) -> None:
+        """Prefill what stands before the newest token."""
+        self.runner.start(state.history_BL[:, :width].contiguous(), state.position_B.clone(), self.cache, self.greedy)
+
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        # After full acceptance the last proposal was never fed to the draft: its first step takes two tokens. So it does where
+        # the round before is under way still, and may have been accepted in full.
+        token_BN, at_B = state.newest(2 if behind else 1), state.position_B - int(behind)
+        tokens, laws = [], []
+        if not self.choose.greedy:
+            ahead_K = torch.arange(1, k + 1, device=at_B.device)
+            u_BK = self.choose.uniforms(state.position_B[:, None] + ahead_K, torch.full_like(ahead_K, DRAWN))
+        for i in range(k):
+            token_B, logits_BTV = self.runner.step(token_BN, at_B, self.cache, self.greedy)
+            at_B = state.position_B + (i + 1)
+            if self.choose.greedy:
+                token_B = token_B.clone()  # a CUDA graph overwrites its outputs at the next replay
+            else:
+                token_B, law_BV = self.pick(self.choose, logits_BTV[:, -1].clone(), u_BK[:, i].clone())
+                laws.append(law_BV)
+            tokens.append(token_B)
+            token_BN = token_B[:, None]
+        return torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None
+
+    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        return [(0, NO_GUESS)] * len(tokens)
+
+
+def pick(choose: Chooser, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The token proposed, and the law [B, V] it was drawn from: one law for both, to the last bit."""
+    law_BV = choose.probabilities(logits_BV)
+    return choose.draw(law_BV, u_B), law_BV
+
+
+class Ngram(Proposer):
+    """Prompt lookup: what followed the last few tokens when they stood here before. No model, next to no cost."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        most: int = AUTOMATIC[-1],
+        longest: int = 4,
+        shortest: int = 2,
+        aligned: bool = False,
+    ):
+        """Looks for the last `longest` tokens, then for fewer, down to `shortest`; of equal matches the latest counts."""
+        super().__init__(k, most, aligned)
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none")
+        self.longest, self.shortest = longest, shortest
+
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
+        return NgramSource(batch, self.longest, self.shortest)
+
+
+class NgramSource:
+    """Proposals by the host, from the tokens that it reads in any case."""
+
+    blind, keeps_up, runs_ahead = False, True, False
+
+    def __init__(self, batch: int, longest: int, shortest: int):
+        self.name = f"n-gram, {shortest} to {longest} tokens"
+        self.longest = longest
+        self.texts = [Text(shortest, longest) for _ in range(batch)]
+
+    def guess(self, evidence: int) -> tuple[float, float]:
+        """A short match says little: in prose one token in three after it is as before, in code two."""
+        return (0.9 if evidence >= self.longest else 0.5), 3.0
+
+    def join(self, state: State, width: int) -> None:
+        """What it was told is all it reads."""
+
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        found_BK, device = torch.tensor([text.following(k) for text in self.texts]), state.position_B.device
+        if device.type == "cuda":  # from pinned memory the copy takes its turn on the device, and the host goes on
+            found_BK = found_BK.pin_memory()
+        return found_BK.to(device, non_blocking=True), None
+
+    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        for text, new in zip(self.texts, tokens, strict=True):
+            text.extend(new)
+        return [(text.match()[0] or -1, text.following(1)[0]) for text in self.texts]
+
+
+class Padded(Proposer):
+    """Plain decoding through aligned checks of k tokens: what speculation with these equals bit for bit."""
+
+    def __init__(self, k: int):
+        super().__init__(k, k, aligned=True)
+
+    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
+        return PaddedSource()
+
+
+class PaddedSource:
+    """Rows that are there for their number alone."""
+
+    name = "none, padded"
+    blind = keeps_up = runs_ahead = True
+
+    def guess(self, evidence: int) -> tuple[float, float]:
+        return A_DRAFT
+
+    def join(self, state: State, width: int) -> None:
+        """Nothing is to be known."""
+
+    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
+        return torch.zeros_like(state.position_B)[:, None].expand(-1, k).contiguous(), None
+
+    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        return [(0, NO_GUESS)] * len(tokens)

@@ -1,0 +1,1 @@
+"""What is asked of a subject: a file a question."""

@@ -1,0 +1,163 @@
+"""Requests of unusual shapes, on a model's first block: many rows, kept prefixes, penalties, log-probabilities, windows' edges.
+
+What is asked here depends on how rows, positions and settings are handled, and that is the same in every block; one block
+makes it affordable for every model. All in float32 and not compiled, so that tokens can be compared exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from llama_fast.build import build
+from llama_fast.contracts import KVCache
+from llama_fast.engine.generate import generate, pad, stream
+from llama_fast.engine.logprobs import Logprobs, TokenLogprob
+from llama_fast.engine.runner import Runner
+from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.plan import Plan
+from llama_ref.checkpoint import Checkpoint
+from oracle.questions.checkpoints import first_blocks, references
+from oracle.questions.judge import Bench
+from oracle.statistics.cases import random_row
+from oracle.statistics.compare import Check, Verdict, empty
+from oracle.subjects.adapters import Rows
+from oracle.subjects.fast import FastSubject, Recorder
+
+LENGTHS = (4, 9, 6, 12, 5, 10, 7)  # the shortest first, so that others are ahead of it
+SPLITS = (2, 5, 3, 7, 1, 6, 4)
+HELD, NEW = 3, 6
+TOP = 2  # likeliest tokens told beside each
+PENALTY = 1.7
+LOGPROB_ERROR = 1e-4
+"""Between a log-softmax in float32 and one in float64 of the same logits, for logits up to a few hundred."""
+LONGEST_EDGE = 2048
+
+
+def judge_requests(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Verdict:
+    """Every question of this file."""
+    one = first_blocks(checkpoint, 1)
+    if one.config.max_context < max(LENGTHS):
+        return empty("requests", f"a context of {one.config.max_context} has no room for {max(LENGTHS)} tokens")
+    runner = build(one, plan, device=device, dtype=torch.float32)
+    bench, subject = Bench(*references(runner, one)), FastSubject(runner)
+    rows = [random_row(subject.vocab_size, length, seed=70 + length) for length in LENGTHS]
+    room = one.config.max_context - max(LENGTHS)
+    verdict = bench.decode(subject, rows, list(SPLITS), list(LENGTHS)).named("seven rows")
+    verdict += bench.route(Extended(runner), rows, list(LENGTHS), list(LENGTHS)).named("a kept prefix")
+    if room >= NEW:
+        checks = (_held(runner, rows), penalised_check(subject, rows), told_check(*told_logprobs(runner, rows)))
+        verdict += Verdict(checks)
+    edge = one.config.window
+    if edge is not None and edge + 1 <= min(one.config.max_context, LONGEST_EDGE):
+        long = [random_row(subject.vocab_size, edge + extra, seed=90) for extra in (-1, 0, 1)]
+        verdict += bench.decode(subject, long, [len(row) for row in long], [len(row) for row in long]).named(
+            "a prompt as long as the window"
+        )
+    return verdict
+
+
+class Extended:
+    """The logits at each row's end, after a prefill of `HELD` tokens and one of the rest."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+
+    def __call__(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
+        runner, cache = self.runner, held_cache(self.runner, rows, max(map(len, rows)))
+        tokens_BT, lengths_B = pad([row[HELD:] for row in rows], runner.device)
+        start_B = torch.full_like(lengths_B, HELD)
+        greedy = Chooser(Sampling(), [0] * len(rows), runner.device)
+        logits_BV = runner.extend(tokens_BT, start_B, lengths_B, cache, greedy)[1]
+        return [logits_V[None] for logits_V in logits_BV]
+
+
+def held_cache(runner: Runner, rows: Rows, length: int) -> KVCache:
+    """A cache that holds the first `HELD` tokens of every row."""
+    cache = runner.allocate(len(rows), length)
+    tokens_BT, lengths_B = pad([row[:HELD] for row in rows], runner.device)
+    runner.prefill(tokens_BT, lengths_B, cache)
+    return cache
+
+
+def _held(runner: Runner, rows: Rows) -> Check:
+    """Continuations behind a kept prefix are those of the whole prompt, greedy and drawn."""
+    unlike, where = 0, ""
+    for name, sampling in (("greedy", Sampling()), ("drawn", Sampling(1.0, seed=3))):
+        cache = held_cache(runner, rows, max(map(len, rows)) + NEW)
+        columns = list(stream(runner, rows, NEW, sampling, cache=cache, held=HELD))
+        whole = generate(runner, rows, NEW, sampling).completions
+        for b, completion in enumerate(whole):
+            if [column[b] for column in columns] != completion.tokens:
+                unlike += 1
+                where = where or f"{name}, row {b}"
+    return Check("rows that continue otherwise behind a kept prefix", unlike, 0, where, 2 * len(rows))
+
+
+def penalised_check(subject: FastSubject, rows: Rows) -> Check:
+    """Each token is the argmax of logits penalised by the published rule, on what its row holds by then: in the loop, and of
+    given logits of either sign."""
+    asked: list[tuple[list[int], Tensor, int]] = []  # what is held, logits [V], what was chosen
+    for row, (tokens, logits_nV) in zip(rows, subject.penalised(rows, NEW, PENALTY), strict=True):
+        asked += [([*row, *tokens[:i]], logits_nV[i], token) for i, token in enumerate(tokens)]
+    # A held token, and another close to what is left of it, on either side: whoever divides by another number errs.
+    device, size = subject.runner.device, 12
+    for held_logit in (6.0, 0.5, -0.5, -2.0):
+        left = held_logit / PENALTY if held_logit > 0 else held_logit * PENALTY
+        logits_BV = torch.full((2, size), -50.0, device=device)
+        logits_BV[:, 3], logits_BV[0, 7], logits_BV[1, 7] = held_logit, left - 0.02, left + 0.02
+        choose = Chooser(Sampling(repetition_penalty=PENALTY), [0, 0], device, [[3], [3, 1]], size)
+        chosen = choose(logits_BV.clone(), torch.zeros(2, dtype=torch.int64, device=device)).tolist()
+        asked += list(zip([[3], [3, 1]], logits_BV, chosen, strict=True))
+    wrong, where = 0, ""
+    for held_ids, logits_V, token in asked:
+        seen = torch.tensor(sorted(set(held_ids)), device=device)
+        penalised_V = logits_V.double()
+        values = penalised_V[seen]
+        penalised_V[seen] = torch.where(values > 0, values / PENALTY, values * PENALTY)
+        behind, allowed = float(penalised_V.max() - penalised_V[token]), 1e-5 * float(penalised_V.abs().max())
+        if not behind <= allowed:  # so that NaN is wrong too
+            wrong += 1
+            where = where or f"token {token} behind {held_ids[-3:]}"
+    return Check("penalised tokens that another beats", wrong, 0, where, len(asked))
+
+
+def told_logprobs(runner: Runner, rows: Rows) -> tuple[list[list[int | None]], list[Tensor], list[list[TokenLogprob]]]:
+    """Drawn tokens by column, the logits [B, V] that each column came from, and what each row was told beside them."""
+    recorder, told = Recorder(runner), Logprobs(len(rows), top=TOP)
+    columns = list(stream(cast(Runner, recorder), rows, NEW, Sampling(1.0, seed=9), logprobs=told))
+    return columns, recorder.logits, told.rows
+
+
+def told_check(
+    columns: Sequence[Sequence[int | None]], logits: Sequence[Tensor], told: Sequence[Sequence[TokenLogprob]]
+) -> Check:
+    """Log-probabilities told beside tokens, against those of the logits that the tokens came from.
+
+    NaN errs without bound, and so does what was not told.
+    """
+    name, asked = "largest error of a log-probability", NEW * len(told)
+    worst, where, compared = 0.0, "", 0
+    for i, (column, logits_BV) in enumerate(zip(columns, logits)):
+        for b, (token, logprobs_V) in enumerate(zip(column, logits_BV.double().log_softmax(-1))):
+            if i < len(told[b]):
+                error = _told_error(told[b][i], token, logprobs_V)
+                compared += 1
+                if error > worst:
+                    worst, where = error, f"row {b}, token {i}"
+    if compared != asked:
+        return Check(name, math.inf, LOGPROB_ERROR, f"{compared} tokens, asked {asked}", asked)
+    return Check(name, worst, LOGPROB_ERROR, where, compared)
+
+
+def _told_error(said: TokenLogprob, token: int | None, logprobs_V: Tensor) -> float:
+    """The largest error of one token's log-probability and of the likeliest's beside it; infinite for NaN, or another token."""
+    if said.token != token or len(said.top) != TOP:
+        return math.inf
+    likeliest = zip(sorted(said.top.values(), reverse=True), logprobs_V.topk(TOP).values.tolist(), strict=True)
+    errors = [abs(said.logprob - float(logprobs_V[token])), *(abs(ours - true) for ours, true in likeliest)]
+    return max(math.inf if math.isnan(error) else error for error in errors)

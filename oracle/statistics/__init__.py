@@ -1,0 +1,1 @@
+"""Numbers against numbers: errors, budgets and rates. Imports torch alone."""

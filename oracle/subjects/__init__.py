@@ -1,0 +1,1 @@
+"""Whatever can be judged, as a Subject. Only this floor imports the two Llamas."""

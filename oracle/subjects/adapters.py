@@ -1,0 +1,270 @@
+"""The reference as truth, as yardstick and as a Subject; what every Subject shares.
+
+Shapes: B rows, T tokens, V vocabulary, O orders of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llama_ref.checkpoint import TensorSource
+from llama_ref.config import LlamaConfig
+from llama_ref.model import PARTS, amplitude, attend, inverse_frequencies, island, project, rms_norm, rotate, rotations
+from llama_ref.model import Llama as Reference
+from oracle.statistics.budget import ORDERS
+from oracle.statistics.orders import Order
+from oracle.subjects.subject import Subject, Trace
+
+Rows = Sequence[Sequence[int]]
+HELD_BYTES = 2 << 30  # weights up to here are read once and kept; larger ones are read (or drawn) anew for every pass
+
+
+def padded(rows: Rows, device: torch.device, vocab_size: int, width: int = 0) -> Tensor:
+    """Rows as one tensor [B, T], padded on the right with ids that are not zeros, so that a leak would show."""
+    width = max(width, *(len(row) for row in rows))
+    filler = [(7919 * (i + 1)) % vocab_size for i in range(width)]
+    return torch.tensor([[*row, *filler[len(row) :]] for row in rows], device=device)
+
+
+class Weights(Mapping[str, Tensor]):
+    """Weights as a runner of `dtype` holds them: every tensor rounded once (None: as they are).
+
+    Small models are read once and kept on `device`, of larger ones each tensor is made when it is used.
+    """
+
+    def __init__(self, weights: Mapping[str, TensorSource], dtype: torch.dtype | None, device: torch.device):
+        self._names = list(weights)
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+        self._held: dict[str, Tensor] = {}
+        self._room = HELD_BYTES
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._held:
+            return self._held[name]
+        source = self._weights[name]
+        tensor = source[:].to(self._device)
+        tensor = tensor if self._dtype is None else tensor.to(self._dtype)
+        if tensor.nbytes <= self._room:
+            self._room -= tensor.nbytes
+            self._held[name] = tensor
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class RefSubject:
+    """`llama_ref`: as truth in float64, as yardstick in the subject's type, or itself judged. It has no cache."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: Mapping[str, TensorSource],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        name: str = "reference",
+        model: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """`model` replaces the reference's own forward pass: tests plant faults there."""
+        self.name = name
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._weights = weights
+        self._model = model or Reference(config, weights, dtype)
+
+    @torch.no_grad()
+    def prefill_logits(self, rows: Rows) -> list[Tensor]:
+        logits_BTV = self._model(padded(rows, self.device, self.vocab_size))
+        return [logits_TV[: len(row)] for logits_TV, row in zip(logits_BTV, rows, strict=True)]
+
+    def decode_logits(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
+        return [logits_TV[split - 1 :] for logits_TV, split in zip(self.prefill_logits(rows), splits, strict=True)]
+
+    def greedy(self, prompts: Rows, n: int) -> list[tuple[list[int], Tensor]]:
+        return greedy_by_recomputation(self, prompts, n)
+
+    @torch.no_grad()
+    def stages_of_block(self, layer: int, seen: Sequence[Trace]) -> list[Trace]:
+        """Every stage of a block for each row, computed from what the subject showed of the stage's inputs.
+
+        Where the subject did not show a stage's input, the value computed here stands in: a subject that shows only
+        whole blocks is judged block by block.
+        """
+        name = f"layers.{layer}"
+        weights = {part: self.weight(f"{name}.{part}.weight") for part in PARTS}  # typed once for all rows
+        biases = {part: self.weight(f"{name}.{part}.bias") for part in PARTS if f"{name}.{part}.bias" in self._weights}
+        return [self._stages_of_row(layer, row, weights, biases) for row in seen]
+
+    def _stages_of_row(self, layer: int, seen: Trace, w: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Trace:
+        c, name = self.config, f"layers.{layer}"
+        out: Trace = {}
+
+        def give(stage: str, value: Tensor) -> Tensor:
+            out[f"{name}.{stage}"] = value
+            shown = seen.get(f"{name}.{stage}")
+            return value if shown is None else self._typed(shown).view(value.shape)
+
+        x_1TD = self._typed(seen[f"layers.{layer - 1}" if layer else "embedding"])[None]
+        T = x_1TD.shape[1]
+        n_1TD = give("attention_norm", rms_norm(x_1TD, w["attention_norm"], c.norm_eps))
+        q = give("q", project(n_1TD, w, b, "attention.wq").view(1, T, c.n_heads, c.head_dim))
+        k = give("k", project(n_1TD, w, b, "attention.wk").view(1, T, c.n_kv_heads, c.head_dim))
+        v = give("v", project(n_1TD, w, b, "attention.wv").view(1, T, c.n_kv_heads, c.head_dim))
+        turns_Td = rotations(c, T, island(self.dtype), x_1TD.device)
+        q, k = give("q_rope", rotate(q, turns_Td)), give("k_rope", rotate(k, turns_Td))
+        a = give("attention", attend(q, k, v, c.window))
+        x_1TD = x_1TD + give("attention_out", project(a.reshape(1, T, -1), w, b, "attention.wo"))
+        n_1TD = give("ffn_norm", rms_norm(x_1TD, w["ffn_norm"], c.norm_eps))
+        gate, up = project(n_1TD, w, b, "feed_forward.w1"), project(n_1TD, w, b, "feed_forward.w3")
+        hidden = give("ffn_hidden", gate * torch.sigmoid(gate) * up)
+        x_1TD = x_1TD + give("ffn_out", project(hidden, w, b, "feed_forward.w2"))
+        out[name] = x_1TD
+        return {stage: value[0].flatten(1) for stage, value in out.items()}
+
+    @torch.no_grad()
+    def stages_of_ends(self, tokens: Sequence[int], seen: Trace) -> Trace:
+        """The embedding, the final norm and the logits of one row, each from what the subject showed of its input."""
+        table = self.weight("tok_embeddings.weight")
+        out: Trace = {"embedding": table[torch.tensor(list(tokens), device=self.device)]}
+        last = seen.get(f"layers.{self.config.n_layers - 1}")
+        if last is not None:
+            out["norm"] = rms_norm(self._typed(last), self.weight("norm.weight"), self.config.norm_eps)
+            head = table if self.config.tie_embeddings else self.weight("output.weight")
+            out["logits"] = self._typed(seen.get("norm", out["norm"])) @ head.T
+        return out
+
+    @torch.no_grad()
+    def tail_logits(self, tokens: Sequence[int], count: int) -> Tensor:
+        """Logits [count, V] at the last positions of a long row, of a model of one block.
+
+        Only the last positions ask, all are asked: the whole window costs no more than its keys and values.
+        """
+        c, T = self.config, len(tokens)
+        assert c.n_layers == 1
+        table, device = self.weight("tok_embeddings.weight"), self.device
+        w = {part: self.weight(f"layers.0.{part}.weight") for part in PARTS}
+        b = {part: self.weight(f"layers.0.{part}.bias") for part in PARTS if f"layers.0.{part}.bias" in self._weights}
+        x_1TD = table[torch.tensor(list(tokens), device=device)][None]
+        n_1TD = rms_norm(x_1TD, w["attention_norm"], c.norm_eps)
+        turns_Td = rotations(c, T, island(self.dtype), device)
+        q = rotate(project(n_1TD[:, -count:], w, b, "attention.wq").view(1, count, -1, c.head_dim), turns_Td[-count:])
+        k = rotate(project(n_1TD, w, b, "attention.wk").view(1, T, -1, c.head_dim), turns_Td)
+        v = project(n_1TD, w, b, "attention.wv").view(1, T, -1, c.head_dim)
+        k, v = (part.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for part in (k, v))
+        score = torch.einsum("bthd,bshd->bhts", q, k).to(island(self.dtype)) / c.head_dim**0.5
+        position, own = torch.arange(T, device=device), torch.arange(T - count, T, device=device)[:, None]
+        unseen = (position > own) | (position <= own - (c.window or T))
+        a = torch.einsum("bhts,bshd->bthd", score.masked_fill(unseen, -torch.inf).softmax(-1).to(q.dtype), v)
+        x_1TD = x_1TD[:, -count:] + project(a.reshape(1, count, -1), w, b, "attention.wo")
+        n_1TD = rms_norm(x_1TD, w["ffn_norm"], c.norm_eps)
+        gate, up = project(n_1TD, w, b, "feed_forward.w1"), project(n_1TD, w, b, "feed_forward.w3")
+        x_1TD = x_1TD + project(gate * torch.sigmoid(gate) * up, w, b, "feed_forward.w2")
+        n_1TD = rms_norm(x_1TD, self.weight("norm.weight"), c.norm_eps)
+        return n_1TD[0] @ (table if c.tie_embeddings else self.weight("output.weight")).T
+
+    def weight(self, name: str) -> Tensor:
+        return self._typed(self._weights[name][:])
+
+    def _typed(self, value: Tensor) -> Tensor:
+        return value.to(device=self.device, dtype=self.dtype)
+
+
+class Yardstick(RefSubject):
+    """The reference in a subject's own type, in several legal orders of summation: every value is [O, T, ...].
+
+    What the type costs is the mean over these orders, not the luck of one.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: Mapping[str, TensorSource],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        orders: int = ORDERS,
+    ):
+        super().__init__(config, weights, dtype, device, "yardstick")
+        self.orders = orders
+
+    def prefill_logits(self, rows: Rows) -> list[Tensor]:
+        several = []
+        for seed in range(self.orders):
+            with Order(seed):
+                several.append(super().prefill_logits(rows))
+        return [torch.stack(of_row) for of_row in zip(*several)]
+
+    def tail_logits(self, tokens: Sequence[int], count: int) -> Tensor:
+        several = []
+        for seed in range(self.orders):
+            with Order(seed):
+                several.append(super().tail_logits(tokens, count))
+        return torch.stack(several)
+
+    def stages_of_block(self, layer: int, seen: Sequence[Trace]) -> list[Trace]:
+        several = []
+        for seed in range(self.orders):
+            with Order(seed):
+                several.append(super().stages_of_block(layer, [_of_order(trace, seed) for trace in seen]))
+        return [_stacked(of_row) for of_row in zip(*several)]
+
+    def stages_of_ends(self, tokens: Sequence[int], seen: Trace) -> Trace:
+        several = []
+        for seed in range(self.orders):
+            with Order(seed):
+                several.append(super().stages_of_ends(tokens, _of_order(seen, seed)))
+        return _stacked(several)
+
+
+def _of_order(trace: Trace, order: int) -> Trace:
+    """What the subject showed, and where it did not, what this order gave itself."""
+    return {name: value[order] if value.dim() == 3 else value for name, value in trace.items()}
+
+
+def _stacked(traces: Sequence[Trace]) -> Trace:
+    return {name: torch.stack([trace[name] for trace in traces]) for name in traces[0]}
+
+
+def greedy_by_recomputation(subject: Subject, prompts: Rows, n: int) -> list[tuple[list[int], Tensor]]:
+    """Greedy decoding by whole sequences: for subjects without a cache of their own."""
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(n):
+        for row, logits_TV in zip(rows, subject.prefill_logits(rows), strict=True):
+            row.append(int((logits_TV[-1] == logits_TV[-1].max()).int().argmax()))
+    logits = subject.prefill_logits([row[:-1] for row in rows])
+    return [
+        (row[len(prompt) :], logits_TV[len(prompt) - 1 :])
+        for row, prompt, logits_TV in zip(rows, prompts, logits, strict=True)
+    ]
+
+
+def stage_widths(config: LlamaConfig) -> dict[str, int]:
+    """How many features every stage of the reference has, under its name; the logits are no stage here."""
+    heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    others = {"q": heads, "q_rope": heads, "attention": heads, "ffn_hidden": config.ffn_dim}
+    others |= dict.fromkeys(("k", "v", "k_rope"), kv_heads)
+    of_block = dict.fromkeys(("attention_norm", "attention_out", "ffn_norm", "ffn_out"), config.dim) | others
+    widths = {"embedding": config.dim, "norm": config.dim}
+    for layer in range(config.n_layers):
+        widths |= {f"layers.{layer}": config.dim}
+        widths |= {f"layers.{layer}.{stage}": width for stage, width in of_block.items()}
+    return widths
+
+
+def angles(config: LlamaConfig, length: int) -> Tensor:
+    """The rotary angles of the specification, float64 [length, d/2]."""
+    return torch.outer(torch.arange(length, dtype=torch.float64), inverse_frequencies(config))
+
+
+def radius(config: LlamaConfig) -> float:
+    """The length of the specification's rotated unit vectors: 1 but for YaRN."""
+    return amplitude(config)

@@ -1,0 +1,169 @@
+"""Sampling by laws: the hash against published vectors, the draw against exact probabilities, rows on their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llama_fast.build import build
+from llama_fast.compilers.eager import Eager
+from llama_fast.engine.sampling import MASK_32, Chooser, Sampling, draw, keep_nucleus, philox, uniform
+from llama_fast.plan import Plan
+from llama_ref.checkpoint import Checkpoint
+
+CPU = torch.device("cpu")
+
+
+def words(*values: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor([value]) for value in values)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # Random123's kat_vectors for philox4x32-10
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((MASK_32,) * 4, (MASK_32,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    assert tuple(int(word) for word in philox(words(*counter), words(*key))) == expected  # type: ignore[arg-type]
+
+
+def test_uniforms_are_uniform_and_differ_by_seed_position_and_stream() -> None:
+    position = torch.arange(20000)
+    key = torch.tensor([[5, 0]]).expand(20000, 2)
+    u = uniform(key, position)
+    assert u.dtype is torch.float64 and float(u.min()) >= 0 and float(u.max()) < 1
+    counts = torch.histc(u, 20, 0, 1)
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 56  # chi square, 19 degrees: false alarm 1.6e-5 if random
+    assert not torch.equal(u, uniform(key, position, stream=1))
+    assert not torch.equal(u, uniform(key + torch.tensor([1, 0]), position))
+
+
+def test_uniforms_looked_up_are_those_hashed() -> None:
+    hashed, looked_up = (Chooser(Sampling(0.7, seed=2**40), [2**40, 9, 11], CPU) for _ in range(2))
+    looked_up.look_ahead(40)
+    position = torch.tensor([[0, 39, 7, 7, 12], [5, 1, 38, 0, 39], [3, 3, 3, 20, 21]])
+    stream = torch.tensor([0, 3, 1, 2, 0])
+    u = hashed.uniforms(position, stream)
+    assert u.unique().numel() == 15
+    assert torch.equal(looked_up.uniforms(position, stream), u)
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for at in (torch.tensor([0, 39, 17]), torch.tensor([5, 5, 6])):
+        assert torch.equal(hashed(logits, at), looked_up(logits, at))
+
+
+def test_greedy_is_the_argmax_with_the_lowest_id_on_a_tie() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, -1.0, 2.0, 2.0]])
+    choose = Chooser(Sampling(), [1, 2], CPU)
+    assert choose(logits, torch.tensor([4, 9])).tolist() == [1, 0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9).filter(lambda p: sum(p) > 0.01), st.integers(50, 400))
+def test_draw_hits_each_token_in_proportion(weights: list[float], points: int) -> None:
+    """Over an even grid of u, each token's count is its probability to within one grid point."""
+    p = torch.tensor(weights, dtype=torch.float64)
+    p = p / p.sum()
+    u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    tokens = draw(p.expand(points, -1), u)
+    counts = torch.bincount(tokens, minlength=len(p))
+    assert ((counts - points * p).abs() <= 1 + 1e-9).all()
+    assert (p[tokens] > 0).all()
+
+
+class Recording:
+    """Kernels that only tell who asked."""
+
+    MOST_VOCABULARY = 8
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def law(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
+        floor = None if min_p is None else float(min_p)
+        self.asked.append(f"law {float(temperature):.1f} {top_k} {floor}")
+        return torch.nn.functional.one_hot(logits.argmin(-1), logits.shape[-1]).float()
+
+    def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
+        self.asked.append("draw")
+        return p.argmax(-1)
+
+
+def test_kernels_choose_where_they_can() -> None:
+    """A law not behind a nucleus, nothing above their vocabulary."""
+
+    def chosen(sampling: Sampling, vocab: int) -> tuple[list[int], list[str]]:
+        choose, kernels = Chooser(sampling, [1, 2], CPU), Recording()
+        choose.kernels = kernels
+        logits_BV = torch.tensor([[5.0, 1.0, -40.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], [-40.0, 1.0, 2.0, 60.0, *[1.0] * 5]])
+        return choose(logits_BV[:, :vocab], torch.tensor([4, 9])).tolist(), kernels.asked
+
+    assert chosen(Sampling(0.7, top_k=3, min_p=0.5), 8) == ([2, 0], ["law 0.7 3 0.5", "draw"])
+    assert chosen(Sampling(0.7), 4) == ([2, 0], ["law 0.7 None None", "draw"])
+    assert chosen(Sampling(0.1, top_p=0.5), 8) == ([0, 3], ["draw"])
+    assert chosen(Sampling(0.1), 9) == ([0, 3], [])
+    assert chosen(Sampling(0.0), 8) == ([0, 3], [])
+
+
+def test_a_plan_with_kernels_hands_them_to_its_choosers(untied: Checkpoint) -> None:
+    @dataclass(frozen=True)
+    class Having(Eager):
+        choosing = Recording()  # type: ignore[assignment]
+
+    for compiler, kernels in ((Eager(), None), (Having(), Having.choosing)):
+        runner = build(untied, Plan(compiler=compiler), "cpu")
+        assert runner.prepared(Chooser(Sampling(0.7), [1], CPU), 9).kernels is kernels
+
+
+def test_draw_never_gives_a_token_of_probability_zero() -> None:
+    p = torch.tensor([[0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert draw(p, torch.tensor([0.0, 0.0], dtype=torch.float64)).tolist() == [1, 3]
+    assert draw(p, torch.tensor([1 - 2**-53, 1 - 2**-53], dtype=torch.float64)).tolist() == [2, 3]
+
+
+def test_the_nucleus_is_the_fewest_that_reach_p() -> None:
+    p = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])
+    torch.testing.assert_close(keep_nucleus(p, torch.tensor(0.7)), torch.tensor([[0.0, 0.625, 0.375], [0.0, 0.0, 1.0]]))
+
+
+def test_top_k_and_temperature_shape_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
+    p = Chooser(Sampling(temperature=0.5, top_k=2), [0, 1], CPU).probabilities(logits)
+    torch.testing.assert_close(p[0], torch.tensor([0, 0, *torch.tensor([4.0, 6.0]).softmax(0).tolist()]))
+    assert (p[1].flip(0) == p[0]).all()
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    position = torch.tensor([3, 8, 1])
+    sampling = Sampling(temperature=1.3, top_k=40, top_p=0.9)
+    together = Chooser(sampling, [4, 5, 6], CPU)(logits, position)
+    for b in range(3):
+        assert Chooser(sampling, [4 + b], CPU)(logits[b : b + 1], position[b : b + 1]) == together[b]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_impossible_requests_fail_at_construction(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,207 @@
+"""The command line: the lines that scripts read, the files it writes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_fast import Llama
+from llama_fast.ladder import cli
+from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
+from llama_ref.tokenizer import RandomTokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llama-fast", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def model(untied: Checkpoint, tmp_path: Path) -> Path:
+    tokenizer = RandomTokenizer(untied.config.vocab_size, None, ())
+    save_checkpoint(tmp_path / "model", untied.config, dict(untied.weights), tokenizer=tokenizer)
+    return tmp_path / "model"
+
+
+def test_generate_prints_the_contracts_lines(run: Run, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    code, out, _ = run(
+        "generate", "--model", model, "--prompt", "ab", "--max-new-tokens", 6, "--num-samples", 2, "--json", file
+    )
+    assert code == 0
+    for line in (r"Average tokens/sec: \d+\.\d\d", r"Bandwidth achieved: \d+\.\d\d GB/s", r"Memory used: \d+\.\d\d GB"):
+        assert re.search(f"^{line}$", out, re.M), line
+    data = json.loads(file.read_text())
+    assert len(data["samples"]) == 2 and all(1 <= len(sample["tokens"]) <= 6 for sample in data["samples"])
+    assert data["samples"][0]["tokens"] != data["samples"][1]["tokens"], "every sample has its own seed"
+
+
+def test_streaming_shows_the_same_text(run: Run, model: Path) -> None:
+    arguments = ("generate", "--model", model, "--prompt", "ab", "--max-new-tokens", 9, "--temperature", 0)
+    plain, streamed = run(*arguments)[1], run(*arguments, "--stream")[1]
+    assert plain.splitlines()[0] == streamed.splitlines()[0] != ""
+
+
+def test_drafts_change_the_speed_and_nothing_else(run: Run, model: Path, tmp_path: Path) -> None:
+    arguments = ("generate", "--model", model, "--prompt", "ab", "--max-new-tokens", 20, "--temperature", 0)
+    plain = run(*arguments)[1].splitlines()[0]
+    file = tmp_path / "out.json"
+    for draft in (("ngram",), (model, "--draft-encoding", "int8"), (model, "--speculate", 3)):
+        code, out, _ = run(*arguments, "--num-samples", 2, "--json", file, "--draft", *draft)
+        assert code == 0 and out.splitlines()[0] == plain
+        assert re.search(r"^Speculation \(.+\): ", out, re.M)
+        assert ("Of this the draft: " in out) == (draft[0] != "ngram")
+        data = json.loads(file.read_text())
+        counted, singles = data["speculation"], [sample["speculation"] for sample in data["samples"]]
+        assert counted["rounds"] == sum(single["rounds"] for single in singles) and 0 <= counted["acceptance"] <= 1
+        assert {"tokens_per_round", "lengths", "draft_cost", "check_cost", "notice"} <= set(counted)
+    assert counted["lengths"]["3"] > 0 and re.search(r"^Accepted lengths: .*3: \d+", out, re.M)
+
+
+def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    assert run("quantize", "--model", model, "--out", out)[0] == 0
+    arguments = ("--prompt", "ab", "--max-new-tokens", 9, "--temperature", 0)
+    direct = run("generate", "--model", model, "--encoding", "int8", *arguments)[1].splitlines()[0]
+    for path in model.iterdir():
+        path.unlink()
+    assert run("generate", "--model", out, *arguments)[1].splitlines()[0] == direct
+    code, _, err = run("quantize", "--model", out, "--out", tmp_path / "again")
+    assert code == 2 and "stored as int8 already" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--max-new-tokens", 0), "max_new_tokens=0 must be at least 1"),
+        (("generate", "--max-new-tokens", -5), "max_new_tokens=-5 must be at least 1"),
+        (("generate", "--prompt", "x" * 200), "exceed the model's context of 128"),
+        (("generate", "--prompt", ""), "a prompt is empty"),
+        (("generate", "--encoding", "int7"), "unknown encoding 'int7' (known: dense, int8"),
+        (("generate", "--dtype", "float8"), "unknown dtype 'float8' (known: float32, bfloat16)"),
+        (("generate", "--temperature", -1), "temperature=-1.0"),
+        (("generate", "--stop", ""), "a stop string is empty"),
+        (("generate", "--fused", "--compile"), "choose one"),
+        (("generate", "--fused", "--device", "cpu"), "the fused kernels need a CUDA device"),
+        (("generate", "--draft", "ngram", "--speculate", 0), "k=0 must be at least 1"),
+        (("generate", "--draft", "random:llama-2-7b", "--speculate", 0), "k=0 must be at least 1"),
+        (
+            ("generate", "--draft", "ngram", "--speculate", 200, "--max-new-tokens", 9),
+            "k=200 is larger than the context left",
+        ),
+        (("generate", "--draft", "ngram", "--draft-encoding", "int8"), "an n-gram lookup has no weights"),
+        (("generate", "--speculate", 4), "--draft must say by whom"),
+        (("generate", "--draft", "nobody"), "unknown model 'nobody'"),
+        (("quantize", "--encoding", "dense"), "encoding dense changes nothing"),
+        (("bench", "--rungs", "warp"), "unknown rung 'warp' (known: baseline"),
+        (("bench", "--profile", "."), "cannot write the trace ."),
+        (("bench", "--rungs", "compiled,fused", "--device", "cpu"), "the rung fused needs a CUDA device"),
+        (("generate", "--profile", "/no/such/trace.json"), "/no/such: no such directory"),
+        (("generate", "--profile", "."), ". is a directory"),
+        (("generate", "--json", "/no/such/out.json"), "/no/such: no such directory"),
+        (("bench", "--new-tokens", 1), "Invalid value for '--new-tokens'"),
+        (("generate", "--max-new-tokens", "many"), "Invalid value for '--max-new-tokens'"),
+        (("generate", "--max-new-token", 3), "No such option: --max-new-token"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(
+    run: Run, model: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    code, _, err = run(*arguments, "--model", model)
+    assert code == 2
+    assert message in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_without_a_command_there_is_help(run: Run) -> None:
+    code, out, err = run()
+    assert code == 2 and "quantize" in out and not err
+    code, out, err = run("--help")
+    assert code == 0 and "quantize" in out and not err
+
+
+def test_a_launchers_nonsense_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run("generate")
+    assert code == 2 and err == "error: a launcher's variables must be numbers: RANK=x, LOCAL_RANK=x\n"
+
+
+def test_a_first_call_prepares_the_whole_request(model: Path) -> None:
+    llama = Llama.from_pretrained(model, device="cpu")
+    cli.warm_up(llama, "a", 100, {"temperature": 0.0, "logprobs": 2})
+    kept = llama._cache[1]
+    llama.generate("a", 100)
+    assert llama._cache[1] is kept, "a longer cache would be compiled for again, and timed"
+
+
+def test_a_stored_encoding_has_a_ladder_of_its_own(run: Run, model: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "int8"
+    assert run("quantize", "--model", model, "--out", stored)[0] == 0
+    code, out, err = run(
+        "bench", "--model", stored, "--out", tmp_path, "--prompt", "a", "--samples", 1, "--new-tokens", 4
+    )
+    assert (code, err) == (0, ""), err
+    (rung,) = json.loads((tmp_path / "ladder.json").read_text())["rungs"]
+    assert (rung["name"], rung["verdict"]) == ("int8", "AGREE") and "int8" in out
+
+
+def test_a_draft_of_another_vocabulary(run: Run, model: Path, untied: Checkpoint, tmp_path: Path) -> None:
+    config = dataclasses.replace(untied.config, vocab_size=90)
+    weights = random_checkpoint(config, 3).weights
+    save_checkpoint(tmp_path / "other", config, dict(weights), tokenizer=RandomTokenizer(90, None, ()))
+    code, _, err = run("generate", "--model", model, "--draft", tmp_path / "other", "--max-new-tokens", 9)
+    assert code == 2 and "the draft has a vocabulary of 90 tokens, the target one of 101" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_full_output_directory_is_left_alone(run: Run, model: Path) -> None:
+    before = sorted((path, path.read_bytes()) for path in model.iterdir())
+    code, _, err = run("quantize", "--model", model, "--out", model)
+    assert code == 2 and "exists and is not empty" in err
+    assert sorted((path, path.read_bytes()) for path in model.iterdir()) == before
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_model_is_sought(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("quantize", "--model", "nobody", "--out", "."), ("convert", "nobody", ".")):
+        code, _, err = run(*arguments)
+        assert code == 2 and "is the working directory" in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_unknown_model_says_what_is_possible(run: Run) -> None:
+    code, _, err = run("generate", "--model", "random:llama-9")
+    assert code == 2 and "unknown shape 'llama-9'" in err and "llama-2-7b" in err
+
+
+def test_our_own_bugs_are_one_line_too(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "resolve", lambda name: 1 / 0)
+    code, _, err = run("generate", "--model", model)
+    assert code == 2 and err.startswith("error: ZeroDivisionError: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_and_absent(run: Run, model: Path) -> None:
+    code, _, err = run("generate", "--model", model, "--device", "cuda")
+    assert code == 2 and "sees no CUDA device" in err

@@ -1,0 +1,80 @@
+"""The host memory that one rank's build needs, beside its shard and the largest tensor of the model.
+
+    python tests/instruments/shard_memory.py [--model smollm2-135m] [--ranks 3]
+
+Private memory (RssAnon of Linux, which a mapped file's pages are not part of) is read every two milliseconds while the shard
+is built. Exit 1 if for some encoding the peak lies above shard + largest tensor, in the type that is computed with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from llama_fast.build import build
+from llama_fast.contracts import Encoding
+from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int8 import Int8
+from llama_fast.model.roofline import stored_bytes
+from llama_fast.parallel.tensor_parallel import TensorParallel
+from llama_fast.plan import Plan
+from llama_ref.checkpoint import Checkpoint, random_checkpoint
+from llama_ref.config import LlamaConfig
+from llama_ref.models import resolve
+
+MB = 1e6
+TINY = LlamaConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, ffn_dim=16, vocab_size=32, max_context=16)
+
+
+def private() -> int:
+    """Bytes of this process that are its own."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+def peak_of(checkpoint: Checkpoint, encoding: Encoding, ranks: int) -> tuple[int, int]:
+    """(private bytes at the highest, above those before; the shard's bytes)."""
+    build(random_checkpoint(TINY, 1), Plan(encoding), "cpu")  # what the first use of anything costs
+    before, peak, done = private(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, private())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        runner = build(checkpoint, Plan(encoding, shard=TensorParallel(ranks // 2, ranks)), "cpu")
+    finally:
+        done.set()
+        watcher.join()
+    return max(peak, private()) - before, int(stored_bytes(runner.model))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--ranks", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    met = True
+    for encoding in (Int8(), Dense()):  # the smaller first: what it leaves in the heap would hide a peak
+        checkpoint = resolve(options.model).open("cpu", torch.float32)
+        largest = max(4 * math.prod(tensor.shape) for tensor in checkpoint.weights.values())
+        peak, shard = peak_of(checkpoint, encoding, options.ranks)
+        met &= peak <= shard + largest
+        print(
+            f"{encoding.name}: peak {peak / MB:.0f} MB for a shard of {shard / MB:.0f} MB of {options.ranks}; "
+            f"shard + largest tensor {(shard + largest) / MB:.0f} MB ({'MET' if peak <= shard + largest else 'NOT MET'})"
+        )
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
