@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 
 from llama_fast.build import build
-from llama_fast.model.llama import llama as model
+from llama_fast.model import llama as model
 from llama_fast.recipes import optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from llama_fast.contracts import Parts
+from llama_fast.contracts import Operations, Parts
 from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Biased, Block, Joined, Llama, Separate
 from llama_fast.plan import Plan
@@ -35,9 +35,13 @@ def build(
     device, dtype = where(device), dtype or default_dtype(where(device))
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
+    if plan.compiler.records_addresses and not plan.cache.fixed_addresses:
+        kinds = type(plan.compiler).__name__, type(plan.cache).__name__
+        raise ValueError("{} needs a cache whose addresses stay: Static(), not {}()".format(*kinds))
     config = plan.shard.local_config(checkpoint.config)
+    operations = plan.arithmetic.bind(config, plan.shard.all_reduce, device, plan.fuse_projections)
     stored = dict(encoded(checkpoint, plan, dtype, device))
-    model = construct(config, stored, plan, dtype).eval().requires_grad_(False)
+    model = construct(config, stored, plan, operations, dtype).eval().requires_grad_(False)
     return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))
 
 
@@ -66,7 +70,9 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def construct(config: LlamaConfig, stored: dict[str, dict[str, Tensor]], plan: Plan, dtype: torch.dtype) -> Llama:
+def construct(
+    config: LlamaConfig, stored: dict[str, dict[str, Tensor]], plan: Plan, operations: Operations, dtype: torch.dtype
+) -> Llama:
     """The model over stored weights, which are taken out of `stored` as they are used."""
 
     def projections(layer: str) -> dict[str, nn.Module]:
@@ -80,7 +86,7 @@ def construct(config: LlamaConfig, stored: dict[str, dict[str, Tensor]], plan: P
 
     def block(layer: str) -> Block:
         norms = {norm: stored.pop(f"{layer}.{norm}")["weight"] for norm in ("attention_norm", "ffn_norm")}
-        return Block(config, norms, projections(layer), plan.shard.all_reduce)
+        return Block(config, norms, projections(layer), operations)
 
     table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
     if config.tie_embeddings:

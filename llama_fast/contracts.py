@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ Parts = Mapping[str, Tensor]
 
 Where the model has biases there is a "bias" [out] besides, which encodings never see: the build adds it to their product.
 """
+
 
 class Sampler(Protocol):
     """What chooses a token of each row: a `Sampling` made ready for so many rows on a device."""
@@ -35,7 +36,11 @@ class Sampler(Protocol):
 
 
 Phase = Callable[..., tuple[Tensor, Tensor]]
-"""Prefill or decode: (model, tokens [B, T], lengths or start [B], cache, choose) -> (next token [B], logits)."""
+"""One of the two phases of generation, over (model, tokens [B, T], where, cache, sampler) -> (next token [B], logits).
+
+Prefill: `where` is (start [B] or None for 0, lengths [B]); logits [B, V] at each row's last token. Decode: `where` is the start
+[B] of the T tokens; logits [B, T, V].
+"""
 
 
 class Encoding(Protocol):
@@ -58,11 +63,95 @@ class Encoding(Protocol):
         """A module ids [...] -> rows [..., in] in `dtype`, sharing storage with `linear(parts)` where the head is tied."""
 
 
+Show = Callable[[str, Tensor], None]
+"""Is given a stage's name and its value."""
+
+
+class Step(NamedTuple):
+    """Where the tokens of one forward pass stand. An arithmetic fills in what it needs."""
+
+    start_B: Tensor | None
+    """The position of each row's first token; None: 0, with nothing before."""
+    position_BT: Tensor | None = None
+    mask_BTS: Tensor | None = None
+    """Which slots a token sees; None: those of the T tokens themselves, and causal."""
+    turns_BTd2: Tensor | None = None
+    """Cosine and sine of each position's angles."""
+    show: Show | None = None
+    name: str = ""
+    """Of the block, or the product, that is shown."""
+
+    def shown_to(self, show: Show, name: str = "") -> Step:
+        """The same step in a block whose stages are given to `show`."""
+        return self._replace(show=show, name=name)
+
+    def part(self, name: str) -> Step:
+        """The same step; the product that comes next is shown as "layers.3.wo" where the block is called "layers.3"."""
+        return self if self.show is None else self._replace(name=f"{self.name}.{name}")
+
+    def see(self, **stages: Tensor) -> None:
+        """Show stages of the block called `name`: in "layers.3" see(q=q) shows "layers.3.q"."""
+        if self.show is not None:
+            for stage, value in stages.items():
+                self.show(f"{self.name}.{stage}" if self.name else stage, value)
+
+
+class Operations(Protocol):
+    """The five steps of a block, and the two ends of a model, as one model's `Arithmetic` computes them."""
+
+    @property
+    def sampling_kernels(self) -> SamplingKernels | None:
+        """Kernels that choose tokens, or None to sample with PyTorch."""
+
+    def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:
+        """What is the same for all blocks: positions, masks, angles."""
+
+    def embed(self, tokens_BT: Tensor, embedding: nn.Module) -> Tensor:
+        """The tokens' rows of the table, [B, T, D]."""
+
+    def qkv(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, layer: LayerCache, step: Step) -> Tensor:
+        """Norm, the three projections, rotation; keys and values go to the cache. The queries [B, T, H, d]."""
+
+    def attend(self, q_BTHd: Tensor, layer: LayerCache, step: Step) -> Tensor:
+        """Attention over what the cache holds for these tokens, [B, T, H, d]."""
+
+    def add(self, a_BTK: Tensor, matrix: nn.Module, x_BTD: Tensor, step: Step) -> Tensor:
+        """x plus the product, summed over all processes, [B, T, D]; it may be written over x."""
+
+    def gated(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:
+        """Norm, then silu(gate) * up, [B, T, F]."""
+
+    def head(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:
+        """Norm, then the logits, float32 [B, T, V]."""
+
+    def compile_ahead(self, run: Callable[[], object], rows: int) -> None:
+        """Compile side by side what a first `run`, a pass of so many rows over one block, would compile piece by piece."""
+
+
+class Arithmetic(Protocol):
+    """How a model computes: with PyTorch's operators, or with kernels of our own."""
+
+    @property
+    def name(self) -> str:
+        """The word for it in a plan's description; "" for PyTorch's."""
+
+    @property
+    def sampling_kernels(self) -> SamplingKernels | None:
+        """Kernels that choose tokens, or None to sample with PyTorch."""
+
+    def bind(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device, joined: bool) -> Operations:
+        """The operations of one model; ValueError, by name, for what they cannot compute. `joined`: q, k, v are one matrix."""
+
+
 class LayerCache(Protocol):
     """One block's keys and values; slot j holds position j."""
 
-    def write(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values at their positions; return all slots, (k_BKSd, v_BKSd)."""
+    k: Tensor
+    v: Tensor
+    """All slots, [B, K, S, d]."""
+
+    def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
+        """Store the new keys and values at their positions."""
 
 
 class KVCache(Protocol):
@@ -81,6 +170,10 @@ class KVCache(Protocol):
 class Cache(Protocol):
     """How keys and values are kept."""
 
+    @property
+    def fixed_addresses(self) -> bool:
+        """Whether a cache stays where it was allocated, as recorded code needs it."""
+
     def allocate(
         self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
@@ -91,25 +184,29 @@ class Compiler(Protocol):
     """What happens to the two phases before they run."""
 
     @property
+    def records_addresses(self) -> bool:
+        """Whether compiled code finds the cache at the addresses that it had when it was recorded."""
+
+    @property
     def compiles_each_shape(self) -> bool:
         """Whether a decode step of another number of tokens costs a compilation of its own, in tens of seconds."""
 
-    @property
-    def choosing(self) -> Choosing | None:
-        """Kernels that choose tokens, of a compiler that has its own; None: `sampling` as it is written, compiled or not."""
-
-    def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
+    def compile(self, prefill: Phase, decode: Phase, model: Any) -> tuple[Phase, Phase]:
         """The two functions, compiled or not; a compiler may instead compile the model's blocks in place of the whole."""
 
 
 class AllReduce(Protocol):
     """How the partial results of all processes become one."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process, whose results are whole."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """The sum of x over all processes."""
 
     def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-        """residual + the sum of (a @ weight.T) * scale, in the residual's type, for a step that is made of our kernels."""
+        """residual + the sum of (a @ weight.T) * scale, in the residual's type, by our kernels."""
 
     def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
         """Whether all that a step of so many rows says goes by kernels of ours, which can be compiled without being run."""
@@ -132,13 +229,17 @@ class Shard(Protocol):
         """The module that gives every process all logits, where `linear` gives those of its part of "output"."""
 
 
-class Choosing(Protocol):
-    """Kernels that do in one launch each what is written below in many."""
+class SamplingKernels(Protocol):
+    """Kernels that do in one launch each what `engine.sampling` writes as many operators."""
 
     MOST_VOCABULARY: int
+    """Tokens that `law` and `draw` take; `argmax` takes any number."""
 
     def law(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
         """The distribution [M, V] of tokens with these logits."""
 
     def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
-        """As `draw`."""
+        """The tokens [M] at which the cumulative sums of p [M, V] pass the uniforms [M]."""
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The id of the largest of each row of logits [M, V], the lowest on ties, int64 [M]."""

@@ -4,16 +4,17 @@
     Plan(encoding=Int8(), cache=Static(), compiler=Compiled())   the source's third rung
 
 A slot holds exactly one value, so "int8 and int4 together" cannot be written. The kinds are the leaves in `encodings`, `caches`,
-`compilers` and `parallel`; they satisfy the Protocols of `contracts`, and no leaf imports another.
+`compilers`, `parallel` and `arithmetic`; they satisfy the Protocols of `contracts`, and no leaf imports another.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llama_fast.arithmetic.pytorch import PyTorch
 from llama_fast.caches.growing import Growing
 from llama_fast.compilers.eager import Eager
-from llama_fast.contracts import Cache, Compiler, Encoding, Shard
+from llama_fast.contracts import Arithmetic, Cache, Compiler, Encoding, Shard
 from llama_fast.encodings.dense import Dense
 from llama_fast.parallel.alone import Whole
 
@@ -26,6 +27,7 @@ class Plan:
     cache: Cache = field(default_factory=Growing)
     compiler: Compiler = field(default_factory=Eager)
     shard: Shard = field(default_factory=Whole)
+    arithmetic: Arithmetic = field(default_factory=PyTorch)
     fuse_projections: bool = False
     """q, k, v as one matrix and gate, up as another: fewer, larger products of the same numbers."""
 
@@ -33,7 +35,9 @@ class Plan:
         """As "dense · growing · eager · whole"."""
         words = [
             self.encoding.name,
-            *(type(slot).__name__.lower() for slot in (self.cache, self.compiler)),
+            type(self.cache).__name__.lower(),
+            *([self.arithmetic.name] if self.arithmetic.name else []),
+            type(self.compiler).__name__.lower(),
             str(self.shard),
         ]
         return " · ".join([*words, "fused projections"] if self.fuse_projections else words)

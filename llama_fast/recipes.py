@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from llama_fast.arithmetic.triton import Triton
 from llama_fast.caches.static import Static
 from llama_fast.compilers.compiled import Compiled
 from llama_fast.compilers.eager import Eager
-from llama_fast.compilers.graphed import Fused
+from llama_fast.compilers.graphed import Graphed
 from llama_fast.contracts import Encoding
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
@@ -27,5 +28,5 @@ def optimised(encoding: Encoding = Dense(), compile: bool = False) -> Plan:
 
 
 def fused(encoding: Encoding = Dense()) -> Plan:
-    """The static cache and our own kernels; needs a CUDA device."""
-    return Plan(encoding, cache=Static(), compiler=Fused(), fuse_projections=True)
+    """The static cache and our own kernels, replayed as a CUDA graph; needs a CUDA device."""
+    return Plan(encoding, cache=Static(), compiler=Graphed(), arithmetic=Triton(), fuse_projections=True)

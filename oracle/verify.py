@@ -87,7 +87,9 @@ def verify(
     beside: OtherProcess | None = None
     try:
         progress("sampling, text")
-        kernels = plan.compiler.choosing if device.type == "cuda" else None  # elsewhere such a plan cannot be built
+        kernels = (
+            plan.arithmetic.sampling_kernels if device.type == "cuda" else None
+        )  # elsewhere such a plan cannot be built
         certificate.parts["sampling"] = judge_sampling(FastSampler(device, kernels), device)
         if extras.tokenizer is not None:
             certificate.parts["text"] = judge_text(extras.tokenizer, checkpoint, extras.witness)

@@ -32,7 +32,7 @@ FLOORS = {
     "build": ("contracts", "model", "plan", "weights", "engine", *LEAVES),
     "recipes": ("contracts", "plan", *LEAVES),
     "llama": ("contracts", "plan", "engine", "build", "recipes", *LEAVES),
-    "chat": ("contracts", "plan", "engine", "build", "recipes", "llama"),
+    "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_model": ("contracts", "plan", "engine", "build", "recipes", "llama"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),

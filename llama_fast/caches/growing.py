@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ class GrowingLayer:
         pad = (0, 0, 0, slots)
         self.k, self.v = F.pad(self.k, pad), F.pad(self.v, pad)
 
-    def write(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-        return write_at(self.k, k_BTKd, position_BT), write_at(self.v, v_BTKd, position_BT)
+    def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
+        write_at(self.k, k_BTKd, position_BT)
+        write_at(self.v, v_BTKd, position_BT)
 
 
 class GrowingCache:
@@ -49,6 +51,8 @@ class GrowingCache:
 @dataclass(frozen=True)
 class Growing:
     """A cache reallocated for every token: what an eager implementation does first."""
+
+    fixed_addresses: ClassVar[bool] = False
 
     def allocate(
         self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device

@@ -7,6 +7,7 @@ Shapes: B batch, S slots, K key/value heads, d head width, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ class StaticLayer:
         self.k = torch.zeros(shape_BKSd, dtype=dtype, device=device)  # zeros: whatever a masked slot holds is
         self.v = torch.zeros(shape_BKSd, dtype=dtype, device=device)  # multiplied by 0, and 0 x NaN is NaN
 
-    def write(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-        return write_at(self.k, k_BTKd, position_BT), write_at(self.v, v_BTKd, position_BT)
+    def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
+        write_at(self.k, k_BTKd, position_BT)
+        write_at(self.v, v_BTKd, position_BT)
 
 
 class StaticCache:
@@ -45,6 +47,7 @@ class Static:
 
     length: int | None = None
     multiple: int = 256
+    fixed_addresses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.multiple < 1 or (self.length is not None and self.length < 1):

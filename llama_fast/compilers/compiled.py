@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llama_fast.compilers.compilation import own_code
 from llama_fast.compilers.tuner_clock import steady_tuning
-from llama_fast.contracts import KVCache, Phase, Sampler
+from llama_fast.contracts import KVCache, LayerCache, Phase, Sampler, Step
 from llama_fast.model.llama import Llama
 
 Options = dict[str, str | int | bool | Callable[..., Any]]
@@ -38,7 +38,7 @@ def about_the_request(guards: Sequence[Any]) -> list[bool]:
     """Which guards a step asks before it runs: those on its arguments and on PyTorch's state, not on the model and on code,
     which stay what they were. For a model of thirty blocks that leaves 166 of 5058, and a seventh of an int8 step.
     """
-    arguments = {"tokens_BT", "start_B", "cache", "choose", ""}  # of `build.decode`; what has no name is a state
+    arguments = {"tokens_BT", "start_B", "cache", "choose", ""}  # of `runner.decode`; what has no name is a state
     return [re.sub(r"^L\['(\w+)'\]", r"\1", guard.name).split(".")[0] in arguments for guard in guards]
 
 
@@ -54,8 +54,8 @@ class Compiled:
     """The source's two phases. `regions`: one compilation for all blocks, else each by itself, in minutes."""
 
     regions: bool = True
+    records_addresses: ClassVar[bool] = False
     compiles_each_shape: ClassVar[bool] = True
-    choosing: ClassVar[None] = None
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         from torch._inductor import inductor_prims  # noqa: F401 - knows what `matvec.sums_by_words` asks of a compiler
@@ -69,11 +69,16 @@ class Compiled:
         marked: weakref.WeakSet[KVCache] = weakref.WeakSet()
 
         def compiled_prefill(
-            unused: nn.Module, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Sampler
+            unused: nn.Module,
+            tokens_BT: Tensor,
+            where: tuple[Tensor | None, Tensor],
+            cache: KVCache,
+            choose: Sampler,
         ) -> tuple[Tensor, Tensor]:
-            if choose.code not in prefills:
-                prefills[choose.code] = torch.compile(own_code(prefill), dynamic=True, fullgraph=True)
-            return prefills[choose.code](model, tokens_BT, lengths_B, cache, choose)
+            code = (where[0] is None, choose.code)
+            if code not in prefills:
+                prefills[code] = torch.compile(own_code(prefill), dynamic=True, fullgraph=True)
+            return prefills[code](model, tokens_BT, where, cache, choose)
 
         def compiled_step(
             unused: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Sampler
@@ -108,9 +113,16 @@ class Region(nn.Module):
         super().__init__()
         self.block = block
 
+    def forward(self, x_BTD: Tensor, layer: LayerCache, step: Step) -> Tensor:
+        out_BTD: Tensor = self.region(x_BTD, layer, step.position_BT, step.mask_BTS, step.turns_BTd2)
+        return out_BTD
+
     @torch.compiler.nested_compile_region
-    def forward(self, *arguments: Any) -> Tensor:
-        return self.block(*arguments)  # type: ignore[no-any-return]
+    def region(
+        self, x_BTD: Tensor, layer: LayerCache, position_BT: Tensor, mask_BTS: Tensor, turns_BTd2: Tensor
+    ) -> Tensor:
+        """A step's tensors one by one: of a region's arguments a compiler knows these."""
+        return self.block(x_BTD, layer, Step(None, position_BT, mask_BTS, turns_BTd2))  # type: ignore[no-any-return]
 
 
 def with_regions(model: Llama) -> Llama:

@@ -14,8 +14,8 @@ from llama_fast.contracts import Phase
 class Eager:
     """Run the two phases as written."""
 
+    records_addresses: ClassVar[bool] = False
     compiles_each_shape: ClassVar[bool] = False
-    choosing: ClassVar[None] = None
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         return prefill, decode

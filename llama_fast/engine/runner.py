@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llama_fast.contracts import KVCache, Phase
+from llama_fast.contracts import KVCache, Phase, Sampler
 from llama_fast.engine.sampling import Chooser, Sampling
 from llama_fast.model.llama import Llama
 from llama_fast.plan import Plan
@@ -21,15 +21,23 @@ from llama_ref.config import LlamaConfig
 
 
 def prefill(
-    model: nn.Module, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser
+    model: nn.Module,
+    tokens_BT: Tensor,
+    where: tuple[Tensor | None, Tensor],
+    cache: KVCache,
+    choose: Sampler,
 ) -> tuple[Tensor, Tensor]:
-    """Phase one: all prompts at once, padded on the right. The next token [B] and its logits [B, V] of each row."""
-    logits_BV = model(tokens_BT, None, cache, last_B=lengths_B - 1)[:, 0]
-    return choose(logits_BV, lengths_B), logits_BV
+    """Phase one: all prompts at once, padded on the right, from their starts on (None: from position 0), and their lengths.
+
+    The next token [B] and its logits [B, V] of each row.
+    """
+    start_B, lengths_B = where
+    logits_BV = model(tokens_BT, start_B, cache, last_B=lengths_B - 1)[:, 0]
+    return choose(logits_BV, lengths_B if start_B is None else start_B + lengths_B), logits_BV
 
 
 def decode(
-    model: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser
+    model: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Sampler
 ) -> tuple[Tensor, Tensor]:
     """Phase two: the tokens just chosen (T = 1) or proposed (T > 1). The next token [B] and all logits [B, T, V]."""
     logits_BTV = model(tokens_BT, start_B, cache)
@@ -59,7 +67,7 @@ class Runner:
     def start(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser) -> tuple[Tensor, Tensor]:
         """Prefill: the first new token [B] and the logits [B, V] it was chosen from."""
         cache.reserve(torch.zeros_like(lengths_B), tokens_BT.shape[1])
-        return self.run_prefill(self.model, tokens_BT, lengths_B, cache, choose)
+        return self.run_prefill(self.model, tokens_BT, (None, lengths_B), cache, choose)
 
     @torch.no_grad()
     def step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser) -> tuple[Tensor, Tensor]:
@@ -73,19 +81,18 @@ class Runner:
     ) -> tuple[Tensor, Tensor]:
         """Prefill behind the start_B positions that the cache already holds; `lengths_B` counts the new tokens.
 
-        The next token [B] and its logits [B, V]. Not compiled: every length would be compiled anew.
+        The next token [B] and its logits [B, V].
         """
         cache.reserve(start_B, tokens_BT.shape[1])
-        logits_BV = self.model(tokens_BT, start_B, cache, last_B=lengths_B - 1)[:, 0]
-        return choose(logits_BV, start_B + lengths_B), logits_BV
+        return self.run_prefill(self.model, tokens_BT, (start_B, lengths_B), cache, choose)
 
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
         """The logits [B, V] at each row's last token."""
-        return self.start(tokens_BT, lengths_B, cache, self._greedy(tokens_BT))[1]
+        return self.start(tokens_BT, lengths_B, cache, self.greedy(len(tokens_BT)))[1]
 
     def decode(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> Tensor:
         """The logits [B, T, V] of tokens at positions start_B, start_B + 1, ..."""
-        return self.step(tokens_BT, start_B, cache, self._greedy(tokens_BT))[1]
+        return self.step(tokens_BT, start_B, cache, self.greedy(len(tokens_BT)))[1]
 
     @torch.no_grad()
     def score(self, tokens_BT: Tensor) -> Tensor:
@@ -101,12 +108,13 @@ class Runner:
         """
         if not self.plan.compiler.compiles_each_shape:
             choose.look_ahead(positions)
-            choose.kernels = self.plan.compiler.choosing
+            choose.kernels = self.plan.arithmetic.sampling_kernels
         return choose
 
     def reference_weights(self) -> Mapping[str, Tensor]:
         """decode(encode(w)) under canonical names: what a reference must compute with to be comparable."""
         return DecodedWeights(self.checkpoint, self.plan, self.dtype, self.device)
 
-    def _greedy(self, tokens_BT: Tensor) -> Chooser:
-        return Chooser(Sampling(), [0] * tokens_BT.shape[0], self.device)
+    def greedy(self, batch: int) -> Chooser:
+        """A sampler that takes the likeliest token of each row."""
+        return Chooser(Sampling(), [0] * batch, self.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Choosing
+from llama_fast.contracts import SamplingKernels
 
 MASK_32 = 0xFFFFFFFF
 STREAMS = 4
@@ -94,7 +94,7 @@ class Chooser:
         words = [[seed & MASK_32, (seed >> 32) & MASK_32] for seed in seeds]
         self.key_B2 = torch.tensor(words, dtype=torch.int64, device=device)
         self.ahead_BSL: Tensor | None = None
-        self.kernels: Choosing | None = None
+        self.kernels: SamplingKernels | None = None
         """Where nothing is compiled: what chooses in few launches, for vocabularies that it takes."""
 
     def look_ahead(self, positions: int) -> None:
@@ -128,7 +128,7 @@ class Chooser:
             lowered_BV = torch.where(logits_BV > 0, logits_BV / self.penalty, logits_BV * self.penalty)
             logits_BV = torch.where(self.seen_BV, lowered_BV, logits_BV)
         if self.coldest:
-            return logits_BV.argmax(-1)
+            return logits_BV.argmax(-1) if self.kernels is None else self.kernels.likeliest(logits_BV)
         if self.ahead_BSL is not None:
             u_B = self.ahead_BSL[:, 0].gather(1, position_B[:, None])[:, 0]
         else:

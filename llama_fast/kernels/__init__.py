@@ -7,8 +7,14 @@ S cache slots, K columns of a weight (its input), N rows of a weight (its output
 """
 
 import importlib.util
+import os
 
 
 def available() -> bool:
     """Whether Triton can be imported: the kernels' modules need it, the rest of the library does not."""
     return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device and slowly: TRITON_INTERPRET=1, set before import."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. `operators` makes of those in a step `torch.ops.llama_fast.*`, which torch.compile takes whole.
+"""The kernels as functions of tensors.
 
 No function synchronises with the host; each allocates its result and nothing else.
 """
@@ -26,7 +26,10 @@ from llama_fast.kernels.tuning import (
 )
 from llama_fast.kernels.words import Mailbox
 
-MOST_ROWS = 8  # of activations in one linear launch
+MOST_ROWS = 8
+"""Rows of activations in one linear launch, of weights in the activations' type."""
+MOST_ROWS_OF_NARROW = 64
+"""The same for weights that a library would first have to widen."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
 ARGMAX_STRETCH = 2048
 MOST_VOCABULARY = 32768  # that one program holds
@@ -51,6 +54,12 @@ def machine(device: torch.device) -> Machine:
 def launch_options(pdl: bool) -> dict[str, Any]:
     """Named only when used: Triton's interpreter does not know them."""
     return {"launch_pdl": True} if pdl else {}
+
+
+def takes(rows: int, weight: Tensor, x: Tensor) -> bool:
+    """Whether our products are made for so many rows of x: for more, a library's are faster."""
+    narrow = weight.element_size() < x.element_size() == 2
+    return rows <= (MOST_ROWS_OF_NARROW if narrow else MOST_ROWS)
 
 
 class Rope(NamedTuple):
@@ -84,8 +93,10 @@ def _linear(
     (m, k), (n, k_weight) = x.shape, weight.shape
     if k != k_weight:
         raise ValueError(f"x has {k} columns, the weight {k_weight}")
-    if not 1 <= m <= MOST_ROWS:
-        raise ValueError(f"{m} rows: these kernels take 1 to {MOST_ROWS}")
+    if m < 1 or not takes(m, weight, x):
+        raise ValueError(
+            f"{m} rows of {x.dtype}: these kernels take 1 to {MOST_ROWS}, of narrow weights {MOST_ROWS_OF_NARROW}"
+        )
     facts = machine(x.device)
     pdl = facts.pdl if pdl is None else pdl
     tile = tile or linear_tile(facts.name, epilogue, n, k, m, weight.element_size(), x.element_size())
@@ -202,14 +213,18 @@ def gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor, scale: Tensor | N
     return _linear(x, weight, scale, out, "gated", gain=gain, eps=eps, **options)
 
 
-def turn_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int) -> Tensor:
-    """Of a prompt's products [B * T, (H + 2 HKV) * HD]: rotary, k and v to the caches' first T slots. -> q [B * T, H * HD]."""
+def turn_and_store(qkv: Tensor, rope: Rope) -> Tensor:
+    """Of the products [B * T, (H + 2 HKV) * HD] of many rows: rotary, k and v to the caches. -> q [B * T, H * HD].
+
+    Row m is token m % T of batch row m // T and sits at position start[m // T] + m % T.
+    """
     rows, columns = qkv.shape
-    batch, kv_heads, slots, head_dim = k_cache.shape
-    out = qkv.new_empty(rows, heads * head_dim)
+    batch, kv_heads, slots, head_dim = rope.k_cache.shape
+    out = qkv.new_empty(rows, rope.heads * head_dim)
     launch(_turn_and_store, (rows, triton.cdiv(columns, 1024)))(
-        qkv, cos, sin, out, k_cache, v_cache, slots, rows // batch, H=heads, HKV=kv_heads, HD=head_dim, BN=1024
-    )
+        qkv, rope.cos, rope.sin, rope.start, out, rope.k_cache, rope.v_cache, slots, rows // batch,
+        H=rope.heads, HKV=kv_heads, HD=head_dim, BN=1024,
+    )  # fmt: skip
     return out
 
 
@@ -328,6 +343,17 @@ def argmax(
         num_warps=8, **launch_options(pdl),
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _argmax_scratch(rows: int, vocab: int, device: torch.device) -> ArgmaxScratch:
+    return ArgmaxScratch.of(rows, vocab, device)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """As `argmax`, with scratch memory of its own that is kept: a CUDA graph finds it where it was."""
+    logits = logits.contiguous()
+    return argmax(logits, _argmax_scratch(*logits.shape, logits.device))
 
 
 def padded_vocabulary(vocab: int) -> int:

@@ -1,4 +1,4 @@
-"""What stands between a long prompt's matrix products: rotary + cache write, and the gate. One pass over memory each.
+"""What stands between the matrix products of many rows: rotary + cache write, and the gate. One pass over memory each.
 
 Shapes: M rows (tokens of a batch, T each), H query heads, HKV key/value heads, HD head width, F hidden width.
 """
@@ -12,13 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def _turn_and_store(
-    qkv, cos, sin, q_out, k_cache, v_cache, slots, T,
+    qkv, cos, sin, start, q_out, k_cache, v_cache, slots, T,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M, columns / BN). Row m is token m % T, at that position, of batch row m // T."""
+    """Grid (M, columns / BN). Row m is token m % T of batch row m // T, at position start[m // T] + m % T."""
     N: tl.constexpr = (H + 2 * HKV) * HD
     m = tl.program_id(0).to(tl.int64)
-    position = m % T
+    position = tl.load(start + m // T).to(tl.int64) + m % T
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     pair = tl.program_id(1) * BN + 2 * tl.arange(0, BN // 2)
     value = tl.load(qkv + m * N + n, mask=n < N, other=0)

@@ -13,6 +13,15 @@ FEW_SLOTS = 1024
 """Slots of all rows up to which a call of PyTorch's attention costs more than its work: 36 us for 256, with loops 10."""
 
 
+def visible(position_BT: Tensor, slots: int, window: int | None) -> Tensor:
+    """Which of the cache's slots the tokens at these positions see, [B, T, S]."""
+    slot_S = torch.arange(slots, device=position_BT.device)
+    mask_BTS = slot_S <= position_BT[:, :, None]
+    if window is not None:
+        mask_BTS &= slot_S > position_BT[:, :, None] - window
+    return mask_BTS
+
+
 def attend(q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask_B1TS: Tensor | None) -> Tensor:
     """Attention of H query heads over K shared key/value heads: [B, T, H, d]. A mask of None: causal among these T tokens."""
     B, T, H, d = q_BTHd.shape

@@ -42,6 +42,8 @@ class Exchanger(AllReduce, Protocol):
 class OverGroup:
     """Sums over the default process group by functional collectives, which compilers and CUDA graphs capture."""
 
+    alone = False
+
     def __call__(self, x: Tensor) -> Tensor:
         group: Any = dist.group.WORLD
         total: Tensor = functional.wait_tensor(functional.all_reduce(x, "sum", group))
@@ -52,7 +54,7 @@ class OverGroup:
         return (residual + self(x)).type_as(residual)
 
     def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-        from llama_fast.kernels import ops  # Triton is imported by who uses it
+        from llama_fast.kernels import ops  # lazy import: Triton is optional
 
         return self.add(
             ops.linear(a, weight, scale, dtype=torch.float32), residual
@@ -73,7 +75,7 @@ class OverNvlink(OverGroup):
     """
 
     def __init__(self, exchange: Exchange, apart: bool = False):
-        from llama_fast.kernels import exchange as kernels  # Triton is imported by who uses it
+        from llama_fast.kernels import exchange as kernels  # lazy import: Triton is optional
 
         self.name = kernels.opened(exchange)
         self.mailbox, self.apart = exchange.mailbox, apart

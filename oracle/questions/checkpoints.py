@@ -143,7 +143,7 @@ def _in_stripes(
     matrices = [source for source in again.weights.values() if len(source.shape) == 2]
     row_bytes = max(source.shape[1] * source.dtype.itemsize for source in matrices)
     rows = max(1, min(source.shape[0] for source in matrices) // 2 - 1)
-    with patch("llama_fast.build.STRIPE_BYTES", rows * row_bytes):
+    with patch("llama_fast.weights.STRIPE_BYTES", rows * row_bytes):
         found = {f"{stem}.{k}": v for stem, parts in encoded(again, plan, dtype, device) for k, v in parts.items()}
     return [name for name in {**wanted, **found} if not torch.equal(found.get(name, EMPTY), wanted.get(name, EMPTY))]
 

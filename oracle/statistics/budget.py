@@ -33,7 +33,7 @@ ORDERS = 3
 """Orders of summation that a yardstick is run in where time allows."""
 
 NARROW = 1e-5  # a unit roundoff above this is that of bfloat16 or float16
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 TABLES = {"cpu": DATA / "spread.json", "cuda": DATA / "spread-cuda.json"}
 """What was measured on which device. What a device has no tails for is judged by the CPU's."""
 STATISTICS = ("whole", "window", "position_rms", "position_max")

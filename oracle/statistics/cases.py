@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TEXT = Path(__file__).parent / "data" / "alice.txt"
+TEXT = Path(__file__).parents[1] / "data" / "alice.txt"
 """Public-domain prose; its source stands in data/README.md."""
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Choosing
+from llama_fast.contracts import SamplingKernels
 from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Chooser, Sampling
@@ -169,25 +169,25 @@ class FastSubject:
         seen: list[dict[str, list[Tensor]]] = [{} for _ in rows]
 
         def keep(counts: Sequence[int]) -> Callable[[str, Tensor], None]:
-            def observe(stage: str, value_BT: Tensor) -> None:
+            def show(stage: str, value_BT: Tensor) -> None:
                 for row, count in enumerate(counts):
                     if count:
                         seen[row].setdefault(stage, []).append(value_BT[row, :count].flatten(1).clone())
 
-            return observe
+            return show
 
         prompts_BT = padded([row[:split] for row, split in zip(rows, splits)], device, self.vocab_size, 2)
         cache = self._cache(len(rows), max(prompts_BT.shape[1], *(len(row) for row in rows)))
         model = self.runner.model
         cache.reserve(torch.zeros(len(rows), dtype=torch.int64, device=device), prompts_BT.shape[1])
-        model(prompts_BT, None, cache, observe=keep(splits))
+        model(prompts_BT, None, cache, show=keep(splits))
         for step in range(steps):
             at = [min(split + step, len(row) - 1) for row, split in zip(rows, splits)]
             fresh = [int(split + step < len(row)) for row, split in zip(rows, splits)]
             at_B = torch.tensor(at, device=device)
             cache.reserve(at_B, 1)
             token_B1 = torch.tensor([[row[i]] for row, i in zip(rows, at)], device=device)
-            model(token_B1, at_B, cache, observe=keep(fresh))
+            model(token_B1, at_B, cache, show=keep(fresh))
         return [{stage: torch.cat(values) for stage, values in row.items()} for row in seen]
 
 
@@ -199,7 +199,7 @@ def sampling_of(setting: Setting, seed: int = 0) -> Sampling:
 class FastSampler:
     """The Chooser of `llama_fast` by itself, with the kernels that a plan gives it."""
 
-    def __init__(self, device: torch.device, kernels: Choosing | None = None):
+    def __init__(self, device: torch.device, kernels: SamplingKernels | None = None):
         self.device, self.kernels = device, kernels
 
     def _chooser(self, setting: Setting, seeds: Sequence[int]) -> Chooser:

@@ -7,7 +7,6 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -249,41 +248,12 @@ def check_choosing() -> int:
     return n_checked + 7
 
 
-def check_operators() -> int:
-    """Every operator under torch.library.opcheck: its schema, fake version and mutations are what they say."""
-    from llama_fast.kernels import operators
-
-    h, hkv, hd, dim, slots = 4, 2, 8, 24, 9
-    x, gain = rand(1, dim, seed=1), rand(dim, seed=2)
-    stored, scale, _ = weight((h + 2 * hkv) * hd, dim, "int8", seed=3)
-    cos, sin = rand(slots, hd // 2, seed=4).cos(), rand(slots, hd // 2, seed=4).sin()
-    start = torch.tensor([3])
-    k, v = rand(1, hkv, slots, hd, seed=5), rand(1, hkv, slots, hd, seed=6)
-    scratch = ops.AttentionScratch.of(1, h, hkv, hd, torch.device("cpu"))
-    logits, argmax_scratch = rand(2, 100, seed=7), ops.ArgmaxScratch.of(2, 100, torch.device("cpu"))
-    out, out_scale, _ = weight(dim, h * hd, "int8", seed=8)
-    tokens, table = torch.tensor([1, 3]), rand(5, dim, seed=9)
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (operators.qkv, (x, gain, 1e-5, stored, scale, cos, sin, start, k, v, h)),
-        (operators.attention, (rand(1, h * hd, seed=10), k, v, start, *scratch)),
-        (operators.linear_add, (rand(1, h * hd, seed=11), out, out_scale, x)),
-        (operators.gated, (x, gain, 1e-5, stored, scale)),
-        (operators.head, (x, gain, 1e-5, stored, scale, torch.float32)),
-        (operators.argmax, (logits, *argmax_scratch)),
-        (operators.embed, (tokens, table)),
-    ]
-    for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-    return len(calls)
-
-
 CHECKS: dict[str, Callable[[], int]] = {
     "linear": check_linear,
     "qkv": check_qkv,
     "attention": check_attention,
     "ends": check_ends,
     "choosing": check_choosing,
-    "operators": check_operators,
 }
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ import sys
 import torch
 
 from llama_fast.build import build
-from llama_fast.compilers.graphed import FusedStep
+from llama_fast.compilers.eager import Eager
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.kernels import ops
 from llama_fast.kernels.exchange import Exchange
 from llama_fast.kernels.words import Mailbox
 from llama_fast.parallel.tensor_parallel import OverNvlink, TensorParallel
-from llama_fast.recipes import optimised
+from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference
@@ -41,21 +41,20 @@ def main(rank: int, size: int, file: str) -> None:
     for encoding, kv_heads, B, T in ((Dense(), 6, 2, 1), (Int8(), 1, 2, 2), (Dense(), 6, 1, 1), (Int8(), 6, 1, 1)):
         config = dataclasses.replace(CONFIG, n_kv_heads=kv_heads, tie_embeddings=kv_heads == 1)
         checkpoint = random_checkpoint(config, 1, "cpu", torch.float32)
-        runner = build(checkpoint, dataclasses.replace(optimised(encoding), shard=shard), "cpu")
+        runner = build(checkpoint, dataclasses.replace(fused(encoding), compiler=Eager(), shard=shard), "cpu")
         wanted = Reference(config, runner.reference_weights(), torch.float64)
-        step = FusedStep(runner.model)
         tokens_BL = torch.randint(config.vocab_size, (B, 20), generator=torch.Generator().manual_seed(B))
         wanted_BLV = wanted(tokens_BL)
         cache = runner.allocate(B, 20)
         assert cache.layers[0].k.shape[1] == max(1, kv_heads // size), "local heads only"
         lengths_B = torch.tensor([7, 5])[:B]
-        logits_BV = step.prompt(tokens_BL[:, :7], lengths_B, cache)
+        logits_BV = runner.prefill(tokens_BL[:, :7], lengths_B, cache)
         torch.testing.assert_close(logits_BV.double(), wanted_BLV[torch.arange(B), lengths_B - 1], atol=2e-5, rtol=2e-5)
         for first in range(0, 2 * T, T):
             start_B = lengths_B + first
             at_BT = start_B[:, None] + torch.arange(T)
             rows_B1 = torch.arange(B)[:, None]
-            token_B, logits_BTV = step.run(tokens_BL[rows_B1, at_BT], start_B, cache)
+            token_B, logits_BTV = runner.step(tokens_BL[rows_B1, at_BT], start_B, cache, runner.greedy(B))
             torch.testing.assert_close(logits_BTV.double(), wanted_BLV[rows_B1, at_BT], atol=2e-5, rtol=2e-5)
             assert torch.equal(token_B, logits_BTV[:, -1].argmax(-1))
             checked += 1

@@ -1,14 +1,16 @@
 """A whole fused step against the reference, in Triton's interpreter. Run by test_interpreted.py with TRITON_INTERPRET=1."""
 
+import dataclasses
+
 import torch
 
 from llama_fast.build import build
-from llama_fast.compilers.graphed import FusedStep
+from llama_fast.compilers.eager import Eager
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.runner import Runner
 from llama_fast.kernels import ops
-from llama_fast.recipes import optimised
+from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference
@@ -19,27 +21,35 @@ CONFIG = LlamaConfig(
 )
 
 
-def long_prompts(step: FusedStep, runner: Runner, exact: Reference) -> int:
-    """Ragged prompts through the products' way, then a token each through the kernels, on the cache they left."""
-    tokens_BL = torch.randint(CONFIG.vocab_size, (3, 19), generator=torch.Generator().manual_seed(7))
-    wanted_BLV, rows = exact(tokens_BL), torch.arange(3)
+def prompts(runner: Runner, exact: Reference) -> int:
+    """Ragged prompts longer than any kernel's rows, a token each on the cache they left, and a text's continuation behind it."""
+    tokens_BL = torch.randint(CONFIG.vocab_size, (3, 60), generator=torch.Generator().manual_seed(7))
+    wanted_BLV, rows_B1 = exact(tokens_BL), torch.arange(3)[:, None]
+    cache = runner.allocate(3, 60)
     lengths_B = torch.tensor([18, 9, 13])
-    cache = runner.allocate(3, 19)
-    logits_BV = step.prompt(tokens_BL[:, :18], lengths_B, cache)
-    torch.testing.assert_close(logits_BV.double(), wanted_BLV[rows, lengths_B - 1], atol=2e-5, rtol=2e-5)
-    _, logits_B1V = step.run(tokens_BL[rows, lengths_B][:, None], lengths_B, cache)
-    torch.testing.assert_close(logits_B1V[:, 0].double(), wanted_BLV[rows, lengths_B], atol=2e-5, rtol=2e-5)
-    return 2
+    logits_BV = runner.prefill(tokens_BL[:, :18], lengths_B, cache)
+    torch.testing.assert_close(logits_BV.double(), wanted_BLV[rows_B1[:, 0], lengths_B - 1], atol=2e-5, rtol=2e-5)
+    logits_B1V = runner.decode(tokens_BL[rows_B1, lengths_B[:, None]], lengths_B, cache)
+    torch.testing.assert_close(logits_B1V, wanted_BLV[rows_B1, lengths_B[:, None]].float(), atol=2e-5, rtol=2e-5)
+    # behind that, more tokens than our attention takes in a row, and fewer
+    for T in (34, 5):
+        start_B, counts_B = lengths_B + 1, torch.tensor([T, T - 3, T - 1])
+        at_BT = start_B[:, None] + torch.arange(T)
+        _, logits_BV = runner.extend(tokens_BL[rows_B1, at_BT], start_B, counts_B, cache, runner.greedy(3))
+        wanted_BV = wanted_BLV[rows_B1[:, 0], start_B + counts_B - 1]
+        torch.testing.assert_close(logits_BV.double(), wanted_BV, atol=2e-5, rtol=2e-5)
+    scored_BTV = runner.score(tokens_BL[:, :25])
+    torch.testing.assert_close(scored_BTV.double(), wanted_BLV[:, :25], atol=2e-5, rtol=2e-5)
+    return 5
 
 
 def main() -> None:
     """B rows at unequal positions, T tokens a step, through a cache whose later slots hold garbage."""
     checked = 0
-    for encoding, shapes in ((Dense(), ((1, 1), (2, 4))), (Int8(), ((2, 1), (4, 2)))):
+    for encoding, shapes in ((Dense(), ((1, 1), (2, 4), (9, 1))), (Int8(), ((2, 1), (4, 2), (11, 1)))):
         checkpoint = random_checkpoint(CONFIG, 1, "cpu", torch.float32)
-        runner = build(checkpoint, optimised(encoding), "cpu")
+        runner = build(checkpoint, dataclasses.replace(fused(encoding), compiler=Eager()), "cpu")
         exact = Reference(CONFIG, runner.reference_weights(), torch.float64)
-        step = FusedStep(runner.model)
         for B, T in shapes:
             tokens_BL = torch.randint(CONFIG.vocab_size, (B, 20), generator=torch.Generator().manual_seed(B))
             wanted_BLV = exact(tokens_BL)
@@ -49,15 +59,15 @@ def main() -> None:
                 layer.v.fill_(torch.nan)
             rows_B1 = torch.arange(B)[:, None]
             for slot in range(3):  # columns of a larger tensor: a view with gaps
-                step.run(tokens_BL[:, slot : slot + 1], torch.full((B,), slot), cache)
+                runner.decode(tokens_BL[:, slot : slot + 1], torch.full((B,), slot), cache)
             for first in range(0, 2 * T, T):
                 start_B = torch.arange(B) % 3 + first
                 at_BT = start_B[:, None] + torch.arange(T)
-                token_B, logits_BTV = step.run(tokens_BL[rows_B1, at_BT], start_B, cache)
+                token_B, logits_BTV = runner.step(tokens_BL[rows_B1, at_BT], start_B, cache, runner.greedy(B))
                 torch.testing.assert_close(logits_BTV.double(), wanted_BLV[rows_B1, at_BT], atol=2e-5, rtol=2e-5)
                 assert torch.equal(token_B, logits_BTV[:, -1].argmax(-1))
                 checked += 1
-        checked += long_prompts(step, runner, exact)
+        checked += prompts(runner, exact)
     print(f"step: {checked} results agree")
 
 

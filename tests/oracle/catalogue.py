@@ -7,7 +7,6 @@ in the second row, only in bfloat16, only where a step has several tokens, only 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast import plan as plan_module
+from llama_fast import weights
+from llama_fast.arithmetic import pytorch
+from llama_fast.caches import growing as growing_cache
 from llama_fast.caches import static as static_cache
-from llama_fast.encodings import int8
-from llama_fast.engine import logprobs, sampling, text
+from llama_fast.encodings import dense, int8
+from llama_fast.engine import generate, logprobs, runner, sampling, text
 from llama_fast.engine.sampling import Chooser
-from llama_fast.model.llama import llama as fast
+from llama_fast.model import llama as fast
 from llama_fast.parallel import tensor_parallel
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named, optimised
@@ -33,8 +34,6 @@ from llama_ref import huggingface, saved, tokenizer
 from llama_ref.checkpoint import Checkpoint
 
 Patch = pytest.MonkeyPatch
-BUILD: Any = importlib.import_module("llama_fast.build")  # the package exports functions under these names
-GENERATE: Any = importlib.import_module("llama_fast.engine.generate")
 DENSE, INT8 = optimised(), optimised(encoding_named("int8"))
 GROWING = Plan()
 BF16 = torch.bfloat16
@@ -83,7 +82,7 @@ def with_config(**changes: Any) -> Callable[[Patch], None]:
 
 
 def rotation(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
-    return around(fast, "rotate", change)
+    return around(pytorch, "rotate", change)
 
 
 def half_split(rotate: Any, x_BThd: Tensor, turns: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ def late_position(forward: Any, self: Any, tokens: Tensor, start: Tensor | None,
 
 
 def attention(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
-    return around(fast, "attend", change)
+    return around(pytorch, "attend", change)
 
 
 def masked(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
@@ -180,34 +179,39 @@ def coarse_norm(forward: Any, self: Any, x: Tensor) -> Tensor:
 
 
 def block(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
-    """Another Block.forward: change(self, x, rest of the attention's arguments, observe, name)."""
-
-    def forward(
-        _: Any, self: Any, x: Tensor, turns: Tensor, at: Tensor, mask: Any, cache: Any, see: Any = None, name: str = ""
-    ) -> Tensor:
-        return change(self, x, lambda y: self.attention(y, turns, at, mask, cache, see, name), see, name)
-
-    return around(fast.Block, "forward", forward)
+    """Another Block.forward: change(block, x, layer, step)."""
+    return around(fast.Block, "forward", lambda forward, *arguments: change(*arguments))
 
 
-def no_second_residual(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
-    x = x + self.all_reduce(attend(x))
-    return self.all_reduce(self.feed_forward(x, see, name))  # type: ignore[no-any-return]
+def attended(block: Any, x: Tensor, layer: Any, step: Any) -> Tensor:
+    """The residual stream after a block's attention."""
+    a = block.operations.attend(block.operations.qkv(x, block.attention_norm, block.qkv, layer, step), layer, step)
+    return block.operations.add(a.flatten(2), block.wo, x, step.part("attention_out"))  # type: ignore[no-any-return]
 
 
-def coarse_residual(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
-    x = (x + self.all_reduce(attend(x))).half().float()
-    return x + self.all_reduce(self.feed_forward(x, see, name))  # type: ignore[no-any-return]
+def fed(block: Any, x: Tensor, step: Any) -> Tensor:
+    """The residual stream after a block's feed-forward."""
+    h = block.operations.gated(x, block.ffn_norm, block.gate_up, step)
+    return block.operations.add(h, block.w2, x, step.part("ffn_out"))  # type: ignore[no-any-return]
 
 
-def parallel_block(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
-    return x + self.all_reduce(attend(x)) + self.all_reduce(self.feed_forward(x, see, name))  # type: ignore[no-any-return]
+def no_second_residual(block: Any, x: Tensor, layer: Any, step: Any) -> Tensor:
+    x = attended(block, x, layer, step)
+    return fed(block, x, step) - x
 
 
-def slightly_short_residual(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
-    x = x + self.all_reduce(attend(x))
-    y: Tensor = self.all_reduce(self.feed_forward(x, see, name))
-    return x + (y * 0.9999 if name.endswith("1") else y)
+def coarse_residual(block: Any, x: Tensor, layer: Any, step: Any) -> Tensor:
+    return fed(block, attended(block, x, layer, step).half().float(), step)
+
+
+def parallel_block(block: Any, x: Tensor, layer: Any, step: Any) -> Tensor:
+    return attended(block, x, layer, step) + fed(block, x, step) - x
+
+
+def slightly_short_residual(block: Any, x: Tensor, layer: Any, step: Any) -> Tensor:
+    x = attended(block, x, layer, step)
+    y = fed(block, x, step) - x
+    return x + (y * 0.9999 if step.name.endswith("1") else y)
 
 
 def swapped_gate(forward: Any, self: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -223,7 +227,7 @@ def scaled_weights(name: str, factor: float) -> Callable[[Patch], None]:
         parts: dict[str, Tensor] = encode(checkpoint, stem, *rest, **more)
         return {part: value * factor for part, value in parts.items()} if stem == name else parts
 
-    return around(BUILD, "encode_one", change)
+    return around(weights, "encode_one", change)
 
 
 def swapped_weights(one: str, other: str) -> Callable[[Patch], None]:
@@ -232,11 +236,11 @@ def swapped_weights(one: str, other: str) -> Callable[[Patch], None]:
         there = f"{other_stem}.weight" in checkpoint.weights  # a model cut to its first block has not both
         return encode(checkpoint, other_stem if there else stem, *rest)  # type: ignore[no-any-return]
 
-    return around(BUILD, "encode_one", change)
+    return around(weights, "encode_one", change)
 
 
 def embedding(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
-    return around(plan_module.DenseEmbedding, "forward", lambda forward, self, ids: forward(self, change(ids)))
+    return around(dense.DenseEmbedding, "forward", lambda forward, self, ids: forward(self, change(ids)))
 
 
 def encode_with(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Patch], None]:
@@ -282,7 +286,7 @@ def logits_of_the_padding(forward: Any, *args: Any, last_B: Tensor | None = None
 
 
 def loop(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    return around(GENERATE, "stream", change)
+    return around(generate, "stream", change)
 
 
 def all_end_together(stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None) -> Any:
@@ -470,8 +474,9 @@ def never_the_last(accept: Any, draft: Tensor, best: Tensor) -> Any:
 def reduced(change: Callable[[Any, Tensor], Tensor]) -> Callable[[Patch], None]:
     """Every all-reduce of a block replaced by change(all_reduce, x)."""
 
-    def init(original: Any, self: Any, config: Any, norms: Any, projections: Any, all_reduce: Any) -> None:
-        original(self, config, norms, projections, lambda x: change(all_reduce, x))
+    def init(original: Any, self: Any, config: Any, norms: Any, projections: Any, operations: Any) -> None:
+        total = operations.all_reduce
+        original(self, config, norms, projections, replace(operations, all_reduce=lambda x: change(total, x)))
 
     return around(fast.Block, "__init__", init)
 
@@ -487,9 +492,10 @@ def last_token_alone(all_reduce: Any, x: Tensor) -> Tensor:
     return torch.cat([total[:, :-1] * 0.5, total[:, -1:]], 1) if x.shape[1] > 100 else total
 
 
-def unreduced_feed_forward(self: Any, x: Tensor, attend: Any, see: Any, name: str) -> Tensor:
-    x = x + self.all_reduce(attend(x))
-    return x + self.feed_forward(x, see, name)  # type: ignore[no-any-return]
+def unreduced_feed_forward(block: Any, x: Tensor, layer: Any, step: Any) -> Tensor:
+    x = attended(block, x, layer, step)
+    h = block.operations.gated(x, block.ffn_norm, block.gate_up, step)
+    return replace(block.operations, all_reduce=lambda y: y).add(h, block.w2, x, step.part("ffn_out"))
 
 
 def shares(change: Callable[[Any, int, slice], slice]) -> Callable[[Patch], None]:
@@ -573,7 +579,7 @@ MODEL_FAULTS = [
     f(
         "growing: row 0's keys in every row",
         "cache",
-        writing(lambda write, slots, new, at: write(slots, new[:1].expand_as(new), at), plan_module),
+        writing(lambda write, slots, new, at: write(slots, new[:1].expand_as(new), at), growing_cache),
         A,
         plan=GROWING,
     ),
@@ -714,7 +720,7 @@ LOOP_FAULTS = [
     f("position ignored", "sampling", around(sampling, "uniform", lambda u, key, at, *rest: u(key, at * 0, *rest)), "draws over positions", trial="sampling"),
     f("highest id on a tie", "sampling", around(Chooser, "__call__", highest_id), "argmax", trial="sampling"),
     f("row 0's mask in large batches", "mask", masked(lambda m: m[:1].expand_as(m) if len(m) > 4 else m), "seven rows", trial="loop"),
-    f("the longest row's last token behind a prefix", "loop", around(BUILD.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="loop"),
+    f("the longest row's last token behind a prefix", "loop", around(runner.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="loop"),
     f("one seed for all rows", "loop", around(sampling.Sampling, "seeds", lambda seeds, self, rows: seeds(self, rows)[:1] * rows), "draw alike", trial="loop"),
     f("row 0's uniforms ahead", "loop", around(Chooser, "look_ahead", ahead_of_row_0), "draw alike", trial="loop"),
     f("penalty squared", "loop", chosen_with(lambda self: setattr(self, "penalty", self.penalty**2)), "penalised", trial="loop"),

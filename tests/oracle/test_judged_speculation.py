@@ -19,7 +19,7 @@ from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
 from oracle import cli
-from oracle.questions.checkpoints import speculation
+from oracle.questions import speculation
 
 CONFIG = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=101, max_context=256

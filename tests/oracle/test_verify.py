@@ -76,7 +76,7 @@ def test_differ_is_exit_1(named: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     def off(config: LlamaConfig) -> torch.Tensor:
         return rope_table(replace(config, rope_theta=config.rope_theta * 1.0001))
 
-    from llama_fast.model.llama import llama as model
+    from llama_fast.model import llama as model
 
     rope_table = model.rope_table
     monkeypatch.setattr(model, "rope_table", off)
@@ -116,9 +116,9 @@ def test_the_same_input_gives_the_same_bytes_apart_from_the_date(tiny: Checkpoin
 def test_a_subject_that_errs_beyond_comparison_still_gets_a_readable_certificate(
     tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llama_fast.model.llama import llama as model
+    from llama_fast.arithmetic import pytorch
 
-    monkeypatch.setattr(model, "rotate", lambda x, turns: x * torch.nan)
+    monkeypatch.setattr(pytorch, "rotate", lambda x, turns: x * torch.nan)
     certificate = verify(tiny, optimised(), CPU, torch.float32)
     assert certificate.outcome is Outcome.DIFFER
     assert "first fault: layers.0.q_rope" in certificate.to_text()

@@ -18,9 +18,10 @@ from catalogue import DENSE, GROWING, INT8, around, attention, norm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llama_fast import plan as plan_module
+from llama_fast.arithmetic import pytorch
 from llama_fast.build import build
-from llama_fast.model.llama import llama as fast
+from llama_fast.encodings import dense
+from llama_fast.model import llama as fast
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from oracle.questions.checkpoints import references
@@ -113,7 +114,7 @@ def split_linear(pieces: int) -> Callable[[Patch], None]:
         assert isinstance(total, Tensor)
         return total.to(x.dtype)
 
-    return around(plan_module.DenseLinear, "forward", forward)
+    return around(dense.DenseLinear, "forward", forward)
 
 
 def row_by_row(forward: Any, self: Any, x: Tensor) -> Tensor:
@@ -181,11 +182,11 @@ VARIATIONS = [
     Variation("attention written out in float32", plant=attention(written_out)),
     Variation("sums in two halves", plant=split_linear(2)),
     Variation("sums in eight parts", plant=split_linear(8)),
-    Variation("products row by row", plant=around(plan_module.DenseLinear, "forward", row_by_row)),
-    Variation("products in float64, rounded once", plant=around(plan_module.DenseLinear, "forward", in_double)),
+    Variation("products row by row", plant=around(dense.DenseLinear, "forward", row_by_row)),
+    Variation("products in float64, rounded once", plant=around(dense.DenseLinear, "forward", in_double)),
     Variation("norm by hand", plant=norm(by_hand)),
     Variation("norm in float64", plant=norm(norm_in_double)),
-    Variation("rotation by complex numbers", plant=around(fast, "rotate", complex_rotation)),
+    Variation("rotation by complex numbers", plant=around(pytorch, "rotate", complex_rotation)),
     Variation("angles multiplied out in float32", plant=around(fast, "rope_table", angles_in_float32)),
     Variation("silu by its exponential", plant=around(fast.F, "silu", exp_silu)),
     Variation("one row at a time", batch=1),

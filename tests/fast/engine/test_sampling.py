@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llama_fast.arithmetic.pytorch import PyTorch
 from llama_fast.build import build
-from llama_fast.compilers.eager import Eager
 from llama_fast.engine.sampling import MASK_32, Chooser, Sampling, draw, keep_nucleus, philox, uniform
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
@@ -100,6 +100,10 @@ class Recording:
         self.asked.append("draw")
         return p.argmax(-1)
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        self.asked.append("likeliest")
+        return logits.argmax(-1)
+
 
 def test_kernels_choose_where_they_can() -> None:
     """A law not behind a nucleus, nothing above their vocabulary."""
@@ -114,16 +118,16 @@ def test_kernels_choose_where_they_can() -> None:
     assert chosen(Sampling(0.7), 4) == ([2, 0], ["law 0.7 None None", "draw"])
     assert chosen(Sampling(0.1, top_p=0.5), 8) == ([0, 3], ["draw"])
     assert chosen(Sampling(0.1), 9) == ([0, 3], [])
-    assert chosen(Sampling(0.0), 8) == ([0, 3], [])
+    assert chosen(Sampling(0.0), 8) == ([0, 3], ["likeliest"])
 
 
 def test_a_plan_with_kernels_hands_them_to_its_choosers(untied: Checkpoint) -> None:
     @dataclass(frozen=True)
-    class Having(Eager):
-        choosing = Recording()  # type: ignore[assignment]
+    class Having(PyTorch):
+        sampling_kernels = Recording()  # type: ignore[assignment]
 
-    for compiler, kernels in ((Eager(), None), (Having(), Having.choosing)):
-        runner = build(untied, Plan(compiler=compiler), "cpu")
+    for arithmetic, kernels in ((PyTorch(), None), (Having(), Having.sampling_kernels)):
+        runner = build(untied, Plan(arithmetic=arithmetic), "cpu")
         assert runner.prepared(Chooser(Sampling(0.7), [1], CPU), 9).kernels is kernels
 
 

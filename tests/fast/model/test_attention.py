@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_fast.model import attention
 from llama_fast.model.attention import FEW_SLOTS, attend, attend_by_sums
-from llama_fast.model.llama import attention
 
 
 def inputs(B: int, T: int, H: int, K: int, S: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

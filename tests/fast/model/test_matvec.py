@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 
-from llama_fast.model.llama import matvec
+from llama_fast.model import matvec
 from llama_fast.model.matvec import product
 
 pytestmark = pytest.mark.usefixtures("two_threads")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_fast import weights
 from llama_fast.build import build
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
@@ -23,7 +23,6 @@ from llama_fast.weights import encoded
 from llama_ref.checkpoint import Checkpoint, expected_shapes, open_checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 
-building = importlib.import_module("llama_fast.build")  # the package has a function of that name
 CPU = torch.device("cpu")
 Parts = dict[str, dict[str, torch.Tensor]]
 
@@ -87,7 +86,7 @@ def test_the_shards_of_every_tensor_are_the_whole(case: tuple[LlamaConfig, int],
 def test_a_scale_is_that_of_the_whole_row_however_it_is_read(
     untied: Checkpoint, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "STRIPE_BYTES", 300)  # one row at a time
+    monkeypatch.setattr(weights, "STRIPE_BYTES", 300)  # one row at a time
     whole, _ = whole_and_parts(untied, Int8(), 2)
     reads: list[int] = []
     on_file = {name: Counted(source, reads) for name, source in untied.weights.items()}
@@ -135,7 +134,7 @@ def test_a_rank_reads_its_slices_and_at_most_a_stripe_more(
         save_checkpoint(tmp_path / "int8", checkpoint.config, tensors, "int8")
         checkpoint = open_checkpoint(tmp_path / "int8")
     stripe = 1000
-    monkeypatch.setattr(building, "STRIPE_BYTES", stripe)
+    monkeypatch.setattr(weights, "STRIPE_BYTES", stripe)
     reads: list[int] = []
     watched = {name: Counted(source, reads) for name, source in checkpoint.weights.items()}
     checkpoint = dataclasses.replace(checkpoint, weights=watched)

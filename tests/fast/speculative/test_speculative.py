@@ -19,7 +19,7 @@ from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.generate import generate, stream
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Sampling
-from llama_fast.model.llama import matvec
+from llama_fast.model import matvec
 from llama_fast.plan import Plan
 from llama_fast.speculative import adaptive_k as pace
 from llama_fast.speculative import rounds

@@ -1,0 +1,1 @@
+"""How a model computes: one file a kind."""

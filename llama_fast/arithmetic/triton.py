@@ -1,0 +1,193 @@
+"""Kernels of our own for few rows, and PyTorch's products for many, with one kernel between each two.
+
+A step of few rows is five launches a block (seven over ranks: each sum is a launch): each reads its weights once, at the speed of
+the memory, and starts loading them before the kernel ahead of it has ended. Attention reads the valid part of the cache and no
+more. More rows, and long prompts, are bound by arithmetic: each operation then takes PyTorch's matrix product by itself, for
+the shapes that its kernel is not made for. Nothing is compiled but the kernels, in seconds.
+
+Shapes: B batch, T tokens, M = B x T rows, D model width, H query heads, d head width, F hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_fast.contracts import AllReduce, KVCache, LayerCache, SamplingKernels, Step
+from llama_fast.kernels import interpreted
+from llama_fast.model.attention import visible
+from llama_fast.model.matvec import product
+from llama_ref.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from llama_fast.kernels import ops
+
+
+@dataclass(frozen=True)
+class Triton:
+    """The kernels of `llama_fast.kernels`. Needs a CUDA device (or Triton's interpreter) and joined projections."""
+
+    name: str = field(default="triton", init=False)
+
+    @property
+    def sampling_kernels(self) -> SamplingKernels:
+        from llama_fast.kernels import ops  # lazy import: Triton is optional
+
+        return ops
+
+    def bind(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device, joined: bool) -> Kernels:
+        asked = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "window": config.window}
+        for name, value in asked.items():
+            if value:
+                raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
+        if device.type != "cuda" and not interpreted():
+            raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
+        if not joined:
+            raise ValueError("the fused kernels need joined projections: Plan(fuse_projections=True)")
+        return Kernels(config, all_reduce, device)
+
+
+class Kernels:
+    """The operations of one model. Scratch memory is kept, so that a CUDA graph finds it where it was."""
+
+    def __init__(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device):
+        from llama_fast.kernels import launching, ops  # lazy import: Triton is optional
+
+        self.ops, self.launching = ops, launching
+        self.sampling_kernels: SamplingKernels = ops
+        self.config, self.all_reduce, self.device = config, all_reduce, device
+        self.group = config.n_heads // config.n_kv_heads
+        self._scratch: dict[int, ops.AttentionScratch] = {}
+        self._turns: tuple[Tensor, Tensor] | None = None
+        self._zeros: dict[int, Tensor] = {}
+        self._embedded_by_kernel = True
+
+    def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:
+        """Kernels find positions by the start of each row; a mask is made where PyTorch attends to more than the new tokens."""
+        T = tokens_BT.shape[1]
+        if self._turns is None:
+            self._turns = rope_table[..., 0].contiguous(), rope_table[..., 1].contiguous()
+        mask_BTS = None
+        if start_B is not None and not self.attends(T):
+            position_BT = start_B[:, None] + torch.arange(T, device=tokens_BT.device)
+            mask_BTS = visible(position_BT, cache.length, None)
+        return Step(start_B, mask_BTS=mask_BTS)
+
+    def embed(self, tokens_BT: Tensor, embedding: nn.Module) -> Tensor:
+        weight, scale = matrix_of(embedding)
+        self._embedded_by_kernel = scale is None
+        if scale is not None:
+            return embedding(tokens_BT)  # type: ignore[no-any-return]
+        tokens_M = tokens_BT.reshape(-1).contiguous()  # a column of a larger tensor flattens to a view with gaps
+        return self.ops.embed(tokens_M, weight).view(*tokens_BT.shape, -1)
+
+    def qkv(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, layer: LayerCache, step: Step) -> Tensor:
+        B, T, _ = x_BTD.shape
+        assert self._turns is not None
+        start_B = step.start_B if step.start_B is not None else self.zeros(B)
+        gain, eps = gain_of(norm)
+        rope = self.ops.Rope(*self._turns, start_B, layer.k, layer.v, self.config.n_heads)
+        x_MD, (weight, scale) = x_BTD.flatten(0, 1), matrix_of(matrix)
+        if self.ops.takes(B * T, weight, x_MD):
+            q = self.ops.qkv(x_MD, gain, eps, weight, scale, rope, early=self._embedded_by_kernel)
+        else:
+            q = self.ops.turn_and_store(product(self.ops.rms_norm(x_MD, gain, eps), weight, scale), rope)
+        q_BTHd = q.view(B, T, self.config.n_heads, -1)
+        if step.show is not None:
+            at = (start_B[:, None] + torch.arange(T, device=x_BTD.device))[:, None, :, None]
+            k, v = (t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])).transpose(1, 2) for t in (layer.k, layer.v))
+            step.see(v=v, q_rope=q_BTHd, k_rope=k)
+        return q_BTHd
+
+    def attend(self, q_BTHd: Tensor, layer: LayerCache, step: Step) -> Tensor:
+        B, T = q_BTHd.shape[:2]
+        if self.attends(T):
+            start_B = step.start_B if step.start_B is not None else self.zeros(B)
+            q_MK = q_BTHd.flatten(2).flatten(0, 1)
+            a = self.ops.attention(q_MK, layer.k, layer.v, start_B, self.scratch(B * T), early=self._embedded_by_kernel)
+            a_BTHd = a.view(q_BTHd.shape)
+        else:
+            slots = T if step.mask_BTS is None else layer.k.shape[2]
+            mask_B1TS = None if step.mask_BTS is None else step.mask_BTS[:, None]
+            a_BTHd = F.scaled_dot_product_attention(
+                q_BTHd.transpose(1, 2), layer.k[:, :, :slots], layer.v[:, :, :slots], mask_B1TS,
+                is_causal=mask_B1TS is None, enable_gqa=self.group != 1,
+            ).transpose(1, 2)  # fmt: skip
+        step.see(attention=a_BTHd)
+        return a_BTHd
+
+    def add(self, a_BTK: Tensor, matrix: nn.Module, x_BTD: Tensor, step: Step) -> Tensor:
+        a_MK, x_MD, (weight, scale) = a_BTK.flatten(0, 1), x_BTD.flatten(0, 1), matrix_of(matrix)
+        if self.ops.takes(len(x_MD), weight, a_MK):
+            x_MD = self.all_reduce.add_product(a_MK, weight, scale, x_MD)
+        elif scale is None and self.all_reduce.alone:
+            x_MD.addmm_(a_MK, weight.t())
+        else:
+            x_MD.add_(self.all_reduce(product(a_MK, weight, scale)))
+        return x_MD.view(x_BTD.shape)
+
+    def gated(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:
+        x_MD, (weight, scale), (gain, eps) = x_BTD.flatten(0, 1), matrix_of(matrix), gain_of(norm)
+        if self.ops.takes(len(x_MD), weight, x_MD):
+            h_MF = self.ops.gated(x_MD, gain, eps, weight, scale)
+        else:
+            h_MF = self.ops.gate(product(self.ops.rms_norm(x_MD, gain, eps), weight, scale))
+        h_BTF = h_MF.view(*x_BTD.shape[:2], -1)
+        step.see(ffn_hidden=h_BTF)
+        return h_BTF
+
+    def head(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:
+        x_MD, (weight, scale), (gain, eps) = x_BTD.flatten(0, 1).contiguous(), matrix_of(matrix), gain_of(norm)
+        if self.ops.takes(len(x_MD), weight, x_MD):
+            logits_MV = self.ops.linear(x_MD, weight, scale, gain=gain, eps=eps, dtype=torch.float32)
+        else:
+            logits_MV = product(self.ops.rms_norm(x_MD, gain, eps), weight, scale).float()
+        logits_MV = getattr(matrix, "gather", whole)(logits_MV)
+        logits_BTV: Tensor = logits_MV.view(*x_BTD.shape[:2], -1)
+        step.see(logits=logits_BTV)
+        return logits_BTV
+
+    def compile_ahead(self, run: Callable[[], Any], rows: int) -> None:
+        if self.all_reduce.in_kernels(rows, self.config.dim, self.config.vocab_size):
+            # collectives would exchange what no kernel has written
+            with self.launching.compiled_together():
+                run()
+
+    def attends(self, T: int) -> bool:
+        """Whether our attention takes so many tokens a row."""
+        return T * self.group <= self.ops.MOST_ATTENTION_ROWS
+
+    def scratch(self, rows: int) -> ops.AttentionScratch:
+        """Room for the partial results of a step of so many rows, or of up to twice as many."""
+        rows = 1 << max(3, (rows - 1).bit_length())
+        if rows not in self._scratch:
+            c = self.config
+            self._scratch[rows] = self.ops.AttentionScratch.of(rows, c.n_heads, c.n_kv_heads, c.head_dim, self.device)
+        return self._scratch[rows]
+
+    def zeros(self, B: int) -> Tensor:
+        """The start of rows with nothing before."""
+        if B not in self._zeros:
+            self._zeros[B] = torch.zeros(B, dtype=torch.int64, device=self.device)
+        return self._zeros[B]
+
+
+def matrix_of(module: Any) -> tuple[Tensor, Tensor | None]:
+    """A linear module's stored weight and its scale, if it has one."""
+    linear: Any = getattr(module, "linear", module)
+    return linear.weight, getattr(linear, "scale", None)
+
+
+def gain_of(norm: Any) -> tuple[Tensor, float]:
+    """A norm's weight and epsilon."""
+    return norm.weight, norm.eps
+
+
+def whole(logits_MV: Tensor) -> Tensor:
+    """Logits that no other process holds a part of."""
+    return logits_MV
