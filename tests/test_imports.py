@@ -17,7 +17,7 @@ FACTS = tuple(
 )
 """What describes files is shared by both Llamas; what says how a Llama computes is written twice."""
 
-LEAVES = ("encodings", "caches", "compilers", "parallel")
+LEAVES = ("arithmetic", "encodings", "caches", "compilers", "parallel")
 """The folders of a plan's slots: none imports another."""
 
 FLOORS = {

@@ -66,7 +66,8 @@ class Operators:
         k_BKSd, v_BKSd = layer.k, layer.v
         if step.mask_BTS is None:
             T = q_BTHd.shape[1]
-            k_BKSd, v_BKSd = k_BKSd[:, :, :T], v_BKSd[:, :, :T]
+            # narrow, not a slice: a compiler then knows that there are as many keys as queries
+            k_BKSd, v_BKSd = k_BKSd.narrow(2, 0, T), v_BKSd.narrow(2, 0, T)
         a_BTHd = attend(q_BTHd, k_BKSd, v_BKSd, None if step.mask_BTS is None else step.mask_BTS[:, None])
         step.see(attention=a_BTHd)
         return a_BTHd

@@ -159,8 +159,8 @@ class Kernels:
                 run()
 
     def attends(self, T: int) -> bool:
-        """Whether our attention takes so many tokens a row."""
-        return T * self.group <= self.ops.MOST_ATTENTION_ROWS
+        """Whether our attention takes so many tokens a row. It is compiled for each number: of the many, for powers of two."""
+        return T * self.group <= self.ops.MOST_ATTENTION_ROWS and (T <= self.ops.MOST_ROWS or T & (T - 1) == 0)
 
     def scratch(self, rows: int) -> ops.AttentionScratch:
         """Room for the partial results of a step of so many rows, or of up to twice as many."""

@@ -1,7 +1,7 @@
-"""A decode step recorded once as a CUDA graph, and replayed: the host launches one thing a token, whichever arithmetic it is.
+"""Steps recorded once as CUDA graphs, and replayed: the host launches one thing a token, whichever arithmetic it is.
 
-Decode, and the check of a few proposed tokens, are such steps; a short prompt is one too, padded to a fixed width. A longer
-prompt, or a text's continuation, is launched as it is written: it is bound by arithmetic, and each length would be recorded anew.
+Decode, and the check of a few proposed tokens, are such steps; a short prompt or continuation is one too, padded to one of few
+widths. Longer ones are launched as they are written: they are bound by arithmetic, and each length would be recorded anew.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from llama_fast.contracts import KVCache, Phase, Sampler, SamplingKernels
 from llama_fast.model.llama import Llama
 
-SHORT_PROMPT_ROWS = 8
-"""Tokens of all prompts together that are prefilled by the graph of a step."""
+FEWEST_ROWS, MOST_ROWS = 8, 128
+"""Tokens of all prompts together, padded, that are recorded."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,21 @@ class Graphed:
         assert isinstance(model, Llama)
         if model.rope_table.device.type != "cuda":
             raise ValueError("CUDA graphs need a CUDA device; on a CPU take Compiled()")
-        step = RecordedStep(model, decode)
+        choose_likeliest = Likeliest(model.operations.sampling_kernels)
+
+        def prompt(model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+            return prefill(model, tokens_BT, (None, lengths_B), cache, choose_likeliest)
+
+        def turn(
+            model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor, start_B: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return prefill(model, tokens_BT, (start_B, lengths_B), cache, choose_likeliest)
+
+        def one_step(model: Llama, cache: KVCache, tokens_BT: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
+            return decode(model, tokens_BT, start_B, cache, choose_likeliest)
+
+        prompts, turns, steps = (Recordings(model, function) for function in (prompt, turn, one_step))
+        longest = model.config.max_context
 
         def graphed_prefill(
             unused: nn.Module,
@@ -45,35 +60,35 @@ class Graphed:
             cache: KVCache,
             choose: Sampler,
         ) -> tuple[Tensor, Tensor]:
-            (B, T), (start_B, lengths_B) = tokens_BT.shape, where
-            width = SHORT_PROMPT_ROWS // B  # every short prompt is padded to one width: one graph serves them all
-            if start_B is not None or width < T or cache.length < width:
+            start_B, lengths_B = where
+            width = padded_width(*tokens_BT.shape)
+            first = 0 if start_B is None else int(start_B.max())  # the host waits: it has just read the turn before
+            if width is None or first + width > min(cache.length, longest):
                 return prefill(model, tokens_BT, where, cache, choose)
-            logits_BTV = step(F.pad(tokens_BT, (0, width - T)), torch.zeros_like(lengths_B), cache)[1]
-            logits_BV = logits_BTV[torch.arange(B, device=lengths_B.device), lengths_B - 1]
-            return choose(logits_BV, lengths_B), logits_BV
+            padded_BT = F.pad(tokens_BT, (0, width - tokens_BT.shape[1]))
+            if start_B is None:
+                token_B, logits_BV = prompts(cache, padded_BT, lengths_B)
+            else:
+                token_B, logits_BV = turns(cache, padded_BT, lengths_B, start_B)
+            if not choose.greedy:
+                token_B = choose(logits_BV, lengths_B if start_B is None else start_B + lengths_B)
+            return token_B, logits_BV
 
         def graphed_decode(
             unused: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Sampler
         ) -> tuple[Tensor, Tensor]:
-            T = tokens_BT.shape[1]
-            token_B, logits_BTV = step(tokens_BT, start_B, cache)
-            if not (choose.greedy and T == 1):
-                token_B = choose(logits_BTV[:, -1], start_B + T)
+            token_B, logits_BTV = steps(cache, tokens_BT, start_B)
+            if not choose.greedy:
+                token_B = choose(logits_BTV[:, -1], start_B + tokens_BT.shape[1])
             return token_B, logits_BTV
 
         return graphed_prefill, graphed_decode
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A CUDA graph of one step, and the tensors that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    tokens_BT: Tensor
-    start_B: Tensor
-    token_B: Tensor
-    logits_BTV: Tensor
+def padded_width(B: int, T: int) -> int | None:
+    """Tokens a row that a prompt is padded to, or None if it is too long: (1, 3) -> 8, (1, 20) -> 32, (4, 3) -> 4."""
+    width = max(1 << (T - 1).bit_length(), FEWEST_ROWS // B)
+    return width if B * width <= MOST_ROWS else None
 
 
 @dataclass(frozen=True)
@@ -88,43 +103,48 @@ class Likeliest:
         return logits_BV.argmax(-1) if self.kernels is None else self.kernels.likeliest(logits_BV)
 
 
-class RecordedStep:
-    """One step of a model: run once as it is, which compiles its kernels, then recorded, then replayed.
+@dataclass(frozen=True)
+class Recorded:
+    """A CUDA graph, and the tensors that it reads and writes."""
 
-    A graph belongs to a cache (it holds the cache's addresses) and to a shape (B, T), and is dropped with the cache.
-    What a step returns is overwritten by the next one.
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    results: tuple[Tensor, Tensor]
+
+
+class Recordings:
+    """A function of a model, a cache and tensors: run once as it is, which compiles its kernels, then recorded, then replayed.
+
+    A graph belongs to a cache (it holds the cache's addresses) and to the shape [B, T] of the tokens, and is dropped with the
+    cache. What a call returns is overwritten by the next one of its shape.
     """
 
-    def __init__(self, model: Llama, decode: Phase):
-        self.model, self.decode = model, decode
-        self.choose = Likeliest(model.operations.sampling_kernels)
-        self.recorded: weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], Recorded]] = weakref.WeakKeyDictionary()
+    def __init__(self, model: Llama, function: Callable[..., tuple[Tensor, Tensor]]):
+        self.model, self.function = model, function
+        self.known: weakref.WeakKeyDictionary[KVCache, dict[torch.Size, Recorded]] = weakref.WeakKeyDictionary()
 
-    def __call__(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """The likeliest next token [B] and the logits [B, T, V], float32."""
-        B, T = tokens_BT.shape
-        shapes = self.recorded.setdefault(cache, {})
-        if (B, T) not in shapes:
+    def __call__(self, cache: KVCache, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest next token [B] and the logits, float32."""
+        shapes, shape = self.known.setdefault(cache, {}), inputs[0].shape
+        if shape not in shapes:
             one_block = first_block_of(self.model)
-            self.model.operations.compile_ahead(
-                lambda: self.decode(one_block, tokens_BT, start_B, cache, self.choose), B * T
-            )
-            result = self.decode(self.model, tokens_BT, start_B, cache, self.choose)
-            shapes[B, T] = self.record(tokens_BT, start_B, cache)
-            return result
-        recorded = shapes[B, T]
-        recorded.tokens_BT.copy_(tokens_BT)
-        recorded.start_B.copy_(start_B)
+            self.model.operations.compile_ahead(lambda: self.function(one_block, cache, *inputs), shape.numel())
+            results = self.function(self.model, cache, *inputs)
+            shapes[shape] = self.record(cache, inputs)
+            return results
+        recorded = shapes[shape]
+        for held, new in zip(recorded.inputs, inputs, strict=True):
+            held.copy_(new)
         recorded.graph.replay()
-        return recorded.token_B, recorded.logits_BTV
+        return recorded.results
 
-    def record(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache) -> Recorded:
-        tokens_BT, start_B = tokens_BT.clone(), start_B.clone()
+    def record(self, cache: KVCache, inputs: tuple[Tensor, ...]) -> Recorded:
+        inputs = tuple(tensor.clone() for tensor in inputs)
         graph = torch.cuda.CUDAGraph()
         # thread_local: a process group's watchdog has its own thread
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            token_B, logits_BTV = self.decode(self.model, tokens_BT, start_B, cache, self.choose)
-        return Recorded(graph, tokens_BT, start_B, token_B, logits_BTV)
+            results = self.function(self.model, cache, *inputs)
+        return Recorded(graph, inputs, results)
 
 
 def first_block_of(model: Llama) -> Llama:

@@ -266,6 +266,7 @@ def _on_tensor_cores(
     """M activation rows (MP: M padded to a power of two): weights [R, BK] times activations [BK, MP].
 
     SLICES: of the BK columns, each a warp's own sum [R, MP]; one warp's dots wait for each other, and would not keep up with memory.
+    0: the columns are not sliced, so that a warp group multiplies: for tiles of 64 weight rows and many activations.
     AHEAD: tiles that are loaded into registers before the wait, and used last. The norm is a launch of its own here: inside,
     every program would repeat it for M rows beside its few weight rows.
     """
@@ -282,7 +283,7 @@ def _on_tensor_cores(
     wait(PDL)
     residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
     turns = _turns(start, cos, sin, block, R, M, MP, T, EPILOGUE, H, HKV, HD)
-    acc_SRM = tl.zeros([SLICES, R, MP], tl.float32)
+    acc_SRM = tl.zeros([SLICES, R, MP], tl.float32) if SLICES else tl.zeros([R, MP], tl.float32)
     for first in tl.range(AHEAD * BK, K, BK, num_stages=STAGES):
         w = _tile_at(weight, rows, live, first, K, BK, SLICES, CHECK)
         acc_SRM = dot(w.to(tl.float32).to(kind), _activations_at(x, first, M, MP, K, BK, SLICES, CHECK), acc_SRM)
@@ -290,18 +291,28 @@ def _on_tensor_cores(
         acc_SRM = dot(
             ahead[i].to(tl.float32).to(kind), _activations_at(x, i * BK, M, MP, K, BK, SLICES, CHECK), acc_SRM
         )
-    _finish(tl.sum(acc_SRM, 0), rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+    acc_RM = tl.sum(acc_SRM, 0) if SLICES else acc_SRM
+    _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
             M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
 
 
 @triton.jit
 def _tile_at(weight, rows, live, first, K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, CHECK: tl.constexpr):
     """weight[rows, first : first + BK] as [SLICES, R, BK / SLICES], zeros outside; `first` may be known at run time alone."""
-    cols = first + tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
-    pointers = weight + rows.to(tl.int64)[None, :, None] * K + cols[:, None, :]
-    if CHECK:
-        return tl.load(pointers, mask=live[None, :, None] & (cols < K)[:, None, :], other=0)
-    return tl.load(pointers)
+    if SLICES:
+        cols = first + tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
+        pointers = weight + rows.to(tl.int64)[None, :, None] * K + cols[:, None, :]
+        if CHECK:
+            return tl.load(pointers, mask=live[None, :, None] & (cols < K)[:, None, :], other=0)
+        else:
+            return tl.load(pointers)
+    else:
+        col = first + tl.arange(0, BK)
+        at = weight + rows.to(tl.int64)[:, None] * K + col[None, :]
+        if CHECK:
+            return tl.load(at, mask=live[:, None] & (col < K)[None, :], other=0)
+        else:
+            return tl.load(at)
 
 
 @triton.jit
@@ -310,12 +321,21 @@ def _activations_at(
     CHECK: tl.constexpr,
 ):  # fmt: skip
     """x[:, first : first + BK] as [SLICES, BK / SLICES, MP], zeros outside."""
-    cols = first + tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
     m = tl.arange(0, MP)
-    pointers = x + m[None, None, :] * K + cols[:, :, None]
-    if CHECK:
-        return tl.load(pointers, mask=(m < M)[None, None, :] & (cols < K)[:, :, None], other=0)
-    return tl.load(pointers, mask=(m < M)[None, None, :], other=0)
+    if SLICES:
+        cols = first + tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
+        pointers = x + m[None, None, :] * K + cols[:, :, None]
+        if CHECK:
+            return tl.load(pointers, mask=(m < M)[None, None, :] & (cols < K)[:, :, None], other=0)
+        else:
+            return tl.load(pointers, mask=(m < M)[None, None, :], other=0)
+    else:
+        col = first + tl.arange(0, BK)
+        at = x + m[None, :] * K + col[:, None]
+        if CHECK:
+            return tl.load(at, mask=(m < M)[None, :] & (col < K)[:, None], other=0)
+        else:
+            return tl.load(at, mask=(m < M)[None, :], other=0)
 
 
 @triton.jit

@@ -17,10 +17,12 @@ from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
 from llama_fast.kernels.prompt import _gate, _turn_and_store
 from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
+    LEAST_SHARED,
     MOST_SPLITS,
     AttentionTile,
     Tile,
     attention_tile,
+    fitting_stages,
     linear_tile,
     next_power_of_2,
 )
@@ -28,7 +30,7 @@ from llama_fast.kernels.words import Mailbox
 
 MOST_ROWS = 8
 """Rows of activations in one linear launch, of weights in the activations' type."""
-MOST_ROWS_OF_NARROW = 64
+MOST_ROWS_OF_NARROW = 128
 """The same for weights that a library would first have to widen."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
 ARGMAX_STRETCH = 2048
@@ -40,6 +42,8 @@ class Machine(NamedTuple):
 
     name: str
     pdl: bool
+    shared: int = LEAST_SHARED
+    """Bytes of shared memory that one program may have."""
 
 
 @functools.cache
@@ -48,7 +52,8 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine(device.type, False)
     properties = torch.cuda.get_device_properties(device)
-    return Machine(properties.name, properties.major >= 9)
+    most = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return Machine(properties.name, properties.major >= 9, most)
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:
@@ -119,9 +124,11 @@ def _linear(
         H=heads, HKV=kv_heads, HD=head_dim, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
     if dots:
-        ahead = min(tile.ahead, triton.cdiv(k, tile.columns))
+        ahead, padded = min(tile.ahead, triton.cdiv(k, tile.columns)), max(next_power_of_2(m), 8)
+        per_column = rows * weight.element_size() + padded * x.element_size()
+        stages = fitting_stages(tile, per_column, facts.shared)
         launch(_on_tensor_cores, (blocks,))(
-            x, *ends, MP=max(next_power_of_2(m), 8), SLICES=tile.slices, AHEAD=ahead, STAGES=tile.stages, **shared
+            x, *ends, MP=padded, SLICES=tile.slices, AHEAD=ahead, STAGES=stages, **shared
         )  # fmt: skip
     else:
         vector = min(16 // weight.element_size(), tile.columns)

@@ -11,8 +11,8 @@ class Tile(NamedTuple):
     vector: several rows of activations go as one does, in registers and not to tensor cores.
     In registers: blocks: per program, the next one's weights loading while one is used. convert: int8 to float32 for bf16
     activations: "plain", "exact" or "offset", see common.to_float32.
-    On tensor cores: stages: of the software pipeline. slices: of the columns of a load, a warp or more to each. ahead: loads
-    before the wait for the kernel ahead.
+    On tensor cores: stages: of the software pipeline. slices: of the columns of a load, a warp or more to each (0: all warps
+    share all columns). ahead: loads before the wait for the kernel ahead.
     """
 
     rows: int
@@ -128,6 +128,8 @@ TWO_ROWS: dict[tuple[str, str, int, int, int], Tile] = {
 }
 CARDS = {"H100": ("H100",), "H200": ("H200", "H100")}
 """What a GPU's name contains -> whose rows it takes. An H200 is the H100's chip with a faster memory: most tiles are the same."""
+LEAST_SHARED = 101_376
+"""Bytes of shared memory that a program may have on a GPU of compute capability 8.6 or 8.9; others have more."""
 VERY_SHORT_CACHE_SLOTS = 256
 SHORT_CACHE_SLOTS = 1024
 MOST_SPLITS = 16
@@ -149,7 +151,11 @@ def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, 
     for name, kind in itertools.product(CARDS.get(card(gpu) or "", ()), kinds):
         if (name, kind, n, k, itemsize) in table:
             return table[name, kind, n, k, itemsize]
-    return one_row_tile(epilogue, k, itemsize) if m == 1 else few_rows_tile(epilogue, n, k, itemsize, of_activations)
+    if m == 1:
+        return one_row_tile(epilogue, k, itemsize)
+    if m > 8:
+        return many_rows_tile(epilogue, n, k, m)
+    return few_rows_tile(epilogue, n, k, itemsize, of_activations)
 
 
 def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
@@ -185,6 +191,30 @@ def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: 
     columns = min(columns, most)
     slices = min(slices, columns // 16)
     return Tile(rows, columns, warps=slices, stages=stages, slices=slices, ahead=ahead)
+
+
+def many_rows_tile(epilogue: str, n: int, k: int, m: int) -> Tile:
+    """For 9 rows and more of narrow weights: up to 16, to 32, to 64, and beyond. Activations travel as often as there are programs, so
+    that these take more weight rows each where the matrix has enough of them. Stages: as many as fit (`fitting_stages`).
+    """
+    large = n >= MANY_ROWS
+    if m <= 16:
+        return few_rows_tile(epilogue, n, k, 1)
+    if m <= 32:
+        tile = Tile(32, 128, 4, stages=4, slices=0) if large else Tile(16, 512, 4, stages=3, slices=4)
+    elif m <= 64:
+        tile = Tile(64, 128, 4, stages=4, slices=0) if large else Tile(32, 256, 4, stages=4, slices=4)
+    else:
+        tile = Tile(64, 64 if large else 128, 4, stages=5, slices=0)
+    columns = min(tile.columns, max(16, next_power_of_2(k)))
+    rows = tile.rows // 2 if epilogue == "gated" else tile.rows
+    return tile._replace(rows=rows, columns=columns, slices=min(tile.slices, columns // 16))
+
+
+def fitting_stages(tile: Tile, bytes_per_column: int, shared: int) -> int:
+    """The tile's stages, or as many as fit into so many bytes of shared memory: each holds the weights and activations of its
+    columns."""
+    return max(1, min(tile.stages, shared // (tile.columns * bytes_per_column)))
 
 
 def attention_tile(pairs: int, rows: int, slots: int, key_bytes: int) -> AttentionTile:

@@ -33,8 +33,9 @@ def attend(q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask_B1TS: Tensor | N
             return attend_by_sums(q_BKGd, k_BKSd, v_BKSd, mask_B1TS).view(B, T, H, d)
         return F.scaled_dot_product_attention(q_BKGd, k_BKSd, v_BKSd, attn_mask=mask_B1TS).reshape(B, T, H, d)
     q_BHTd = q_BTHd.transpose(1, 2)
-    a_BHTd = F.scaled_dot_product_attention(
-        q_BHTd, k_BKSd, v_BKSd, attn_mask=mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=K != H
+    grouped = {"enable_gqa": True} if K != H else {}  # a branch, since a compiler's sizes may be symbols
+    a_BHTd: Tensor = F.scaled_dot_product_attention(
+        q_BHTd, k_BKSd, v_BKSd, attn_mask=mask_B1TS, is_causal=mask_B1TS is None, **grouped
     )
     return a_BHTd.transpose(1, 2)
 

@@ -3,6 +3,7 @@
 Triton's driver is replaced by one that knows the chip and cannot launch: whatever tried to would fail here.
 """
 
+import dataclasses
 import itertools
 import sys
 import tempfile
@@ -11,14 +12,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from llama_fast.arithmetic import triton as arithmetic
 from llama_fast.build import build
-from llama_fast.compilers.graphed import FusedStep
+from llama_fast.compilers.eager import Eager
+from llama_fast.compilers.graphed import first_block_of
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, tokens, tuning
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.words import Mailbox
-from llama_fast.recipes import optimised
+from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 
@@ -85,19 +88,25 @@ def over_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> No
 
 def main() -> None:
     ops.machine = lambda device: ops.Machine("NVIDIA H100 80GB HBM3", True)  # type: ignore[assignment]
+    arithmetic.interpreted = lambda: True  # type: ignore[attr-defined]  # so that a model can be built without a GPU
     start_B = torch.zeros(1, dtype=torch.int64)
     for encoding in (Dense(), Int8()):
-        runner = build(random_checkpoint(CONFIG, 1, "cpu", torch.bfloat16), optimised(encoding), "cpu", torch.bfloat16)
-        step, cache = FusedStep(runner.model), runner.allocate(1, 256)
+        plan = dataclasses.replace(fused(encoding), compiler=Eager())
+        runner = build(random_checkpoint(CONFIG, 1, "cpu", torch.bfloat16), plan, "cpu", torch.bfloat16)
+        block, cache = first_block_of(runner.model), runner.allocate(1, 256)
         before = [tensor.clone() for layer in cache.layers for tensor in (layer.k, layer.v)]
         with compiled_together():
             for T in (1, 2, 8):
-                step.run(torch.ones(1, T, dtype=torch.int64), start_B, cache, blocks=1)
-            qkv, (cos, sin) = torch.randn(24, 256).bfloat16(), (step.cos, step.sin)
-            ops.turn_and_store(qkv, cos, sin, cache.layers[0].k, cache.layers[0].v, 4)
+                ops.likeliest(block(torch.ones(1, T, dtype=torch.int64), start_B, cache)[:, -1])
+            cos, layer = block.rope_table[..., 0].contiguous(), cache.layers[0]
+            ops.turn_and_store(torch.randn(24, 256).bfloat16(), ops.Rope(cos, cos, start_B, layer.k, layer.v, 4))
             ops.gate(torch.randn(24, 384).bfloat16())
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
+            for rows, (n, k) in itertools.product((9, 32, 64), ((96, 128), (16384, 256))):
+                ops.linear(
+                    torch.randn(rows, k).bfloat16(), torch.ones(n, k, dtype=torch.int8), torch.ones(n, 1).bfloat16()
+                )
             # the rule's tiles for large matrices
             for dtype, k in itertools.product((torch.bfloat16, torch.float32), (2048, 8192)):
                 eight, large = torch.randn(8, k).to(dtype), torch.ones(2048, k)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.engine.sampling import Chooser, Sampling, draw
-from llama_fast.kernels import ops
+from llama_fast.kernels import ops, tuning
 from llama_fast.kernels.tuning import AttentionTile, Tile
 
 NAN = float("nan")
@@ -61,6 +61,7 @@ TILES = (
     Tile(32, 64, 4, ahead=5),
     Tile(16, 128, 4, slices=4),
     Tile(16, 64, 2, slices=2, ahead=1),
+    Tile(16, 32, 4, slices=0),
 )
 
 
@@ -71,7 +72,9 @@ def suits(tile: Tile, m: int) -> bool:
 
 def check_linear() -> int:
     n_checked = 0
-    for encoding, m, tile, (n, k) in itertools.product(ENCODINGS, (1, 2, 5, 8), TILES, ((37, 72), (5, 20))):
+    shapes = [*itertools.product(ENCODINGS, (1, 2, 5, 8), TILES, ((37, 72), (5, 20)))]
+    shapes += [("int8", m, tuning.many_rows_tile("add", 37, 72, m), (37, 72)) for m in (9, 20, 40)]
+    for encoding, m, tile, (n, k) in shapes:
         if not suits(tile, m):
             continue
         stored, scale, dense = weight(n, k, encoding, seed=n)

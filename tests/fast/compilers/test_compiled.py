@@ -13,14 +13,17 @@ from torch._dynamo.utils import counters
 
 from llama_fast.build import build
 from llama_fast.caches.static import Static
+from llama_fast.compilers.compilation import own_code
 from llama_fast.compilers.compiled import CPU_OPTIONS, Compiled, about_the_request
 from llama_fast.contracts import Encoding
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.generate import generate
+from llama_fast.engine.runner import prefill
 from llama_fast.engine.sampling import Sampling
 from llama_fast.model.matvec import product
 from llama_fast.plan import Plan
+from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -106,3 +109,17 @@ def test_away_from_the_cpu_few_rows_and_many_are_one_graph() -> None:
     for rows in (9, 50, 2):
         run(torch.empty(rows, 16, device="meta"), weight)
     assert counter.frame_count == 1
+
+
+def test_a_prompt_of_any_length_is_one_program(untied: Checkpoint) -> None:
+    """As a GPU runs it, where prefill is compiled too: traced without a backend, for fresh prompts and for continuations."""
+    runner = build(untied, optimised(), "cpu")
+    traced = torch.compile(own_code(prefill), dynamic=True, fullgraph=True, backend="aot_eager")
+    cache, plain = runner.allocate(2, 64), runner.allocate(2, 64)
+    with torch.no_grad():
+        for start in (None, torch.tensor([9, 5])):
+            for T in (9, 6, 11):
+                tokens_BT, lengths_B = torch.arange(2 * T).view(2, T) % 101, torch.tensor([T, T - 2])
+                ours = traced(runner.model, tokens_BT, (start, lengths_B), cache, runner.greedy(2))[1]
+                wanted = prefill(runner.model, tokens_BT, (start, lengths_B), plain, runner.greedy(2))[1]
+                torch.testing.assert_close(ours, wanted)
