@@ -213,7 +213,7 @@ def test_eos_ids_in_every_spelling(value: Any, ids: tuple[int, ...]) -> None:
 
 
 def test_mistral_is_a_llama_with_a_window() -> None:
-    mistral = SMALL | {"model_type": "mistral"}
+    mistral = SMALL | {"model_type": "mistral", "num_key_value_heads": 4}
     assert from_hf(mistral | {"sliding_window": None}).window is None
     assert from_hf(mistral).window == 4096
     assert from_hf(mistral | {"sliding_window": 512, "max_position_embeddings": 512}).window is None
@@ -237,7 +237,15 @@ def test_biases_are_read() -> None:
         ({"model_type": None}, "model_type=None"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias=True"),
         ({"attention_bias": "yes"}, "attention_bias='yes'"),
-        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"sliding_window": 1024}, "sliding_window=1024"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be a number"),
+        ({"hidden_size": 64.0}, "hidden_size=64.0 must be a positive whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive whole number"),
+        ({"bos_token_id": [1]}, r"bos_token_id=\[1\] must be one token id"),
+        ({"bos_token_id": "<s>"}, "bos_token_id='<s>' must be a token id"),
+        ({"layer_types": 7}, "layer_types=7 must be a list"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"model_type": "mistral", "sliding_window": 0}, "window=0 must be a positive"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
