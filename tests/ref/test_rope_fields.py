@@ -162,7 +162,11 @@ def spelled_rope(draw: st.DrawFn) -> dict[str, Any]:
     place = draw(st.sampled_from(["rope_scaling", "rope_parameters", "both"]))
     if place == "both":
         return fields | {"rope_scaling": rope, "rope_parameters": {"rope_type": "default", "rope_theta": 123.0}}
-    return fields | {place: rope} | draw(st.sampled_from([{}, {"rope_scaling": None}] if place != "rope_scaling" else [{}]))
+    return (
+        fields
+        | {place: rope}
+        | draw(st.sampled_from([{}, {"rope_scaling": None}] if place != "rope_scaling" else [{}]))
+    )
 
 
 @settings(max_examples=400)
@@ -181,7 +185,9 @@ NAMES = (
 
 @settings(max_examples=400)
 @given(spelled_rope(), st.sampled_from(["inside", "outside"]), st.sampled_from(NAMES), odd)
-def test_an_odd_field_is_as_in_transformers_or_one_line(fields: dict[str, Any], place: str, name: str, value: Any) -> None:
+def test_an_odd_field_is_as_in_transformers_or_one_line(
+    fields: dict[str, Any], place: str, name: str, value: Any
+) -> None:
     fields = {key: dict(rope) if isinstance(rope, dict) else rope for key, rope in fields.items()}
     holder = fields.get("rope_scaling") or fields["rope_parameters"] if place == "inside" else fields
     holder[name] = value
