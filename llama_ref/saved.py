@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -124,6 +125,8 @@ def appears_whole(directory: Path) -> Iterator[Path]:
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}"  # a rename within one file system
     draft.mkdir()
+    if place.is_dir():  # empty, and perhaps for its owner's eyes only
+        draft.chmod(stat.S_IMODE(place.stat().st_mode))
     try:
         yield draft
         check_can_write(directory)  # again: someone may have filled it meanwhile

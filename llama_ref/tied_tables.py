@@ -48,11 +48,10 @@ def same_tensor(one: TensorSource | None, other: TensorSource | None) -> bool:
         return one is other
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.data_ptr() == other.data_ptr():
         return one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
-    return (
-        tuple(one.shape) == tuple(other.shape)
-        and len(one.shape) == 2
-        and all(
-            torch.equal(one[row : row + ROWS_COMPARED].double(), other[row : row + ROWS_COMPARED].double())
-            for row in range(0, one.shape[0], ROWS_COMPARED)
-        )
-    )
+    if tuple(one.shape) != tuple(other.shape) or len(one.shape) != 2:
+        return False
+    for row in range(0, one.shape[0], ROWS_COMPARED):
+        rows, others = one[row : row + ROWS_COMPARED], other[row : row + ROWS_COMPARED]
+        if not torch.equal(rows, others if rows.dtype == others.dtype else others.to(rows.dtype)):
+            return False
+    return True

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -301,8 +302,11 @@ def run_case(number: int, seeds: Path, work: Path) -> tuple[str, str]:
         Path("/proc/self/clear_refs").write_text("5")
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     try:
-        _load(work, kind)
-        outcome = "accepted"
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            _load(work, kind)
+        long = [str(warning.message) for warning in told if "\n" in str(warning.message)]
+        outcome = f"a warning of several lines: {long[0]!r}" if long else "accepted"
     except (CheckpointError, TokenizerError) as error:
         outcome = "refused" if "\n" not in str(error) else f"an error of several lines: {error!r}"
     except BaseException as error:  # a panic of a Rust library is no Exception

@@ -313,6 +313,24 @@ def test_meta_params_without_a_vocabulary_ask_for_it() -> None:
         from_meta({"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": -1})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": "64"}, "dim='64' must be a number"),
+        ({"vocab_size": "x"}, "vocab_size='x' must be a number"),
+        ({"vocab_size": 0}, "vocab_size=0 must be a positive"),
+        ({"multiple_of": 0}, "multiple_of=0 must be a positive"),
+        ({"ffn_dim_multiplier": "big"}, "ffn_dim_multiplier='big' must be a number"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope='yes' must be true or false"),
+        ({"max_seq_len": 0.5}, "max_seq_len=0.5 must be a positive whole"),
+        ({"n_kv_heads": []}, "n_kv_heads=.. must be a number"),
+    ],
+)
+def test_params_that_say_no_number_name_the_field(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_meta({"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 128} | changes)
+
+
 @given(st.integers(1, 20000), st.sampled_from([1, 32, 256, 4096]))
 def test_meta_ffn_width_is_the_next_multiple(dim: int, multiple_of: int) -> None:
     width = meta_ffn_dim(dim, multiple_of, None)

@@ -518,3 +518,17 @@ store(to / "cache" / "key", {{"tokenizer.json": "x"}})
         str(path): oct(mode) for path, mode in found.items() if mode != (0o777 if path.is_dir() else 0o666) & ~umask
     }
     assert not wrong
+
+
+def test_an_empty_directory_keeps_its_own_mode(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o700)
+    convert(tiny.directory, tmp_path / "out", "hf")
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700 and state_of(tmp_path / "out")
+
+
+def test_the_command_says_what_is_left_out_in_one_line(tiny: Any, tmp_path: Path) -> None:
+    (tiny.directory / PICKLE).write_bytes(b"not read")
+    command = [sys.executable, "-m", "llama_fast.cli", "convert", str(tiny.directory), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"warning: {tiny.directory}: {SINGLE} is read; {PICKLE} left out\n"
