@@ -81,7 +81,7 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 def _refuse_unsupported_hf(data: Mapping[str, Any]) -> None:
     model_type = data.get("model_type")
-    if model_type not in _HF_CONTEXT:
+    if not isinstance(model_type, str) or model_type not in _HF_CONTEXT:
         raise ValueError(f"model_type={model_type!r:.80} is not a Llama (supported: {', '.join(_HF_CONTEXT)})")
     if data.get("hidden_act") not in (None, "silu", "swish"):
         raise ValueError(f"hidden_act={data['hidden_act']!r:.80} is not supported")

@@ -119,7 +119,7 @@ def open_huggingface(directory: Path) -> Checkpoint:
     stored, config = settle_tables(stored, config, TABLES, directory)
     expected = expected_shapes(config)
     wanted = {huggingface_name(name): shape for name, shape in expected.items()}
-    if wanted.keys() - stored.keys() == {OF_MODEL["output.weight"]}:
+    if wanted.keys() ^ stored.keys() == {OF_MODEL["output.weight"]}:
         raise CheckpointError(
             f"{directory}: 1 missing: {OF_MODEL['output.weight']}; a model saved without its head can be read only if "
             "config.json says tie_word_embeddings"
@@ -142,10 +142,15 @@ def _under_full_names(stored: Mapping[str, TensorSource], config: LlamaConfig) -
     known = {huggingface_name(name) for name in expected_shapes(untied)}
     found: dict[str, TensorSource] = {}
     for name, tensor in stored.items():
-        others = (f"{PREFIX}{name}", name.removeprefix(PREFIX))
-        full = next((other for other in others if other in known and other not in {*stored, *found}), name)
-        if not HARMLESS.search(name):
-            found[name if name in known else full] = tensor
+        if HARMLESS.search(name):
+            continue
+        full = name
+        if name not in known:
+            others = [f"{PREFIX}{name}", name.removeprefix(PREFIX)]
+            full = next(
+                (other for other in others if other in known and other not in stored and other not in found), name
+            )
+        found[full] = tensor
     return found
 
 

@@ -235,6 +235,7 @@ def test_biases_are_read() -> None:
     [
         ({"model_type": "qwen2"}, "model_type='qwen2'"),
         ({"model_type": None}, "model_type=None"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias=True"),
         ({"attention_bias": "yes"}, "attention_bias='yes'"),
         ({"sliding_window": 1024}, "sliding_window=1024"),
