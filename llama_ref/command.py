@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 def run(app: Callable[..., Any]) -> int:
     """Run a Typer application on the command line's arguments; its exit code. What stops it, also a wrong flag, is raised."""
     try:
-        return app(standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning  # restored at the end, as are the filters
+            return app(standalone_mode=False) or 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as end:
@@ -25,6 +29,11 @@ def run(app: Callable[..., Any]) -> int:
         if type(error).__name__ in endings:
             return endings[type(error).__name__]
         raise
+
+
+def _say_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """One line on stderr, without the line of source that raised it."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def writable(*files: Path | None) -> None:

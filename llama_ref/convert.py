@@ -32,6 +32,7 @@ from llama_ref.tokenizer import (
     has_tokenizer,
     load_tokenizer,
 )
+from llama_ref.weight_files import NAMED
 from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, expected_shapes
 
 CONFIG = "config.json"
@@ -78,6 +79,9 @@ def _copy_beside(directory: Path, draft: Path) -> None:
     for name in names:
         if (directory / name).is_file():
             shutil.copyfile(directory / name, draft / name)
+    config = safetensors_files.read_json(draft / CONFIG) if (draft / CONFIG).is_file() else {}
+    if config.pop(NAMED, None) is not None:  # names a file that is not written
+        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_same(written: LlamaConfig, config: LlamaConfig, where: str) -> None:
@@ -93,8 +97,6 @@ def _check_same(written: LlamaConfig, config: LlamaConfig, where: str) -> None:
 
 
 def _write_hf(checkpoint: Checkpoint, draft: Path, shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
     config = checkpoint.config
     shards = list(_shards(checkpoint, shard_bytes))
     places: dict[str, str] = {}
@@ -104,7 +106,7 @@ def _write_hf(checkpoint: Checkpoint, draft: Path, shard_bytes: int) -> None:
         total += sum(tensor.nbytes for tensor in tensors.values())
         file = safetensors_files.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         places |= dict.fromkeys(tensors, file)
-        save_file(unshared(tensors), draft / file, metadata={"format": "pt"})
+        safetensors_files.write_file(unshared(tensors), draft / file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (draft / safetensors_files.INDEX).write_text(json.dumps(index, indent=2) + "\n")

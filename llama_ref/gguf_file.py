@@ -6,6 +6,7 @@ tensors: no `output.weight` means tied embeddings, and `rope_freqs.weight` means
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ OF_LAYER = {
     "feed_forward.w3": "ffn_up",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+NOT_FLOATS = ("I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0")  # and what the gguf package does not dequantise
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}  # ggml type -> stored as it is
 
 
@@ -84,6 +86,9 @@ def open_gguf(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: one of {header.metadata['split.count']} parts; merge them by gguf-split first")
     stored = _map_tensors(path, header.tensors)
     factors = stored.pop(ROPE_FACTORS, None)
+    alone = OF_MODEL["output.weight"] in stored and OF_MODEL["tok_embeddings.weight"] not in stored
+    if alone:
+        stored[OF_MODEL["tok_embeddings.weight"]] = stored.pop(OF_MODEL["output.weight"])
     try:
         config = from_gguf(
             header.metadata,
@@ -97,6 +102,8 @@ def open_gguf(path: Path) -> Checkpoint:
     expected = expected_shapes(config)
     wanted = {gguf_name(name): shape for name, shape in expected.items()}
     check_shapes({name: tensor.shape for name, tensor in stored.items()}, wanted, path)
+    if alone:
+        warnings.warn(f"{path}: no token_embd.weight; output.weight is read as both tables", stacklevel=2)
     return Checkpoint(config, {name: stored[gguf_name(name)] for name in expected}, path)
 
 
@@ -113,6 +120,8 @@ def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTe
         if place.ggml_type not in sizes:
             raise CheckpointError(f"{path}: {name} has the unknown GGML type {place.ggml_type}")
         kind = GGMLQuantizationType(place.ggml_type)
+        if kind.name in NOT_FLOATS:
+            raise CheckpointError(f"{path}: {name} is stored as {kind.name}, not as floats")
         block_columns, block_bytes = sizes[place.ggml_type]
         rows, columns = (1, *place.shape)[-2:]
         if len(place.shape) not in (1, 2) or columns % block_columns:

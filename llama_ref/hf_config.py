@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from llama_ref.config import LlamaConfig
-from llama_ref.fields import as_ids, even_share, required, stated
-from llama_ref.rope_scaling import hf_rope_scaling, hf_rope_spelling
+from llama_ref.fields import as_ids, even_share, flag, number, whole
+from llama_ref.hf_rope import hf_rope, hf_rope_spelling
 
 _HF_CONTEXT = {"llama": 2048, "mistral": 131072}  # model_type -> max_position_embeddings where a file does not say
+MISTRAL_WINDOW = 4096
 
 
-def from_hf(data: Mapping[str, Any]) -> LlamaConfig:
+def from_hf(data: Mapping[str, Any], where: object = "config.json") -> LlamaConfig:
     """From the content of a Hugging Face `config.json`; absent fields take LlamaConfig's published defaults.
 
     The shape itself has no default: a file without `hidden_size` is refused. Raises ValueError, one line that
-    names the field.
+    names the field. What the file states and is not read is said in a warning that names the file as `where`.
     """
     _refuse_unsupported_hf(data)
-    dim, n_heads = required(data, "hidden_size"), required(data, "num_attention_heads")
+    dim, n_heads = whole(data, "hidden_size"), whole(data, "num_attention_heads")
+    max_context = whole(data, "max_position_embeddings", _HF_CONTEXT[data["model_type"]])
+    theta, scaling = hf_rope(data, max_context, where)
+    window = _hf_window(data, where)
+    # null means as many as heads; absence means the family's own default
+    kv_heads = 8 if data["model_type"] == "mistral" and "num_key_value_heads" not in data else n_heads
     head_dim = data.get("head_dim")
     if head_dim is None:
         head_dim = even_share(dim, n_heads, "hidden_size", "num_attention_heads")
-    rope: Mapping[str, Any] = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_scaling={rope!r} must be an object")
-    theta = rope.get("rope_theta", data.get("rope_theta"))
-    max_context = stated(data.get("max_position_embeddings"), _HF_CONTEXT[data["model_type"]])
-    window = _hf_window(data)
     return LlamaConfig(
         dim=dim,
-        n_layers=required(data, "num_hidden_layers"),
+        n_layers=whole(data, "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=stated(data.get("num_key_value_heads"), n_heads),
-        head_dim=head_dim,
-        ffn_dim=required(data, "intermediate_size"),
-        vocab_size=required(data, "vocab_size"),
+        n_kv_heads=whole(data, "num_key_value_heads", kv_heads),
+        head_dim=whole(data, "head_dim", head_dim),
+        ffn_dim=whole(data, "intermediate_size"),
+        vocab_size=whole(data, "vocab_size"),
         max_context=max_context,
-        norm_eps=float(stated(data.get("rms_norm_eps"), 1e-6)),
-        rope_theta=float(stated(theta, 10000.0)),
-        rope_scaling=hf_rope_scaling(rope, max_context),
-        tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        bos_id=data.get("bos_token_id", 1),
+        norm_eps=number(data, "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=flag(data, "tie_word_embeddings"),
+        bos_id=_bos_id(data),
         eos_ids=as_ids(data.get("eos_token_id", 2)),
-        attention_bias=bool(data.get("attention_bias")),
-        mlp_bias=bool(data.get("mlp_bias")),
+        attention_bias=flag(data, "attention_bias"),
+        mlp_bias=flag(data, "mlp_bias"),
         window=None if window is None or window >= max_context else window,
     )
 
@@ -80,29 +81,48 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 def _refuse_unsupported_hf(data: Mapping[str, Any]) -> None:
     model_type = data.get("model_type")
-    if model_type not in _HF_CONTEXT:
-        raise ValueError(f"model_type={model_type!r} is not a Llama (supported: {', '.join(_HF_CONTEXT)})")
-    mistral = model_type == "mistral"
-    wanted: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("hidden_act", data.get("hidden_act", "silu"), ("silu", "swish")),
-        ("attention_bias", data.get("attention_bias"), (None, False) if mistral else (None, False, True)),
-        ("mlp_bias", data.get("mlp_bias"), (None, False) if mistral else (None, False, True)),
-        ("sliding_window", None if mistral else data.get("sliding_window"), (None,)),
-        ("partial_rotary_factor", data.get("partial_rotary_factor"), (None, 1, 1.0)),
-        ("quantization_config", data.get("quantization_config"), (None,)),
-    ]
-    for name, value, allowed in wanted:
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is not supported")
-    only = "full_attention" if _hf_window(data) is None else "sliding_attention"
-    for kind in data.get("layer_types") or ():
+    if not isinstance(model_type, str) or model_type not in _HF_CONTEXT:
+        raise ValueError(f"model_type={model_type!r:.80} is not a Llama (supported: {', '.join(_HF_CONTEXT)})")
+    if data.get("hidden_act") not in (None, "silu", "swish"):
+        raise ValueError(f"hidden_act={data['hidden_act']!r:.80} is not supported")
+    if data.get("quantization_config") is not None:
+        raise ValueError(f"quantization_config={data['quantization_config']!r:.80} is not supported")
+    for name in ("attention_bias", "mlp_bias"):
+        if flag(data, name) and model_type == "mistral":
+            raise ValueError(f"{name}=True is not supported in a mistral")
+    _refuse_mixed_layers(data)
+
+
+def _refuse_mixed_layers(data: Mapping[str, Any]) -> None:
+    kinds = data.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise ValueError(f"layer_types={kinds!r:.80} must be a list")
+    windowed = data["model_type"] == "mistral" and data.get("sliding_window", MISTRAL_WINDOW) is not None
+    only = "sliding_attention" if windowed else "full_attention"
+    for kind in kinds or ():
         if kind != only:
-            raise ValueError(f"layer_types holds {kind!r}: only {only} in every layer is supported")
+            raise ValueError(f"layer_types holds {kind!r:.80}: only {only} in every layer is supported")
 
 
-def _hf_window(data: Mapping[str, Any]) -> int | None:
-    """Mistral's own default is a window of 4096: only an explicit null switches it off."""
-    if data["model_type"] != "mistral" or data.get("use_sliding_window") is False:
-        return None
-    window: int | None = data.get("sliding_window", 4096)
-    return window
+def _hf_window(data: Mapping[str, Any], where: object) -> int | None:
+    """A window is Mistral's, whose own default is one of 4096: only an explicit null switches it off."""
+    wanted = flag(data, "use_sliding_window", True)
+    if data["model_type"] == "mistral":
+        if "sliding_window" in data and data["sliding_window"] is None:
+            return None
+        window = whole(data, "sliding_window", MISTRAL_WINDOW)
+        if not wanted:  # a field of Qwen's: transformers does not look at it here
+            warnings.warn(f"{where}: a mistral has no use_sliding_window; its window is {window}", stacklevel=3)
+        return window
+    if data.get("sliding_window") is not None and wanted:
+        window = whole(data, "sliding_window")
+        if window < whole(data, "max_position_embeddings", _HF_CONTEXT["llama"]):
+            raise ValueError(f"sliding_window={window} is not supported in a llama")
+    return None
+
+
+def _bos_id(data: Mapping[str, Any]) -> int | None:
+    ids = as_ids(data.get("bos_token_id", 1), "bos_token_id")
+    if len(ids) > 1 or isinstance(data.get("bos_token_id"), list):
+        raise ValueError(f"bos_token_id={data['bos_token_id']!r:.80} must be one token id")
+    return ids[0] if ids else None

@@ -7,6 +7,7 @@ pairs before all second halves. They are put back head by head as slices are rea
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,22 @@ from pathlib import Path
 
 import torch
 
-from llama_ref import pickled_files
 from llama_ref.config import LlamaConfig
 from llama_ref.fields import as_ids
 from llama_ref.hf_config import from_hf
-from llama_ref.safetensors_files import INDEX, SINGLE, open_directory, read_json
-from llama_ref.weights import Checkpoint, CheckpointError, Key, TensorSource, check_shapes, expected_shapes, spans
+from llama_ref.safetensors_files import read_json
+from llama_ref.tied_tables import settle_tables
+from llama_ref.weight_files import NAMED, holds_weights, open_weights
+from llama_ref.weights import (
+    Checkpoint,
+    CheckpointError,
+    Key,
+    TensorSource,
+    check_floats,
+    check_shapes,
+    expected_shapes,
+    spans,
+)
 
 OF_MODEL = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -37,8 +48,11 @@ OF_LAYER = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # derived from the config; old conversions stored it
-ROWS_COMPARED = 8192  # so that comparing two tables never holds more than a part of them
+PREFIX = "model."
+TABLES = ("model.embed_tokens", "lm_head")
+HARMLESS = re.compile(  # follow from the config; old conversions stored them
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|self_attn\.(masked_)?bias|causal_mask)$"
+)
 
 
 @dataclass(frozen=True)
@@ -93,23 +107,25 @@ def huggingface_name(name: str) -> str:
 
 def is_huggingface(directory: Path) -> bool:
     """Whether a directory has a config.json and weights, or an index of them, under the names that are read here."""
-    weights = (SINGLE, INDEX, pickled_files.SINGLE, pickled_files.INDEX)
-    return (directory / "config.json").is_file() and any((directory / name).is_file() for name in weights)
+    config = directory / "config.json"
+    return config.is_file() and (holds_weights(directory) or read_json(config).get(NAMED) is not None)
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
     """Open a directory that `save_pretrained` or the hub wrote; raises CheckpointError."""
     config = read_config(directory)
-    stored = {name: tensor for name, tensor in _stored(directory).items() if not HARMLESS.search(name)}
-    if config.tie_embeddings and "lm_head.weight" in stored:
-        check_tied(stored, "model.embed_tokens.weight", "lm_head.weight", directory)
-        del stored["lm_head.weight"]
+    named = read_json(directory / "config.json").get(NAMED)
+    stored = _under_full_names(open_weights(directory, named), config)
+    stored, config = settle_tables(stored, config, TABLES, directory)
     expected = expected_shapes(config)
     wanted = {huggingface_name(name): shape for name, shape in expected.items()}
+    if wanted.keys() ^ stored.keys() == {OF_MODEL["output.weight"]}:
+        raise CheckpointError(
+            f"{directory}: 1 missing: {OF_MODEL['output.weight']}; a model saved without its head can be read only if "
+            "config.json says tie_word_embeddings"
+        )
     check_shapes({name: tensor.shape for name, tensor in stored.items()}, wanted, directory)
-    packed = [name for name, tensor in stored.items() if not tensor.dtype.is_floating_point]
-    if packed:
-        raise CheckpointError(f"{directory}: {packed[0]} is stored as {stored[packed[0]].dtype}, not as floats")
+    check_floats(stored, directory)
     weights: dict[str, TensorSource] = {}
     for name in expected:
         tensor = stored[huggingface_name(name)]
@@ -117,14 +133,25 @@ def open_huggingface(directory: Path) -> Checkpoint:
     return Checkpoint(config, weights, directory)
 
 
-def _stored(directory: Path) -> Mapping[str, TensorSource]:
-    """The tensors of model.safetensors or of pytorch_model.bin, in one file or in shards; the former comes first."""
-    if not any((directory / name).is_file() for name in (SINGLE, INDEX)):
-        if (directory / pickled_files.INDEX).is_file():
-            return pickled_files.open_sharded(directory)
-        if (directory / pickled_files.SINGLE).is_file():
-            return pickled_files.open_file(directory / pickled_files.SINGLE)
-    return open_directory(directory)
+def _under_full_names(stored: Mapping[str, TensorSource], config: LlamaConfig) -> dict[str, TensorSource]:
+    """The tensors of the whole model: a base model saved alone has names without "model.", one inside another twice.
+
+    Buffers that follow from the config are left out.
+    """
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    known = {huggingface_name(name) for name in expected_shapes(untied)}
+    found: dict[str, TensorSource] = {}
+    for name, tensor in stored.items():
+        if HARMLESS.search(name):
+            continue
+        full = name
+        if name not in known:
+            others = [f"{PREFIX}{name}", name.removeprefix(PREFIX)]
+            full = next(
+                (other for other in others if other in known and other not in stored and other not in found), name
+            )
+        found[full] = tensor
+    return found
 
 
 def read_config(directory: Path) -> LlamaConfig:
@@ -135,23 +162,8 @@ def read_config(directory: Path) -> LlamaConfig:
         if generation.is_file():  # it, not config.json, is where chat models name all their stop tokens
             ends = as_ids(read_json(generation).get("eos_token_id"))
             data["eos_token_id"] = list(dict.fromkeys(as_ids(data.get("eos_token_id", 2)) + ends))
-        return from_hf(data)
+        return from_hf(data, directory / "config.json")
     except CheckpointError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
-
-
-def check_tied(stored: Mapping[str, TensorSource], table_name: str, head_name: str, where: object) -> None:
-    """A tied model may store its table twice; if the two differ, the config or the file is wrong: who knows which?"""
-    table = stored.get(table_name)  # if it is missing, the strict check will name it
-    if table is not None and not same_tensor(table, stored[head_name]):
-        raise CheckpointError(f"{where}: tie_word_embeddings=True, but {head_name} is not the embedding table")
-
-
-def same_tensor(one: TensorSource, other: TensorSource) -> bool:
-    """Whether two stored matrices hold equal numbers, read a part at a time."""
-    return tuple(one.shape) == tuple(other.shape) and all(
-        torch.equal(one[row : row + ROWS_COMPARED], other[row : row + ROWS_COMPARED])
-        for row in range(0, one.shape[0], ROWS_COMPARED)
-    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_ref.config import LlamaConfig
-from llama_ref.fields import even_share, required, stated
+from llama_ref.fields import even_share, flag, number, stated, whole
 from llama_ref.rope_scaling import RopeScaling
 
 LLAMA_3_VOCABULARY = 128256
@@ -34,36 +34,37 @@ def from_meta(
     unknown = [name for name, value in params.items() if name not in _META_FIELDS and value]
     if unknown:
         raise ValueError(f"{unknown[0]}={params[unknown[0]]!r} is not supported")
-    dim, n_heads = required(params, "dim"), required(params, "n_heads")
-    vocab = stated(params.get("vocab_size"), -1)
-    if vocab <= 0:
+    dim, n_heads = whole(params, "dim"), whole(params, "n_heads")
+    vocab = params.get("vocab_size")
+    if vocab in (None, -1):
         if vocab_size is None:
             raise ValueError(f"vocab_size={vocab} in params.json leaves the size to the tokenizer: pass it")
         vocab = vocab_size
+    vocab = whole({"vocab_size": vocab}, "vocab_size")
     scaling = None
-    if params.get("use_scaled_rope"):  # factor 8 is what Meta's code has where the file does not say
-        scaling = RopeScaling(
-            "llama3",
-            float(stated(params.get("rope_scaling_factor"), 8.0)),
-            high_freq_factor=float(stated(params.get("rope_high_freq_factor"), 4.0)),
-        )
+    if flag(params, "use_scaled_rope"):  # factor 8 is what Meta's code has where the file does not say
+        factor, high = number(params, "rope_scaling_factor", 8.0), number(params, "rope_high_freq_factor", 4.0)
+        scaling = RopeScaling("llama3", factor, high_freq_factor=high)
     llama3 = vocab >= LLAMA_3_VOCABULARY  # params.json names no ids; the Llama-3 family is told by its vocabulary
-    context = stated(max_context, stated(params.get("max_seq_len"), _meta_context(params, vocab)))
-    window = params.get("sliding_window")
+    context = stated(max_context, whole(params, "max_seq_len", _meta_context(params, vocab)))
+    window = None if params.get("sliding_window") is None else whole(params, "sliding_window")
     head_dim, ffn_dim = params.get("head_dim"), params.get("hidden_dim")
+    if head_dim is None:
+        head_dim = even_share(dim, n_heads, "dim", "n_heads")
     if ffn_dim is None:
-        ffn_dim = meta_ffn_dim(dim, stated(params.get("multiple_of"), 256), params.get("ffn_dim_multiplier"))
+        multiplier = None if params.get("ffn_dim_multiplier") is None else number(params, "ffn_dim_multiplier")
+        ffn_dim = meta_ffn_dim(dim, whole(params, "multiple_of", 256), multiplier)
     return LlamaConfig(
         dim=dim,
-        n_layers=required(params, "n_layers"),
+        n_layers=whole(params, "n_layers"),
         n_heads=n_heads,
-        n_kv_heads=stated(params.get("n_kv_heads"), n_heads),
-        head_dim=even_share(dim, n_heads, "dim", "n_heads") if head_dim is None else head_dim,
-        ffn_dim=ffn_dim,
+        n_kv_heads=whole(params, "n_kv_heads", n_heads),
+        head_dim=whole(params, "head_dim", head_dim),
+        ffn_dim=whole(params, "hidden_dim", ffn_dim),
         vocab_size=vocab,
         max_context=context,
-        norm_eps=float(stated(params.get("norm_eps"), 1e-5)),
-        rope_theta=float(stated(params.get("rope_theta"), 10000.0)),
+        norm_eps=number(params, "norm_eps", 1e-5),
+        rope_theta=number(params, "rope_theta", 10000.0),
         rope_scaling=scaling,
         tie_embeddings=tie_embeddings,
         bos_id=128000 if llama3 else 1,

@@ -8,6 +8,7 @@ that write it; how the embedding table was cut changed with Llama 3, and shows i
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,17 @@ from llama_ref import huggingface, pickled_files
 from llama_ref.config import LlamaConfig
 from llama_ref.meta_config import from_meta
 from llama_ref.safetensors_files import read_json
-from llama_ref.weights import Checkpoint, CheckpointError, Key, TensorSource, check_shapes, expected_shapes, spans
+from llama_ref.tied_tables import settle_tables
+from llama_ref.weights import (
+    Checkpoint,
+    CheckpointError,
+    Key,
+    TensorSource,
+    check_floats,
+    check_shapes,
+    expected_shapes,
+    spans,
+)
 
 PARAMS = "params.json"
 FIRST_SHARD = "consolidated.00.pth"
@@ -102,15 +113,14 @@ def open_meta(directory: Path, file: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{directory}: neither {FIRST_SHARD} nor {GPT_FAST_FILE}")
     stored = {name: tensor for name, tensor in stored.items() if not HARMLESS.search(name)}
     config = _config(directory, stored)
+    alone = "output.weight" in stored and "tok_embeddings.weight" not in stored
     stored = _separate(stored, config)
-    if config.tie_embeddings and "output.weight" in stored:
-        huggingface.check_tied(stored, "tok_embeddings.weight", "output.weight", directory)
-        del stored["output.weight"]
+    stored, config = settle_tables(stored, config, ("tok_embeddings", "output"), directory)
     expected = expected_shapes(config)
     check_shapes({name: tuple(tensor.shape) for name, tensor in stored.items()}, expected, directory)
-    packed = [name for name, tensor in stored.items() if not tensor.dtype.is_floating_point]
-    if packed:
-        raise CheckpointError(f"{directory}: {packed[0]} is stored as {stored[packed[0]].dtype}, not as floats")
+    check_floats(stored, directory)
+    if alone and not (directory / "config.json").is_file():  # which would say that the model is tied
+        warnings.warn(f"{directory}: no tok_embeddings.weight; output.weight is read as both tables", stacklevel=2)
     return Checkpoint(config, {name: stored[name] for name in expected}, directory)
 
 
@@ -130,12 +140,12 @@ def _config(directory: Path, stored: Mapping[str, TensorSource]) -> LlamaConfig:
     path = next((path for path in (directory / PARAMS, directory / "original" / PARAMS) if path.is_file()), None)
     if path is None:
         raise CheckpointError(f"{directory}: weights without a config; put their config.json or {PARAMS} beside them")
-    table = stored.get("tok_embeddings.weight")
+    tables = [stored[name] for name in ("tok_embeddings.weight", "output.weight") if name in stored]
     try:
         return from_meta(
             read_json(path),
-            vocab_size=None if table is None else table.shape[0],
-            tie_embeddings="output.weight" not in stored,
+            vocab_size=tables[0].shape[0] if tables else None,
+            tie_embeddings=len(tables) < 2,
         )
     except CheckpointError:
         raise

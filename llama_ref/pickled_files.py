@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from llama_ref.safetensors_files import read_sharded
 from llama_ref.weights import CheckpointError
 
 INDEX = "pytorch_model.bin.index.json"
@@ -42,12 +41,10 @@ def open_file(path: Path) -> dict[str, torch.Tensor]:
     odd = [name for name, value in found.items() if value.layout is not torch.strided or value.is_quantized]
     if odd:
         raise CheckpointError(f"{path}: {odd[0]!r} is stored as {found[odd[0]].layout}, not as plain numbers")
+    empty = [name for name, value in found.items() if value.device.type != "cpu"]
+    if empty:
+        raise CheckpointError(f"{path}: {empty[0]!r} was saved without its numbers (device {found[empty[0]].device})")
     return {name: value.detach() for name, value in found.items()}
-
-
-def open_sharded(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the shards that pytorch_model.bin.index.json names; CheckpointError."""
-    return read_sharded(directory, INDEX, open_file)
 
 
 def _check_size(path: Path) -> None:
@@ -61,6 +58,3 @@ def _check_size(path: Path) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
-
-
-__all__ = ["INDEX", "SINGLE", "open_file", "open_sharded"]

@@ -1,18 +1,17 @@
-"""safetensors, one file or many shards: tensors by their stored name, memory-mapped, read slice by slice."""
+"""safetensors: the tensors of one file by their stored name, memory-mapped and read slice by slice; and writing one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from llama_ref.weights import CheckpointError, Key, spans
-
-T = TypeVar("T")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -49,17 +48,6 @@ class StoredTensor:
         return part
 
 
-def open_directory(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory's model.safetensors or of the shards that its index names; CheckpointError."""
-    if (directory / INDEX).is_file():
-        return _open_sharded(directory)
-    if (directory / SINGLE).is_file():
-        return open_file(directory / SINGLE)
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
-    hint = f" (found {', '.join(others[:3])}, which are not read)" if others else ""
-    raise CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX}{hint}")
-
-
 def open_file(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one file. A truncated file or a broken header is a CheckpointError: safetensors checks both."""
     from safetensors import SafetensorError, safe_open
@@ -81,6 +69,19 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path}: cannot be mapped into memory ({_one_line(error)})") from error
 
 
+def write_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors, none of which shares memory with another, as a file with the mode that the user's umask gives.
+
+    safetensors writes a temporary file that only its owner may read, and renames it.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; anything else is a CheckpointError that names the file."""
     try:
@@ -92,29 +93,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
     return data
-
-
-def _open_sharded(directory: Path) -> dict[str, StoredTensor]:
-    return read_sharded(directory, INDEX, open_file)
-
-
-def read_sharded(directory: Path, index: str, open_file: Callable[[Path], dict[str, T]]) -> dict[str, T]:
-    """The tensors of all shards that an index names, each shard opened by `open_file`; CheckpointError."""
-    places = read_json(directory / index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise CheckpointError(f"{directory / index}: has no weight_map of file names")
-    shards = sorted(set(places.values()))
-    outside = [shard for shard in shards if not shard or Path(shard).name != shard or "\0" in shard]
-    if outside:
-        raise CheckpointError(f"{directory / index}: names {outside[0]!r}, which is no file of this directory")
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
-    if missing:
-        raise CheckpointError(f"{directory}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:20])}")
-    opened = {shard: open_file(directory / shard) for shard in shards}
-    strays = [f"{name} (by the index in {shard})" for name, shard in places.items() if name not in opened[shard]]
-    if strays:
-        raise CheckpointError(f"{directory}: {len(strays)} missing: {', '.join(strays[:20])}")
-    return {name: tensor for shard in opened.values() for name, tensor in shard.items()}
 
 
 def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 
 from llama_ref.config import LlamaConfig
 from llama_ref.hf_config import from_hf, to_hf
-from llama_ref.safetensors_files import open_directory, read_json
-from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, check_shapes, expected_shapes
+from llama_ref.safetensors_files import SINGLE, read_json, write_file
+from llama_ref.tied_tables import settle_tables
+from llama_ref.weight_files import open_weights
+from llama_ref.weights import FLOATS, Checkpoint, CheckpointError, TensorSource, check_shapes, expected_shapes
 
 FORMAT = 1
 ENCODINGS = ("dense", "int8")
@@ -46,10 +49,10 @@ def open_saved(directory: Path) -> Checkpoint:
     if version != FORMAT:
         raise CheckpointError(f"{directory}: saved in format {version!r}; this version reads format {FORMAT}")
     try:
-        config = from_hf(data)
+        config = from_hf(data, directory / "config.json")
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
-    weights = open_directory(directory)
+    weights, config = settle_tables(open_weights(directory), config, ("tok_embeddings", "output"), directory)
     check_encoded(weights, config, encoding, directory)
     return Checkpoint(config, weights, directory, str(encoding))
 
@@ -63,13 +66,13 @@ def check_encoded(tensors: Mapping[str, TensorSource], config: LlamaConfig, enco
         if name in expected and tensor.dtype == torch.int8 and encoding == "int8" and len(expected[name]) == 2:
             expected[scale_name(name)] = (expected[name][0], 1)
     check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, where)
-    whole = [
-        name
+    packed = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
         for name, tensor in tensors.items()
-        if not tensor.dtype.is_floating_point and scale_name(name) not in tensors
+        if tensor.dtype not in FLOATS and not (tensor.dtype == torch.int8 and scale_name(name) in tensors)
     ]
-    if whole:
-        raise CheckpointError(f"{where}: not floating point, in encoding {encoding!r}: {', '.join(whole[:20])}")
+    if packed:
+        raise CheckpointError(f"{where}: not floating point, in encoding {encoding!r}: {', '.join(packed[:20])}")
 
 
 def scale_name(name: str) -> str:
@@ -89,14 +92,12 @@ def save_checkpoint(
     Raises CheckpointError if `directory` exists and is not empty, if `tensors` are not those of the model, or if no
     config.json says what the model is.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory).expanduser()
     check_can_be_said(config, directory)
     check_encoded(tensors, config, encoding, directory)
     with appears_whole(directory) as draft:
         whole = {name: tensor[:].detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(unshared(whole), draft / "model.safetensors", metadata={"format": "pt"})
+        write_file(unshared(whole), draft / SINGLE)
         data = to_hf(config) | {"llama_fast": {"encoding": encoding, "format": FORMAT}}
         (draft / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         if tokenizer is not None:
@@ -124,6 +125,8 @@ def appears_whole(directory: Path) -> Iterator[Path]:
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}"  # a rename within one file system
     draft.mkdir()
+    if place.is_dir():  # empty, and perhaps for its owner's eyes only
+        draft.chmod(stat.S_IMODE(place.stat().st_mode))
     try:
         yield draft
         check_can_write(directory)  # again: someone may have filled it meanwhile

@@ -18,6 +18,7 @@ from llama_ref.config import LlamaConfig
 
 Key = slice | tuple[slice, ...]
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NAMES_SHOWN = 20  # a wrong directory misses hundreds of tensors; the first few say what is wrong
 
 
@@ -102,6 +103,14 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
     if any(faults.values()):
         told = "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise CheckpointError(f"{where}: {told}")
+
+
+def check_floats(found: Mapping[str, TensorSource], where: object) -> None:
+    """Raise CheckpointError for a tensor that is not stored as plain floats: float8 and integers need a scale each."""
+    packed = [name for name, tensor in found.items() if tensor.dtype not in FLOATS]
+    if packed:
+        kind = str(found[packed[0]].dtype).removeprefix("torch.")
+        raise CheckpointError(f"{where}: {packed[0]} is stored as {kind}, not as floats: {len(packed)} such tensors")
 
 
 def spans(key: Key, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +58,49 @@ def write_seeds(root: Path) -> None:
     torch.save(state, root / "pickled" / "pytorch_model.bin")
     shutil.copytree(root / "pickled", root / "legacy")
     torch.save(state, root / "legacy" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    _write_fields(root)
+    _write_pickled_shards(root, state)
+    _write_tied(root, state)
     _write_gguf(root / "gguf")
     _write_tokenizers(root)
+
+
+def _write_fields(root: Path) -> None:
+    """Every field of config.json that is read, and an index that an earlier save left behind."""
+    shutil.copytree(root / "hf", root / "fields")
+    (root / "fields" / "model.safetensors.index.json").write_text("{}")
+    config = json.loads((root / "fields" / "config.json").read_text())
+    rope = {"rope_type": "yarn", "type": "yarn", "factor": 4.0, "rope_theta": 500.0, "beta_fast": 8, "beta_slow": 1.0}
+    rope |= {"attention_factor": None, "mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False}
+    rope |= {"original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}
+    beside = {"rope_theta": 300.0, "original_max_position_embeddings": 32, "partial_rotary_factor": None}
+    others = {"use_sliding_window": False, "sliding_window": 8, "layer_types": ["full_attention"] * 2}
+    config |= {"rope_interleaved": False, "rope_parameters": {"rope_type": "default"}, **beside, **others}
+    (root / "fields" / "config.json").write_text(json.dumps({"rope_scaling": rope} | config | {"rope_scaling": rope}))
+    (root / "fields" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+
+
+def _write_pickled_shards(root: Path, state: dict[str, torch.Tensor]) -> None:
+    """Two shards and their index, one tensor in both."""
+    (root / "pickled-shards").mkdir()
+    shutil.copyfile(root / "hf" / "config.json", root / "pickled-shards" / "config.json")
+    names = sorted(state)
+    places = {}
+    for number, part in enumerate((names[:9], names[8:]), 1):
+        torch.save({name: state[name] for name in part}, root / "pickled-shards" / f"pytorch_model-{number}.bin")
+        places |= dict.fromkeys(part, f"pytorch_model-{number}.bin")
+    (root / "pickled-shards" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def _write_tied(root: Path, state: dict[str, torch.Tensor]) -> None:
+    """A base model's names, and both of two tied tables."""
+    from safetensors.torch import save_file
+
+    (root / "tied").mkdir()
+    config = json.loads((root / "hf" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (root / "tied" / "config.json").write_text(json.dumps(config))
+    base = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    save_file(base | {"lm_head.weight": base["embed_tokens.weight"].clone()}, root / "tied" / "model.safetensors")
 
 
 def _state(directory: Path) -> dict[str, torch.Tensor]:
@@ -136,6 +178,9 @@ def _write_tokenizers(root: Path) -> None:
 TARGETS: dict[str, tuple[str, ...]] = {
     "hf": ("model.safetensors", "config.json"),
     "sharded": ("model.safetensors.index.json", "model-00001-of-*.safetensors"),
+    "fields": ("config.json", "config.json", "generation_config.json"),
+    "tied": ("model.safetensors", "config.json"),
+    "pickled-shards": ("pytorch_model.bin.index.json", "pytorch_model-1.bin"),
     "saved": ("model.safetensors", "config.json"),
     "pickled": ("pytorch_model.bin",),
     "legacy": ("pytorch_model.bin",),
@@ -257,8 +302,11 @@ def run_case(number: int, seeds: Path, work: Path) -> tuple[str, str]:
         Path("/proc/self/clear_refs").write_text("5")
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     try:
-        _load(work, kind)
-        outcome = "accepted"
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            _load(work, kind)
+        long = [str(warning.message) for warning in told if "\n" in str(warning.message)]
+        outcome = f"a warning of several lines: {long[0]!r}" if long else "accepted"
     except (CheckpointError, TokenizerError) as error:
         outcome = "refused" if "\n" not in str(error) else f"an error of several lines: {error!r}"
     except BaseException as error:  # a panic of a Rust library is no Exception

@@ -213,7 +213,7 @@ def test_eos_ids_in_every_spelling(value: Any, ids: tuple[int, ...]) -> None:
 
 
 def test_mistral_is_a_llama_with_a_window() -> None:
-    mistral = SMALL | {"model_type": "mistral"}
+    mistral = SMALL | {"model_type": "mistral", "num_key_value_heads": 4}
     assert from_hf(mistral | {"sliding_window": None}).window is None
     assert from_hf(mistral).window == 4096
     assert from_hf(mistral | {"sliding_window": 512, "max_position_embeddings": 512}).window is None
@@ -235,9 +235,18 @@ def test_biases_are_read() -> None:
     [
         ({"model_type": "qwen2"}, "model_type='qwen2'"),
         ({"model_type": None}, "model_type=None"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias=True"),
         ({"attention_bias": "yes"}, "attention_bias='yes'"),
-        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"sliding_window": 1024}, "sliding_window=1024"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be a number"),
+        ({"hidden_size": 64.0}, "hidden_size=64.0 must be a positive whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive whole number"),
+        ({"bos_token_id": [1]}, r"bos_token_id=\[1\] must be one token id"),
+        ({"bos_token_id": "<s>"}, "bos_token_id='<s>' must be a token id"),
+        ({"layer_types": 7}, "layer_types=7 must be a list"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"model_type": "mistral", "sliding_window": 0}, "window=0 must be a positive"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
@@ -303,6 +312,24 @@ def test_meta_params_of_llama_3() -> None:
 def test_meta_params_without_a_vocabulary_ask_for_it() -> None:
     with pytest.raises(ValueError, match="vocab_size=-1"):
         from_meta({"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": -1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": "64"}, "dim='64' must be a number"),
+        ({"vocab_size": "x"}, "vocab_size='x' must be a number"),
+        ({"vocab_size": 0}, "vocab_size=0 must be a positive"),
+        ({"multiple_of": 0}, "multiple_of=0 must be a positive"),
+        ({"ffn_dim_multiplier": "big"}, "ffn_dim_multiplier='big' must be a number"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope='yes' must be true or false"),
+        ({"max_seq_len": 0.5}, "max_seq_len=0.5 must be a positive whole"),
+        ({"n_kv_heads": []}, "n_kv_heads=.. must be a number"),
+    ],
+)
+def test_params_that_say_no_number_name_the_field(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_meta({"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 128} | changes)
 
 
 @given(st.integers(1, 20000), st.sampled_from([1, 32, 256, 4096]))

@@ -88,18 +88,21 @@ def test_other_content_is_refused(pickled: Path, content: Any, message: str) -> 
 def test_a_missing_shard_of_an_index_is_named(pickled: Path) -> None:
     places = {"model.norm.weight": "pytorch_model-00001-of-00002.bin"}
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    (pickled / "pytorch_model.bin").unlink()
     refused(lambda: open_checkpoint(pickled), "1 of 1 shards missing", "pytorch_model-00001")
 
 
 @pytest.mark.parametrize("place", ["../pytorch_model.bin", "/etc/passwd", ""])
 def test_an_index_that_points_elsewhere_is_refused(pickled: Path, place: str) -> None:
     (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": place}}))
+    (pickled / "pytorch_model.bin").rename(pickled.parent / "pytorch_model.bin")
     refused(lambda: open_checkpoint(pickled), "no file of this directory")
 
 
 def test_safetensors_come_before_pickles(tiny: Any) -> None:
     (tiny.directory / "pytorch_model.bin").write_bytes(b"not read")
-    assert open_checkpoint(tiny.directory).config.dim == 32
+    with pytest.warns(UserWarning, match=r"model\.safetensors is read; pytorch_model\.bin left out"):
+        assert open_checkpoint(tiny.directory).config.dim == 32
 
 
 # --- Meta and gpt-fast ----------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Which files of a Hugging Face directory hold its weights: the first that is there, in the order of transformers 5.24.
+
+A single file comes before an index, which an earlier save in shards may have left behind, and safetensors before
+pickles. A config.json may also name the file itself, as `transformers_weights`. What is left out is said in a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_ref import pickled_files, safetensors_files
+from llama_ref.sharded_files import open_shards
+from llama_ref.weights import CheckpointError, TensorSource
+
+NAMED = "transformers_weights"
+ORDER = (safetensors_files.SINGLE, safetensors_files.INDEX, pickled_files.SINGLE, pickled_files.INDEX)
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory has a file of weights, or an index of some, under one of the names that are read."""
+    return any((directory / name).is_file() for name in ORDER)
+
+
+def open_weights(directory: Path, named: Any = None) -> Mapping[str, TensorSource]:
+    """Every tensor by its stored name. `named` is what config.json states as transformers_weights; CheckpointError."""
+    if named is not None:
+        return _open(directory, _checked(named, directory))
+    found = [name for name in ORDER if (directory / name).is_file()]
+    if not found:
+        wanted = f"neither {safetensors_files.SINGLE} nor {safetensors_files.INDEX}"
+        raise CheckpointError(f"{directory}: {wanted}{_hint(directory)}")
+    if not pickled(found[0]) and not any(directory.glob("pytorch_model*.bin")):
+        found = [name for name in found if not pickled(name)]  # the hub gives every .json, also the index of no files
+    if found[1:]:
+        warnings.warn(f"{directory}: {found[0]} is read; {', '.join(found[1:])} left out", stacklevel=2)
+    return _open(directory, found[0])
+
+
+def pickled(name: str) -> bool:
+    """Whether a file of weights, or an index, is of pickles."""
+    return name in (pickled_files.SINGLE, pickled_files.INDEX)
+
+
+def _open(directory: Path, name: str) -> Mapping[str, TensorSource]:
+    open_file: Callable[[Path], Mapping[str, TensorSource]]
+    open_file = pickled_files.open_file if pickled(name) else safetensors_files.open_file
+    return open_shards(directory, name, open_file) if name.endswith(".json") else open_file(directory / name)
+
+
+def _checked(named: Any, directory: Path) -> str:
+    """The file that a config.json names; one of this directory, and no pickle."""
+    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(f"{directory / 'config.json'}: {NAMED}={named!r:.80} is no safetensors file or index")
+    if Path(named).name != named or "\0" in named:
+        raise CheckpointError(f"{directory / 'config.json'}: {NAMED}={named!r:.80} is no file of this directory")
+    return named
+
+
+def _hint(directory: Path) -> str:
+    """What stands there instead: a link whose file is gone, as of a cache that was emptied, or other names."""
+    gone = [name for name in ORDER if (directory / name).is_symlink()]
+    if gone:
+        return f" ({gone[0]} is a link to {(directory / gone[0]).readlink()}, which is not there)"
+    others = sorted(path.name for end in ("safetensors", "bin") for path in directory.glob(f"*.{end}"))
+    return f" (found {', '.join(others[:3])}, which are not read)" if others else ""
