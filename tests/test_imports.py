@@ -60,7 +60,7 @@ def test_the_reference_imports_nothing_of_ours(path: Path) -> None:
 
 FACTS = tuple(
     f"llama_ref.{name}"
-    for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat", "command")
+    for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat", "chat_templates", "command")
 )
 
 
@@ -86,7 +86,11 @@ def test_kernels_stand_alone(path: Path) -> None:
 
 
 def test_every_file_has_its_place() -> None:
-    assert {path.stem for path in files("llama_fast/*.py")} == TRUNK | FACE | {"cli", "lm_eval_model"}
+    assert {path.stem for path in files("llama_fast/*.py")} == TRUNK | FACE | {
+        "cli",
+        "lm_eval_model",
+        "lm_eval_settings",
+    }
 
 
 def test_the_comparison_knows_torch_alone() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llama_ref.chat import chat_ids, chat_text, template_of
+from llama_ref.chat import chat_ids, chat_text
+from llama_ref.chat_templates import template_named, templates_of
 from llama_ref.models import Model
 from llama_ref.tokenizer import JsonTokenizer, RandomTokenizer, TokenizerError, load_tokenizer
 
