@@ -77,7 +77,8 @@ class Chat:
         finally:
             if row.tokens:
                 self._held = [*ids, *row.tokens[:-1]]  # the last one was chosen, and not yet read
-                self.messages = with_reply(messages, conversation, "".join(row.pieces))
+                said = "".join(row.pieces)  # space at its end belongs to a reply that may go on
+                self.messages = with_reply(messages, conversation, said.rstrip() if row.ended else said)
 
     def forget(self) -> None:
         """Back to before the first turn; what the model was told at the start stays."""
@@ -98,11 +99,11 @@ def with_reply(messages: Sequence[dict[str, Any]], conversation: str, said: str)
     ([..., {"role": "assistant", "content": "The answer"}], "...The answer", " is 4.") -> [..., "The answer is 4."]
     """
     if not may_go_on(messages):
-        return [*messages, {"role": "assistant", "content": said.strip()}]
+        return [*messages, {"role": "assistant", "content": said.lstrip()}]
     begun = last_words(messages[-1]) or ""
     if not conversation.endswith(begun):
         begun = begun.rstrip()  # the template trims it, and what was said brings its own space
-    return [*messages[:-1], with_words(messages[-1], (begun + said).rstrip())]
+    return [*messages[:-1], with_words(messages[-1], begun + said)]
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

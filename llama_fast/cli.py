@@ -165,7 +165,7 @@ def chat(
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
 ) -> None:
-    """Talk to a model. Ctrl-C ends a reply, Ctrl-D the conversation; /more continues a reply, /reset starts anew, /exit leaves."""
+    """Talk to a model. Ctrl-C ends a reply, Ctrl-D all; /more continues a reply, /reset starts anew, /exit leaves."""
     from llama_fast.chat import Chat
 
     found = resolve(model)

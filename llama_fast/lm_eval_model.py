@@ -146,7 +146,7 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         if add_special_tokens is None and string.startswith(self._spelled(self.prefix_token_id)):
             add_special_tokens = False  # a template has put it there
-        return self._encode(string, self.add_bos_token if add_special_tokens is None else add_special_tokens)
+        return self._encode(string, False if add_special_tokens is False else self.add_bos_token)
 
     def tok_decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
         ids = [tokens] if isinstance(tokens, int) else list(tokens)
@@ -273,9 +273,10 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def _encode(self, text: str, bos: bool | None) -> list[int]:
         """Ids of a text; `bos` None puts BOS before it if the tokenizer's files say so, True in any case."""
-        ids = self.llama.tokenizer.encode(text, bos=bos is not False)
         lead = self.llama.tokenizer.bos_id
-        return [lead, *ids] if bos and lead is not None and ids[:1] != [lead] else ids
+        if bos and lead is not None:
+            return [lead, *self.llama.tokenizer.encode(text, bos=False)]
+        return self.llama.tokenizer.encode(text, bos=bos is None)
 
     def _spelled(self, token: int) -> str:
         return self.tok_decode(token, skip_special_tokens=False)

@@ -110,7 +110,8 @@ def _left_open(template: str, plain: Mapping[str, Any], must: bool) -> str | Non
         return None
     if end < 0 or words.strip() not in text or "content" not in template:
         raise TokenizerError("the chat template does not show the last message as it is, so it cannot be continued")
-    return text[:end] if text[end:].startswith(MARK) else text[:end].rstrip()
+    kept = text[:end] if text[end:].startswith(MARK) else text[:end].rstrip()
+    return kept.replace(MARK, "").replace(MARK.strip(), "")  # of templates that show the message twice
 
 
 def _rendered(template: str, names: Mapping[str, Any]) -> str:
