@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lm_eval.models  # noqa: F401 - its own models: the harness registers them only while it knows none
@@ -22,7 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llama_fast.build import build, default_dtype, where
-from llama_fast.llama import Llama
+from llama_fast.llama import Llama, Output
 from llama_fast.lm_eval_settings import LOG, check_arguments, generation_options, without_stops
 from llama_fast.presets import encoding_named, optimised
 from llama_ref.chat import chat_text
@@ -233,12 +234,24 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
         rows = [self._prompt_ids(prompt)[-room:] for prompt in prompts]
         texts = [""] * len(rows)
         for limit, members in limits_of(rows, new_tokens, whole_length).items():
-            ids = [rows[i] for i in members]
-            ask = lambda batch, ids=ids, limit=limit: self.llama.generate([ids[j] for j in batch], limit, **options)  # noqa: E731
-            for batch, outputs in self._in_batches(ids, ask):
+            ask = partial(self._generated, rows, members, limit, options)
+            for batch, outputs in self._in_batches([rows[i] for i in members], ask):
                 for j, output in zip(batch, outputs, strict=True):
                     texts[members[j]] = self._talk.answer(output.tokens, self.llama.decode, options["stop"])
         return texts
+
+    def _generated(
+        self, rows: list[list[int]], members: list[int], limit: int, options: dict[str, Any], batch: list[int]
+    ) -> list[Output]:
+        """What follows some of the rows. Each draws by its own number, so that one that is asked twice differs.
+
+        The harness hands its `--seed` on through PyTorch's generator.
+        """
+        asked = [members[j] for j in batch]
+        seed = options.get("seed", torch.initial_seed() % 2**63)
+        seeds = [seed + i for i in asked]
+        outputs: list[Output] = self.llama.generate([rows[i] for i in asked], limit, **{**options, "seed": seeds})
+        return outputs
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without a prompt for the next turn, the last one stays open."""

@@ -234,6 +234,24 @@ def test_other_words_for_the_same_settings_are_taken(pair: Callable[..., Any]) -
         assert got == expected, more
 
 
+def test_a_prompt_that_is_asked_often_gets_as_many_answers(save: Save, quiet: None) -> None:
+    """Tasks that sample repeat a request; the harness's --seed, which it gives PyTorch, gives the same answers again."""
+    import torch
+
+    from llama_fast.lm_eval_model import LlamaFast
+
+    ours = LlamaFast(str(save(True)), "cpu", batch_size=3)
+    settings = {"until": ["nowhere"], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5}
+
+    def answers(of_harness: int, **more: Any) -> list[str]:
+        torch.manual_seed(of_harness)
+        return ours.generate_until(instances("generate_until", [("the cat", settings | more)] * 9))  # type: ignore[no-any-return]
+
+    first = answers(1)
+    assert len(set(first)) == 9 and answers(1) == first and answers(2) != first
+    assert answers(1, seed=5) == answers(2, seed=5) != first
+
+
 def test_conversations_are_those_of_the_hf_class(pair: Callable[..., Any]) -> None:
     ours, theirs = pair()
     talk = [("system", "S "), ("user", "Q? "), ("assistant", " The best "), ("user", "More"), ("assistant", "answer: ")]
