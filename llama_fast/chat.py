@@ -14,7 +14,7 @@ from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import stream
 from llama_fast.engine.sampling import Sampling
 from llama_fast.llama import Llama, Row
-from llama_ref.chat import chat_ids
+from llama_ref.chat import last_words, may_go_on, with_words
 
 
 class Chat:
@@ -37,14 +37,30 @@ class Chat:
         self._cache: KVCache | None = None
         self._held: list[int] = []
 
-    def say(self, text: str) -> Generator[str, None, None]:
-        """The reply in pieces. Whoever stops listening, or is interrupted, keeps what was said until then.
+    def say(self, text: str, begin: str = "") -> Generator[str, None, None]:
+        """The reply in pieces; `begin` are its first words, which are not told again.
 
-        Raises ValueError, and forgets the turn, where the conversation leaves no room for a reply.
+        Whoever stops listening, or is interrupted, keeps what was said until then. Raises ValueError, and forgets the
+        turn, where the conversation leaves no room for a reply.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        runner = self.llama.runner
-        ids = chat_ids(self.llama.tokenizer, messages)
+        begun = [{"role": "assistant", "content": begin}] if begin else []
+        return self._reply([*self.messages, {"role": "user", "content": text}, *begun])
+
+    def go_on(self) -> Generator[str, None, None]:
+        """More of the last reply, in pieces: where it was cut short, or where `messages` ends with the assistant's words.
+
+        Raises ValueError where there are none.
+        """
+        if not may_go_on(self.messages):
+            raise ValueError(
+                "the conversation does not end with words of the assistant: there is no reply to go on with"
+            )
+        return self._reply(self.messages)
+
+    def _reply(self, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
+        """The words that come next in a conversation, which becomes the conversation with them."""
+        runner, conversation = self.llama.runner, self.llama.chat_text(messages)
+        ids = self.llama.tokenizer.encode(conversation, bos=False)
         room = runner.config.max_context - len(ids)
         if room < 1:
             raise ValueError(
@@ -62,7 +78,8 @@ class Chat:
         finally:
             if row.tokens:
                 self._held = [*ids, *row.tokens[:-1]]  # the last one was chosen, and not yet read
-                self.messages = [*messages, {"role": "assistant", "content": "".join(row.pieces).strip()}]
+                said = "".join(row.pieces)  # space at its end belongs to a reply that may go on
+                self.messages = with_reply(messages, conversation, said.rstrip() if row.ended else said)
 
     def forget(self) -> None:
         """Back to before the first turn; what the model was told at the start stays."""
@@ -75,6 +92,19 @@ class Chat:
         if self._cache is None or (not grows and self._cache.length < length):
             self._cache, self._held = runner.allocate(1, min(2 * length, runner.config.max_context)), []
         return self._cache
+
+
+def with_reply(messages: Sequence[dict[str, Any]], conversation: str, said: str) -> list[dict[str, Any]]:
+    """Messages with what was `said` after them; `conversation` is their text.
+
+    ([..., {"role": "assistant", "content": "The answer"}], "...The answer", " is 4.") -> [..., "The answer is 4."]
+    """
+    if not may_go_on(messages):
+        return [*messages, {"role": "assistant", "content": said.lstrip()}]
+    begun = last_words(messages[-1]) or ""
+    if not conversation.endswith(begun):
+        begun = begun.rstrip()  # the template trims it, and what was said brings its own space
+    return [*messages[:-1], with_words(messages[-1], begun + said)]
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

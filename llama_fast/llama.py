@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,13 +28,17 @@ from llama_fast.engine.speculation import Speculation, Statistics
 from llama_fast.engine.text import TextStream
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named, optimised
-from llama_ref.chat import chat_ids
+from llama_ref.chat import chat_text, may_go_on
+from llama_ref.chat_templates import template_named
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or a conversation [{"role": "user", "content": "Hi"}, ...], whose reply is wanted."""
+"""Text, token ids, or a conversation [{"role": "user", "content": "Hi"}, ...], whose reply is wanted.
+
+A conversation that ends with words of the assistant is continued in them.
+"""
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,13 @@ class Row:
 class Llama:
     """A model, its tokenizer and a cache that is kept between calls."""
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer):
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, chat_template: str | None = None):
+        """`chat_template`: the name of the one that makes text of conversations; None is the default one."""
         self.runner = runner
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        if chat_template is not None:
+            template_named(tokenizer, chat_template)  # a wrong name is said at once
         self._cache: dict[int, KVCache] = {}
 
     @classmethod
@@ -130,18 +139,19 @@ class Llama:
         plan: Plan | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        chat_template: str | None = None,
     ) -> Llama:
         """Open a model (directory, GGUF file, hub id, "smollm2-135m", "random:NAME[:SEED]") and build it.
 
         The default plan keeps the checkpoint's encoding, with the static cache and joined projections, not compiled.
-        Raises ValueError for what cannot be opened or built.
+        `chat_template` is the name of one of the checkpoint's. Raises ValueError for what cannot be opened or built.
         """
         device = where(device)
         dtype = dtype or default_dtype(device)
         found = resolve(str(model))
         checkpoint = found.open(device, dtype)
         plan = plan or optimised(encoding_named(checkpoint.encoding))
-        return cls(build(checkpoint, plan, device, dtype), found.tokenizer())
+        return cls(build(checkpoint, plan, device, dtype), found.tokenizer(), chat_template)
 
     @overload
     def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> Output: ...
@@ -236,16 +246,27 @@ class Llama:
             return self.tokenizer.encode(prompt)
         messages = [message for message in prompt if isinstance(message, Mapping)]
         if messages and len(messages) == len(prompt):
-            return chat_ids(self.tokenizer, messages)
+            return self.tokenizer.encode(self.chat_text(messages), bos=False)
         ids = [token for token in prompt if isinstance(token, int)]
         if len(ids) != len(prompt):
             raise ValueError(f"a prompt is text, token ids, or messages, not {prompt!r:.80}")
         check_ids(ids, self.runner.config.vocab_size)
         return ids
 
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """A conversation as text, up to where a reply starts; last words of the assistant are left open."""
+        goes_on = may_go_on(messages)
+        return chat_text(self.tokenizer, messages, not goes_on, goes_on, self.chat_template)
+
     def writer(self, ids: Sequence[int], stop: str | Sequence[str] = ()) -> TextStream:
-        """What makes text of the tokens that follow `ids`."""
-        return TextStream(self.tokenizer.decode, (stop,) if isinstance(stop, str) else stop, before=ids)
+        """What makes text of the tokens that follow `ids`; an EOS id has none, whatever the tokenizer's files call it."""
+        spelled = partial(self.tokenizer.decode, skip_special_tokens=False)
+        return TextStream(self.decode, (stop,) if isinstance(stop, str) else stop, ids, spelled)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, without special tokens and EOS ids."""
+        ends = {*self.runner.config.eos_ids, *self.tokenizer.eos_ids}
+        return self.tokenizer.decode([token for token in ids if token not in ends])
 
     def score(self, texts: Prompt | Sequence[Prompt]) -> list[list[float]]:
         """The log-probability of every token after the first, for each text (or ids, or conversation)."""
@@ -253,13 +274,18 @@ class Llama:
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[Score]:
-        """Every token after the first of each row: its log-probability, and whether it is the likeliest."""
-        check(self.runner, rows, 0, scoring=True)
-        tokens_BT, lengths_B = pad(rows, self.runner.device)
-        logits_BTV = self.runner.score(tokens_BT)
+        """Every token after the first of each row: its log-probability, and whether it is the likeliest.
+
+        A row may be one token longer than the context.
+        """
+        read = [row[:-1] or row for row in rows]  # what would follow the last token is not asked
+        check(self.runner, read, 0, scoring=True)
+        check_ids([row[-1] for row in rows], self.runner.config.vocab_size)
+        logits_BTV = self.runner.score(pad(read, self.runner.device)[0])
         scores = []
-        for row, length, logits_TV in zip(tokens_BT, lengths_B.tolist(), logits_BTV, strict=True):
-            logits_TV, wanted_T1 = logits_TV[: length - 1].float(), row[1:length, None]
+        for row, logits_TV in zip(rows, logits_BTV, strict=True):
+            wanted_T1 = torch.tensor(row[1:], dtype=torch.int64, device=logits_BTV.device)[:, None]
+            logits_TV = logits_TV[: len(row) - 1].float()
             logprobs_T = logits_TV.log_softmax(-1).gather(-1, wanted_T1)[:, 0]
             greedy_T = logits_TV.argmax(-1) == wanted_T1[:, 0]
             scores.append(Score(logprobs_T.tolist(), greedy_T.tolist()))

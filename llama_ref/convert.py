@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llama_ref import safetensors_files
+from llama_ref.chat_templates import template_files
 from llama_ref.checkpoint import open_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.hf_config import to_hf
@@ -73,11 +74,12 @@ def convert(source: str | Path, target: str | Path, to: str | None = None, shard
 
 def _copy_beside(directory: Path, draft: Path) -> None:
     """Copy what stands beside the weights and is kept as it is: a tokenizer's files, and those that say the config."""
-    names = [PARAMS, *TOKENIZER_FILES, *COMPANIONS]
+    names = [PARAMS, *TOKENIZER_FILES, *COMPANIONS, *template_files(directory)]
     if not is_saved(directory) and (directory / CONFIG).is_file():  # our own carries a mark
         names += [CONFIG, GENERATION_FILE]  # the second adds to the first, and is not read without it
     for name in names:
         if (directory / name).is_file():
+            (draft / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(directory / name, draft / name)
     config = safetensors_files.read_json(draft / CONFIG) if (draft / CONFIG).is_file() else {}
     if config.pop(NAMED, None) is not None:  # names a file that is not written

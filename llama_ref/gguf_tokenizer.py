@@ -21,6 +21,7 @@ from llama_ref.tokenizer import JSON_FILE, SETTINGS_FILE, TokenizerError
 
 CONVERSION = 2  # part of the key: raise it when what is derived changes
 TOKENS = "tokenizer.ggml.tokens"
+NAMED = "tokenizer.chat_template."  # and a name: a template besides the one meant without a name
 
 
 def has_vocabulary(path: Path) -> bool:
@@ -56,8 +57,11 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         token = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None and 0 <= token < len(tokens):
             settings[f"{name}_token"] = tokens[token]
+    named = {name.removeprefix(NAMED): text for name, text in metadata.items() if name.startswith(NAMED)}
     if template := metadata.get("tokenizer.chat_template"):
-        settings["chat_template"] = template
+        settings["chat_template"] = {"default": template} | named if named else template
+    elif named:
+        settings["chat_template"] = named
     return settings
 
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_ref.chat import template_of
+from llama_ref.chat_templates import DEFAULT, template_files, templates_of
 from llama_ref.tokenizer import (
     COMPANIONS,
     SENTENCEPIECE_FILE,
     SETTINGS_FILE,
-    TEMPLATE_FILE,
     TokenizerError,
     read_json_object,
     read_text,
@@ -69,8 +68,8 @@ class SentencePieceTokenizer:
             for name, token in (("bos_token", self.bos_id), ("eos_token", eos))
             if token is not None
         }
-        jinja = path.with_name(TEMPLATE_FILE)
-        self.chat_template = read_text(jinja) if jinja.is_file() else template_of(stated.get("chat_template"), settings)
+        self.chat_templates = templates_of(template_files(path.parent), stated.get("chat_template"), settings)
+        self.chat_template = self.chat_templates.get(DEFAULT)
 
     @property
     def vocab_size(self) -> int:
@@ -102,9 +101,10 @@ class SentencePieceTokenizer:
         return text.removeprefix(" ")
 
     def save(self, directory: Path) -> None:
-        for name in (SENTENCEPIECE_FILE, *COMPANIONS):
-            source = self._path if name == SENTENCEPIECE_FILE else self._path.with_name(name)
+        for name in (SENTENCEPIECE_FILE, *COMPANIONS, *template_files(self._path.parent)):
+            source = self._path if name == SENTENCEPIECE_FILE else self._path.parent / name
             if source.is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, directory / name)
 
     def _stretch(self, text: str, first: bool) -> list[int]:

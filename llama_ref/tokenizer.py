@@ -42,7 +42,12 @@ class Tokenizer(Protocol):
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's Jinja template for conversations, if its files hold one."""
+        """The checkpoint's Jinja template for conversations, if its files hold one that is meant without being named."""
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """All of them by name: {"default": ..., "tool_use": ...}."""
+        ...
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -69,7 +74,7 @@ class JsonTokenizer:
         """`files` maps file names to their text: tokenizer.json and, if there are any, its companions."""
         from tokenizers import Tokenizer as Backend
 
-        from llama_ref.chat import template_of
+        from llama_ref.chat_templates import DEFAULT, templates_of
 
         self._where = where
         with _in_our_words(where):
@@ -88,14 +93,18 @@ class JsonTokenizer:
         self.special_tokens = {
             name: text for name, token in specials.items() if name.endswith("_token") and (text := _content(token))
         }
-        self.chat_template = files.get(TEMPLATE_FILE) or template_of(settings.get("chat_template"), where)
+        self.chat_templates = templates_of(files, settings.get("chat_template"), where)
+        self.chat_template = self.chat_templates.get(DEFAULT)
         stated = settings.get("add_bos_token")
         self.adds_bos = stated if isinstance(stated, bool) else template_lead == self.bos_id is not None
 
     @classmethod
     def from_directory(cls, directory: Path) -> JsonTokenizer:
+        from llama_ref.chat_templates import template_files
+
         names = [name for name in (JSON_FILE, *COMPANIONS) if (directory / name).is_file()]
-        return cls({name: read_text(directory / name) for name in names}, directory / JSON_FILE)
+        files = {name: read_text(directory / name) for name in names} | template_files(directory)
+        return cls(files, directory / JSON_FILE)
 
     @property
     def vocab_size(self) -> int:
@@ -117,6 +126,7 @@ class JsonTokenizer:
 
     def save(self, directory: Path) -> None:
         for name, text in self._files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_text(text, encoding="utf-8")
 
     def _id_of(self, token: Any) -> int | None:
@@ -144,6 +154,7 @@ class RandomTokenizer:
             raise TokenizerError(f"vocab_size={vocab_size} must be positive")
         self.vocab_size, self.bos_id, self.eos_ids = vocab_size, bos_id, eos_ids
         self.chat_template: str | None = None
+        self.chat_templates: dict[str, str] = {}
         self.special_tokens: dict[str, str] = {}
 
     def encode(self, text: str, bos: bool = True) -> list[int]:

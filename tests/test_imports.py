@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 FACTS = tuple(
     f"llama_ref.{name}"
-    for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat", "command")
+    for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat", "chat_templates", "command")
 )
 """What describes files is shared by both Llamas; what says how a Llama computes is written twice."""
 
@@ -33,7 +33,8 @@ FLOORS = {
     "recipes": ("contracts", "plan", *LEAVES),
     "llama": ("contracts", "plan", "engine", "build", "recipes", *LEAVES),
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
-    "lm_eval_model": ("contracts", "plan", "engine", "build", "recipes", "llama"),
+    "lm_eval_settings": (),
+    "lm_eval_model": ("contracts", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),
     "__main__": ("ladder",),

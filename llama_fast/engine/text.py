@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece: never half a character, never a character of a stop string."""
+"""Tokens to text, piece by piece: never half a character, never a character of a stop string, never a special token."""
 
 from __future__ import annotations
 
@@ -14,53 +14,100 @@ CHARACTER_BYTES = 4
 CONTEXT_IDS = 16
 """Ids of a prompt that a continuation's text may depend on: some characters."""
 
+Decode = Callable[[list[int]], str]
+
 
 class TextStream:
     """The text of one row as it grows: `push` a token, get what may be shown.
 
-    `decode` must give the text of a run of ids. Only the ids since the last border are decoded again, with the run
-    before them for context (a word's leading space depends on what stands before it). `before` are the ids that the row
-    continues: with them the text is what follows the prompt, without them it is that of the row by itself. A character
-    that the prompt began and the row ends belongs to the row: before=[0x41, 0xC3], 0xA9 -> "é".
+    `decode` must give the text of a run of ids as it is shown. Stop strings are looked for in the text that `spelled`
+    gives, in which special tokens stand: "<|im_end|>" and "<|im_end|>\\nuser" end a row, and nothing of them is shown.
+    Without `spelled` both texts are the same. `before` are the ids that the row continues: with them the text is what
+    follows the prompt, without them it is that of the row by itself. A character that the prompt began and the row ends
+    belongs to the row: before=[0x41, 0xC3], 0xA9 -> "é".
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), before: Sequence[int] = ()):
+    def __init__(
+        self, decode: Decode, stop: Sequence[str] = (), before: Sequence[int] = (), spelled: Decode | None = None
+    ):
         if not all(stop):
             raise ValueError("a stop string is empty: every text contains it")
-        self._decode = decode
         self._stop = tuple(stop)
-        self._ids: list[int] = list(before[-CONTEXT_IDS:])
-        # ids before the border are shown, those from the context on are decoded along with the new ones
-        self._context, self._border = whole_from(decode, self._ids), len(self._ids)
-        self._held = ""  # text that may be the beginning of a stop string
+        self._shown = Pieces(decode, before)
+        self._spelled = Pieces(spelled, before) if stop and spelled is not None else None
+        self._held: list[tuple[str, str]] = []  # what may be the beginning of a stop string: as spelled, and as shown
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while a character or a possible stop string is open."""
         if self.stopped:
             return ""
-        self._ids.append(token)
-        whole = self._decode(self._ids[self._context :])
-        if whole.endswith(UNFINISHED):
-            return ""
-        piece = self._unshown(whole)
-        if self._decode(self._ids[self._border :]):  # else a special token: it is no context to a word's leading space
-            self._context = self._border
-        self._border = len(self._ids)
-        return self._release(piece)
+        shown = self._shown.push(token)
+        return self._release((shown if self._spelled is None else self._spelled.push(token), shown))
 
     def finish(self) -> str:
         """What is left at the end of the generation."""
         if self.stopped:
             return ""
-        rest = self._release(self._unshown(self._decode(self._ids[self._context :])))
+        shown = self._shown.finish()
+        rest = self._release((shown if self._spelled is None else self._spelled.finish(), shown))
         if self.stopped:
             return rest
-        rest, self._held = rest + self._held, ""
+        rest += "".join(shown for _, shown in self._held)
+        self._held = []
         return rest
 
-    def _unshown(self, whole: str) -> str:
-        """The end of `whole`, the text of all ids from the context on, that is not shown yet."""
+    def _release(self, piece: tuple[str, str]) -> str:
+        self._held.append(piece)
+        text = "".join(spelled for spelled, _ in self._held)
+        cuts = [at for at in (text.find(word) for word in self._stop) if at >= 0]
+        if cuts:
+            self.stopped = True
+            spelled, shown = self._held[-1]
+            self._held[-1] = spelled, shown + self._shown.finish()  # half a character before a special token
+            shown, self._held = split(self._held, min(cuts))[0], []
+            return shown
+        open_characters = max((overlap(text, word) for word in self._stop), default=0)
+        if open_characters:
+            shown, self._held = split(self._held, len(text) - open_characters)
+        else:
+            shown, self._held = "".join(shown for _, shown in self._held), []
+        return shown
+
+
+class Pieces:
+    """The text of a growing run of ids, whole characters at a time.
+
+    Only the ids since the last border are decoded again, with the run before them for context (a word's leading space
+    depends on what stands before it).
+    """
+
+    def __init__(self, decode: Decode, before: Sequence[int]):
+        self._decode = decode
+        self._ids: list[int] = list(before[-CONTEXT_IDS:])
+        # ids before the border are told, those from the context on are decoded along with the new ones
+        self._context, self._border = whole_from(decode, self._ids), len(self._ids)
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is open."""
+        self._ids.append(token)
+        whole = self._decode(self._ids[self._context :])
+        if whole.endswith(UNFINISHED):
+            return ""
+        piece = self._untold(whole)
+        if self._decode(self._ids[self._border :]):  # else a special token: it is no context to a word's leading space
+            self._context = self._border
+        self._border = len(self._ids)
+        return piece
+
+    def finish(self) -> str:
+        """The text of a character that stays open."""
+        piece = self._untold(self._decode(self._ids[self._context :]))
+        self._border = len(self._ids)
+        return piece
+
+    def _untold(self, whole: str) -> str:
+        """The end of `whole`, the text of all ids from the context on, that is not told yet."""
         known = self._decode(self._ids[self._context : self._border])
         # of a prompt that ends inside a character: the border moves to that character's first id, once it is whole
         while known.endswith(UNFINISHED) and not whole.startswith(known):
@@ -68,15 +115,22 @@ class TextStream:
             known = self._decode(self._ids[self._context : self._border])
         return whole[len(known) :]
 
-    def _release(self, piece: str) -> str:
-        text = self._held + piece
-        cuts = [at for at in (text.find(word) for word in self._stop) if at >= 0]
-        if cuts:
-            self.stopped, self._held = True, ""
-            return text[: min(cuts)]
-        open_from = len(text) - max((overlap(text, word) for word in self._stop), default=0)
-        self._held = text[open_from:]
-        return text[:open_from]
+
+def split(pieces: Sequence[tuple[str, str]], at: int) -> tuple[str, list[tuple[str, str]]]:
+    """What is shown of (spelled, shown) pieces before the `at`-th spelled character, and the pieces from there on.
+
+    split([("see ", "see "), ("</s>", ""), ("END", "END")], 9) -> ("see E", [("ND", "ND")])
+    """
+    before = ""
+    for number, (spelled, shown) in enumerate(pieces):
+        if at == 0:
+            return before, list(pieces[number:])
+        if at < len(spelled):
+            # what is not shown stands before, or behind, the text that is
+            kept = at if spelled.startswith(shown) else max(0, at - max(0, len(spelled) - len(shown)))
+            return before + shown[:kept], [(spelled[at:], shown[kept:]), *pieces[number + 1 :]]
+        before, at = before + shown, at - len(spelled)
+    return before, []
 
 
 def overlap(text: str, word: str) -> int:
@@ -84,7 +138,7 @@ def overlap(text: str, word: str) -> int:
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
 
 
-def whole_from(decode: Callable[[list[int]], str], ids: list[int]) -> int:
+def whole_from(decode: Decode, ids: list[int]) -> int:
     """Where the first whole character of `ids` begins, 0 if none does: bytes [0xA9, 0x41, 0xC3] -> 1.
 
     Some decoders make a whole run of bytes unreadable where it begins, or ends, inside a character.

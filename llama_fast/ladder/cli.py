@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -157,6 +157,11 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest that sum to p.")] = 0.95,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said gets less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed and the same words give the same replies.")] = 0,
+    begin: Annotated[str, typer.Option(help="The first words of every reply, which the model goes on with.")] = "",
+    stop: Annotated[list[str] | None, typer.Option(help="End a reply before this text; may be repeated.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Which of the checkpoint's templates makes the text, by name.")
+    ] = None,
     encoding: EncodingFlag = None,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile while the first reply is made.")
@@ -164,20 +169,20 @@ def chat(
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
 ) -> None:
-    """Talk to a model. Ctrl-C ends a reply, Ctrl-D the conversation; /reset starts anew, /exit leaves."""
+    """Talk to a model. Ctrl-C ends a reply, Ctrl-D all; /more continues a reply, /reset starts anew, /exit leaves."""
     from llama_fast.chat import Chat
 
     found = resolve(model)
     to, kind = where(device), dtype_named(dtype, where(device))
     checkpoint = found.open(to, kind)
     plan = presets.optimised(encoding_named(encoding or checkpoint.encoding), compile)
-    llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
+    llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty=repetition_penalty)
-    talk(Chat(llama, system, max_new_tokens, sampling), sys.stdin.isatty())
+    talk(Chat(llama, system, max_new_tokens, sampling, stop or ()), sys.stdin.isatty(), begin)
 
 
-def talk(chat: Chat, shown: bool) -> None:
-    """Turn by turn until the input ends; `shown`: prompts for a person who types."""
+def talk(chat: Chat, shown: bool, begin: str = "") -> None:
+    """Turn by turn until the input ends; `shown`: prompts for a person who types. Every reply starts with `begin`."""
     if shown:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() then knows arrow keys
@@ -191,22 +196,22 @@ def talk(chat: Chat, shown: bool) -> None:
             return
         if text == "/reset":
             chat.forget()
+        elif text == "/more":
+            reply(chat.go_on)
         elif text:
-            reply(chat, text)
+            reply(lambda text=text: chat.say(text, begin), begin)  # type: ignore[misc]
 
 
-def reply(chat: Chat, text: str) -> None:
-    """Print one reply as it comes; Ctrl-C ends it, and what was said stays said."""
-    pieces = chat.say(text)
+def reply(answer: Callable[[], Generator[str, None, None]], begin: str = "") -> None:
+    """Print one reply as it comes, behind its first words; Ctrl-C ends it, and what was said stays said."""
     try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
+        with contextlib.closing(answer()) as pieces:
+            for number, piece in enumerate(pieces):
+                print(begin + piece if number == 0 else piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" [interrupted]", end="")
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, end="")
-    finally:
-        pieces.close()
     print(flush=True)
 
 

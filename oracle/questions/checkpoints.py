@@ -238,10 +238,10 @@ def _reloaded(tokenizer: Tokenizer) -> Check:
         tokenizer.save(Path(folder))
         again = load_tokenizer(Path(folder))
     unlike = [repr(text[:24]) for text in TEXTS if again.encode(text) != tokenizer.encode(text)]
-    for name in ("bos_id", "eos_ids", "vocab_size", "chat_template"):
+    for name in ("bos_id", "eos_ids", "vocab_size", "chat_template", "chat_templates"):
         if getattr(again, name, None) != getattr(tokenizer, name, None):
             unlike.append(name)
-    return Check("what a saved tokenizer has otherwise", len(unlike), 0, "".join(unlike[:1]), len(TEXTS) + 4)
+    return Check("what a saved tokenizer has otherwise", len(unlike), 0, "".join(unlike[:1]), len(TEXTS) + 5)
 
 
 __all__ = [

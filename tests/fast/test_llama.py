@@ -62,6 +62,22 @@ def test_scores_are_log_probabilities_of_the_text(directory: Path) -> None:
     assert math.isclose(sum(scores[0]), float(sum(logprobs[i, ids[0, i + 1]] for i in range(10))), rel_tol=1e-5)
 
 
+def test_a_row_may_be_one_longer_than_the_context_to_be_scored(directory: Path) -> None:
+    """Its last token is asked for, and never read; one alone is asked for nothing."""
+    llama = Llama.from_pretrained(directory, device="cpu")
+    context = llama.runner.config.max_context
+    rows = [[(7 * i) % 101 for i in range(context + 1)], [3, 5, 8], [4]]
+    scores = llama.score_ids(rows)
+    assert [len(score.logprobs) for score in scores] == [context, 2, 0]
+    logprobs = llama.runner.score(torch.tensor([rows[0][:-1]]))[0].double().log_softmax(-1)
+    expected = [float(logprobs[i, rows[0][i + 1]]) for i in range(context)]
+    assert scores[0].logprobs == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match=f"exceed the model's context of {context}"):
+        llama.score_ids([[1] * (context + 2)])
+    with pytest.raises(ValueError, match="token id 101 is outside the vocabulary of 101"):
+        llama.score_ids([[1, 2, 101]])
+
+
 def test_the_cache_is_kept_between_calls(directory: Path) -> None:
     llama = Llama.from_pretrained(directory, device="cpu")
     llama.generate("abc", 5)

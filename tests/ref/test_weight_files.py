@@ -528,7 +528,7 @@ def test_an_empty_directory_keeps_its_own_mode(tiny: Any, tmp_path: Path) -> Non
 
 def test_the_command_says_what_is_left_out_in_one_line(tiny: Any, tmp_path: Path) -> None:
     (tiny.directory / PICKLE).write_bytes(b"not read")
-    command = [sys.executable, "-m", "llama_fast.cli", "convert", str(tiny.directory), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "llama_fast.ladder.cli", "convert", str(tiny.directory), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"warning: {tiny.directory}: {SINGLE} is read; {PICKLE} left out\n"

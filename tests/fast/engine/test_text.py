@@ -77,6 +77,76 @@ def test_what_may_be_a_stop_string_is_held_back() -> None:
     assert writer.stopped and writer.finish() == ""
 
 
+SPECIAL = {1000: "<|end|>", 1001: "</s>", 1002: "<|"}  # any other id is a byte
+
+
+def shown_as(ids: list[int]) -> str:
+    return bytes(token for token in ids if token not in SPECIAL).decode(errors="replace")
+
+
+def spelled_as(ids: list[int]) -> str:
+    """Bytes between special tokens are decoded on their own, as the `tokenizers` library does."""
+    runs: list[bytearray | str] = [bytearray()]
+    for token in ids:
+        if token in SPECIAL:
+            runs += [SPECIAL[token], bytearray()]
+        else:
+            runs[-1].append(token)  # type: ignore[union-attr]
+    return "".join(run if isinstance(run, str) else run.decode(errors="replace") for run in runs)
+
+
+TOKENS = st.lists(st.sampled_from([*b"ab <|end>", *SPECIAL, *SPECIAL]), max_size=24)
+
+
+@given(TOKENS, st.integers(0, 24), st.integers(1, 9), st.lists(st.text("ab <|>", min_size=1, max_size=3), max_size=2))
+@example([*b"ab", 1000, *b"a"], 1, 9, [])
+@example([1000, 1001, *b"ab"], 7, 7, [])
+@example([*b"a<", 1000], 2, 3, [])
+def test_a_stop_string_is_found_in_text_in_which_special_tokens_stand(
+    ids: list[int], begin: int, length: int, more: list[str]
+) -> None:
+    """Of what stands before it, ordinary text is shown; of special tokens nothing is, not even where it ends in one."""
+    text = spelled_as(ids)
+    stop = [word for word in (text[begin : begin + length], *more) if word]
+    owners = [token for token in ids for _ in SPECIAL.get(token, "x")]  # a token for each character
+    writer, fed = TextStream(shown_as, stop, spelled=spelled_as), 0
+    shown = ""
+    for token in ids:
+        shown += writer.push(token)
+        fed += 1
+        if writer.stopped:
+            break
+    shown += writer.finish()
+    seen = spelled_as(ids[:fed])
+    cut = min((seen.find(word) for word in stop if word in seen), default=len(text))
+    assert writer.stopped == any(word in text for word in stop)
+    assert shown == "".join(text[i] for i in range(cut) if owners[i] not in SPECIAL)
+    assert not writer.stopped or not any(word in spelled_as(ids[: fed - 1]) for word in stop)
+
+
+def test_half_a_character_before_a_special_token_is_shown_where_the_text_ends() -> None:
+    for stop in (["<|end|>"], ["|end"], ["nowhere"]):
+        writer = TextStream(shown_as, stop, spelled=spelled_as)
+        pieces = [writer.push(token) for token in (*b"a\xc3", 1000)]
+        assert "".join([*pieces, writer.finish()]) == "a\ufffd"
+    writer = TextStream(shown_as, ["nowhere"], spelled=spelled_as)
+    pieces = [writer.push(token) for token in (*b"a\xc3", 1000, 0xA9, *b"b")]
+    assert "".join([*pieces, writer.finish()]) == shown_as([*b"a\xc3\xa9b"])  # as the ids' text is, without the token
+
+
+def test_a_space_after_a_special_token_stands_in_the_stop_string_alone() -> None:
+    """A decoder that drops the space before a text's first word: "<|end|> b" as spelled, "b" as shown."""
+
+    def spaced(ids: list[int], special: bool) -> str:
+        text = "".join(SPECIAL[token] * special if token in SPECIAL else f" {chr(token)}" for token in ids)
+        return text.removeprefix(" ")
+
+    for stop, expected in (("<|end|> b", ""), ("> b c", ""), (" c", "b"), ("c", "b "), ("<|end|>b", "b c")):
+        writer = TextStream(lambda ids: spaced(ids, False), [stop], spelled=lambda ids: spaced(ids, True))
+        pieces = [writer.push(token) for token in (1000, *b"bc")]
+        assert "".join([*pieces, writer.finish()]) == expected, stop
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="a stop string is empty"):
         TextStream(decode, ["x", ""])
