@@ -199,8 +199,8 @@ def many_rows_tile(epilogue: str, n: int, k: int, m: int) -> Tile:
     """
     large = n >= MANY_ROWS
     if m <= 16:
-        return few_rows_tile(epilogue, n, k, 1)
-    if m <= 32:
+        tile = Tile(16, 512, 2, stages=3, slices=2)
+    elif m <= 32:
         tile = Tile(32, 128, 4, stages=4, slices=0) if large else Tile(16, 512, 4, stages=3, slices=4)
     elif m <= 64:
         tile = Tile(64, 128, 4, stages=4, slices=0) if large else Tile(32, 256, 4, stages=4, slices=4)
