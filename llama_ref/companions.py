@@ -42,7 +42,7 @@ class Companions:
         tokens = [self.listed[index] for index in sorted(self.listed)]
         seen = {*known, *(token.content for token in tokens)}
         for token in (*self.named.values(), *self.extra):
-            if token.content not in seen:
+            if token.content not in seen and token not in tokens:
                 tokens.append(token)
         return [dataclasses.replace(token, special=token.special or token.content in named) for token in tokens]
 
@@ -65,7 +65,9 @@ def read_companions(
     if settings.get("added_tokens_decoder") is not None:
         listed = _decoder(settings["added_tokens_decoder"], beside(where, SETTINGS_FILE))
     else:
-        _apply_map(stated, read_json_object(files.get(MAP_FILE, "{}"), beside(where, MAP_FILE)))
+        _apply_map(
+            stated, read_json_object(files.get(MAP_FILE, "{}"), beside(where, MAP_FILE)), beside(where, MAP_FILE)
+        )
         if isinstance(stated.get(EXTRA), dict):
             own_names |= stated.pop(EXTRA)
         _refuse_unlisted(stated, beside(where, SETTINGS_FILE))
@@ -98,20 +100,23 @@ def _is_own_name(name: str) -> bool:
 
 
 def _pop_own_names(stated: dict[str, Any]) -> dict[str, Any]:
-    """Take the special tokens with names of the model's own out of the settings: {"image_token": "<image>"}."""
-    own = {name: stated.pop(name) for name in list(stated) if _is_own_name(name) and token_as_stated(stated[name])}
+    """Take the special tokens with names of the model's own out of the settings: {"image_token": "<image>"}. Only those
+    that stand there as text, and those of an object of unnamed tokens, come before special_tokens_map.json's."""
+    own = {name: stated.pop(name) for name in list(stated) if _is_own_name(name) and isinstance(stated[name], str)}
     if isinstance(stated.get(EXTRA), dict):
         own |= stated.pop(EXTRA)
     return own
 
 
-def _apply_map(stated: dict[str, Any], mapped: Mapping[str, Any]) -> None:
+def _apply_map(stated: dict[str, Any], mapped: Mapping[str, Any], where: object) -> None:
     """Put what special_tokens_map.json says over the settings; its unnamed tokens come behind theirs."""
     for name, value in mapped.items():
+        if name in NAMES and value is not None:
+            _token(value, name, where)
         if isinstance(value, dict) and name != EXTRA:
             value = {key: entry for key, entry in value.items() if key != "special"} | {"special": True}
         if name in (EXTRA, OLD_EXTRA) and isinstance(value, list):
-            value = [token if isinstance(token, str) else {"special": True} | token for token in value]
+            value = [{"special": True} | token if isinstance(token, dict) else token for token in value]
         if name == EXTRA and isinstance(value, list):
             before = list(stated.get(EXTRA) or [])
             value = [*before, *(token for token in value if token not in before)]
@@ -140,7 +145,8 @@ def _decoder(entries: Any, where: object) -> dict[int, AddedToken]:
 def _added(entries: Mapping[str, Any], stated: Mapping[str, Any], where: object) -> dict[int, AddedToken]:
     """added_tokens.json's {"<|im_start|>": 32000}: special if the settings use the token."""
     used = [*(stated.get(name) for name in NAMES), *(stated.get(EXTRA) or ())]
-    special = {token.content for token in map(token_as_stated, used) if token}
+    plain = [entry for entry in used if not (isinstance(entry, dict) and "__type" in entry)]  # transformers' own form
+    special = {token.content for token in map(token_as_stated, plain) if token}
     return {
         _id(index, content, where): AddedToken(content, special=content in special, normalized=content not in special)
         for content, index in entries.items()

@@ -144,10 +144,8 @@ def _say_if_spaces_would_be_cleaned(settings: Mapping[str, Any], backend: Any, w
     merges = type(backend.model).__name__ == "BPE"
     insisted = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     if settings.get("clean_up_tokenization_spaces") and (insisted or not merges):
-        warnings.warn(
-            f"{beside(where, SETTINGS_FILE)}: clean_up_tokenization_spaces is not followed: text keeps the spaces before punctuation",
-            stacklevel=3,
-        )
+        file = beside(where, SETTINGS_FILE)
+        warnings.warn(f"{file}: clean_up_tokenization_spaces is not followed: text keeps its spaces", stacklevel=3)
 
 
 @contextlib.contextmanager

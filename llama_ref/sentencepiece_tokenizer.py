@@ -66,10 +66,10 @@ class SentencePieceTokenizer:
         self._silent = {i for token, i in added.items() if token.special}
         as_text = settings.get("split_special_tokens") is True
         self._tokens = AddedTokens({token: i for token, i in added.items() if not (as_text and token.special)})
-        ids = {token.content: i for token, i in added.items()}
+        self._ids = {token.content: i for token, i in added.items()}
         self.special_tokens = {name: token.content for name, token in companions.named.items()}
-        self.bos_id = ids.get(self.special_tokens.get("bos_token", ""))
-        eos = ids.get(self.special_tokens.get("eos_token", ""))
+        self.bos_id = self._ids.get(self.special_tokens.get("bos_token", ""))
+        eos = self._ids.get(self.special_tokens.get("eos_token", ""))
         self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
         self.adds_bos = settings.get("add_bos_token") is not False
         self.chat_template = files.get(TEMPLATE_FILE) or template_of(

@@ -27,6 +27,8 @@ DEFAULTS: dict[str, dict[str, str]] = {
 }
 """Class -> its special tokens where no file states or denies them."""
 
+PLAIN_MERGES = {"type": "BPE", "fuse_unk": True, "byte_fallback": True}
+
 
 def class_of(files: Mapping[str, str], config: Mapping[str, Any], where: object) -> str:
     """One of DEFAULTS: "LlamaTokenizerFast" -> "LlamaTokenizer". `config` is the content of config.json, or {}."""
@@ -61,14 +63,12 @@ def as_the_class_reads(text: str, name: str, settings: Mapping[str, Any], where:
     if name == GENERIC:
         return text
     data = read_json_object(text, where)
-    model, cut = data.get("model"), data.get("pre_tokenizer")
     if name == "GPT2Tokenizer":
-        if not isinstance(cut, dict) or cut.get("type") != "ByteLevel":  # SmolLM2 cuts its digits first
-            return text
-        data["pre_tokenizer"] = cut | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
-        return json.dumps(data, ensure_ascii=False)
+        return _as_gpt2_reads(text, data, settings)
+    model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         return text  # a unigram vocabulary: the class is for merges
+    unknown = DEFAULTS[name]["unk_token"] if name == "CodeLlamaTokenizer" else None
     prefix = bool(_stated(settings, "add_prefix_space", True))
     scheme = "never" if not prefix else "always" if prefixes_every_stretch(name, settings) else "first"
     decoders: list[dict[str, Any]] = [
@@ -78,18 +78,22 @@ def as_the_class_reads(text: str, name: str, settings: Mapping[str, Any], where:
     ]
     if prefix or name == "CodeLlamaTokenizer":
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = DEFAULTS[name]["unk_token"] if name == "CodeLlamaTokenizer" else None
     data |= {
-        "model": {
-            **{"type": "BPE", "dropout": None, "unk_token": unknown, "fuse_unk": True, "byte_fallback": True},
-            **{"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False},
-            **{"vocab": model["vocab"], "merges": model["merges"]},
-        },
+        "model": PLAIN_MERGES | {"unk_token": unknown, "vocab": model["vocab"], "merges": model["merges"]},
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
         "decoder": {"type": "Sequence", "decoders": decoders},
         "added_tokens": [],
     }
+    return json.dumps(data, ensure_ascii=False)
+
+
+def _as_gpt2_reads(text: str, data: dict[str, Any], settings: Mapping[str, Any]) -> str:
+    """Only the leading space is taken from the settings: SmolLM2 names this class too, and cuts its digits first."""
+    cut = data.get("pre_tokenizer")
+    if not isinstance(cut, dict) or cut.get("type") != "ByteLevel":
+        return text
+    data["pre_tokenizer"] = cut | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
     return json.dumps(data, ensure_ascii=False)
 
 
