@@ -69,25 +69,27 @@ class AddedTokens:
     def _pieces(self, find: Finder, text: str) -> Iterator[tuple[str, int, int | None]]:
         """What a pass makes of a text: (stretch, where it starts, None), and ("", where, id) for a token."""
         end = 0
-        for start, stop, content in find(text):
+        for start, stop, token in find(text):
             start = max(start, end)
+            if token.lstrip and start >= stop:  # white space that the token before it has swallowed
+                continue
             if start > end:
                 yield text[end:start], end, None
-            yield "", start, self.ids[content]
-            end = stop
+            yield "", start, self.ids[token.content]
+            end = max(end, stop)
         if end < len(text):
             yield text[end:], end, None
 
 
-Finder = Callable[[str], Iterator[tuple[int, int, str]]]
+Finder = Callable[[str], Iterator[tuple[int, int, AddedToken]]]
 
 
 def _finder(tokens: Mapping[str, AddedToken]) -> Finder:
-    """Finds tokens in a text, as (start, stop, content), with the white space that they swallow."""
+    """Finds tokens in a text, as (start, stop, token), with the white space that they swallow."""
     longest_first = sorted(tokens, key=len, reverse=True)
     pattern = re.compile("|".join(re.escape(content) for content in longest_first) or r"(?!)")
 
-    def find(text: str) -> Iterator[tuple[int, int, str]]:
+    def find(text: str) -> Iterator[tuple[int, int, AddedToken]]:
         for match in pattern.finditer(text):
             start, stop = match.span()
             token = tokens[match[0]]
@@ -97,7 +99,7 @@ def _finder(tokens: Mapping[str, AddedToken]) -> Finder:
                 start = len(text[:start].rstrip())
             if token.rstrip:
                 stop = len(text) - len(text[stop:].lstrip())
-            yield start, stop, token.content
+            yield start, stop, token
 
     return find
 

@@ -8,14 +8,15 @@ the model was trained with. Each such stretch gets the model's leading space; wh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llama_ref.added_tokens import AddedToken, AddedTokens
 from llama_ref.chat import template_of
 from llama_ref.companions import Companions, read_companions
-from llama_ref.tokenizer_class import SPACE, class_of, prefixes_every_stretch, with_class
+from llama_ref.sentencepiece_model import SentencePieceModel
+from llama_ref.tokenizer_class import GENERIC, SPACE, class_of, prefixes_every_stretch, with_class
 from llama_ref.tokenizer_files import (
     COMPANIONS,
     SENTENCEPIECE_FILE,
@@ -29,52 +30,35 @@ from llama_ref.tokenizer_files import (
     refuse_undecodable,
 )
 
-# A message of protobuf's may be followed by fields that replace earlier ones: normalizer_spec { add_dummy_prefix: ... },
-# fields 3 and 3 of sentencepiece_model.proto.
-WITH_PREFIX, WITHOUT_PREFIX = b"\x1a\x02\x18\x01", b"\x1a\x02\x18\x00"
-
 
 class SentencePieceTokenizer:
     """BOS leads unless tokenizer_config.json says that it does not."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         files = read_texts(path.parent, COMPANIONS)
         config = path.with_name("config.json")
         kind = class_of(files, read_json_object(read_text(config), config) if config.is_file() else {}, path)
-        self._files = with_class(files, kind, path)
-        content = _content(path)
-        self._model, self._unprefixed = _processor(content, path), _processor(content + WITHOUT_PREFIX, path)
-        try:
-            self._pieces: list[str] = [self._model.id_to_piece(i) for i in range(int(self._model.vocab_size()))]
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{path}: holds a piece that is no text ({error})") from error
-        own = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id(), "unk_token": self._model.unk_id()}
-        defaults = {name: self._pieces[i] for name, i in own.items() if 0 <= i < len(self._pieces)}
-        companions = read_companions(files, path, defaults=defaults)
+        self._path, self._files = path, with_class(files, kind, path)
+        self._model = SentencePieceModel(_content(path), path)
+        companions = read_companions(files, path, defaults=self._model.names)
         settings = companions.settings
-        prefix = settings.get("add_prefix_space")
-        self._has_prefix = self._model.encode("a") != self._unprefixed.encode("a")
-        if isinstance(prefix, bool) and prefix != self._has_prefix:
-            self._has_prefix = prefix
-            self._model = _processor(content + WITH_PREFIX, path) if prefix else self._unprefixed
+        if isinstance(prefix := settings.get("add_prefix_space"), bool):
+            self._model.overrule_prefix(prefix)
         self._prefixes_every_stretch = prefixes_every_stretch(kind, settings)
-        added = self._added(companions)
-        self._bytes = {i: int(self._pieces[i][3:5], 16) for i in range(len(self._pieces)) if self._model.is_byte(i)}
-        self._text = {i: piece.replace(SPACE, " ") for i, piece in enumerate(self._pieces)}
-        self._text |= {i: token.content.replace(SPACE, " ") for token, i in added.items()}
-        self._silent = {i for token, i in added.items() if token.special}
+        added = _ids_of_tokens(self._model, companions, raw=kind == GENERIC and self._model.has_prefix)
+        self._ids = {token.content: index for token, index in added.items()}
+        self._text = {index: piece.replace(SPACE, " ") for index, piece in enumerate(self._model.pieces)}
+        self._text |= {index: token.content.replace(SPACE, " ") for token, index in added.items()}
+        self._silent = {index for token, index in added.items() if token.special}
         as_text = settings.get("split_special_tokens") is True
         self._tokens = AddedTokens({token: i for token, i in added.items() if not (as_text and token.special)})
-        self._ids = {token.content: i for token, i in added.items()}
         self.special_tokens = {name: token.content for name, token in companions.named.items()}
         self.bos_id = self._ids.get(self.special_tokens.get("bos_token", ""))
         eos = self._ids.get(self.special_tokens.get("eos_token", ""))
         self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
         self.adds_bos = settings.get("add_bos_token") is not False
-        self.chat_template = files.get(TEMPLATE_FILE) or template_of(
-            settings.get("chat_template"), beside(path, SETTINGS_FILE)
-        )
+        stated = template_of(settings.get("chat_template"), beside(path, SETTINGS_FILE))
+        self.chat_template = files.get(TEMPLATE_FILE) or stated
 
     @property
     def vocab_size(self) -> int:
@@ -86,10 +70,9 @@ class SentencePieceTokenizer:
         for part in self._tokens.cut(text):
             if isinstance(part, int):
                 ids.append(part)
-                continue
-            stretch, first = part
-            model = self._model if first or self._prefixes_every_stretch else self._unprefixed
-            ids += model.encode(stretch)
+            else:
+                stretch, first = part
+                ids += self._model.encode(stretch, prefix=first or self._prefixes_every_stretch)
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -103,34 +86,40 @@ class SentencePieceTokenizer:
         for token in ids:
             if token not in self._text or (skip_special_tokens and token in self._silent):
                 continue
-            if token in self._bytes:
-                run.append(self._bytes[token])
+            if token in self._model.bytes:
+                run.append(self._model.bytes[token])
                 continue
             pieces += [_utf8(run), self._text[token]]
             run.clear()
         text = "".join([*pieces, _utf8(run)])
-        return text.removeprefix(" ") if self._has_prefix else text
+        return text.removeprefix(" ") if self._model.has_prefix else text
 
     def save(self, directory: Path) -> None:
         (directory / SENTENCEPIECE_FILE).write_bytes(_content(self._path))
         for name, text in self._files.items():
             (directory / name).write_text(text, encoding="utf-8")
 
-    def _added(self, companions: Companions) -> dict[AddedToken, int]:
-        """All tokens that are found in a text before sentencepiece sees it: its control pieces, and the companions'."""
-        control = [i for i in range(len(self._pieces)) if self._model.is_control(i)]
-        found = {self._pieces[i]: (AddedToken(self._pieces[i], special=True), i) for i in control}
-        known = {piece: i for i, piece in reversed(list(enumerate(self._pieces)))}
-        known |= {token.content: i for i, token in companions.listed.items()}
-        for token in companions.tokens(found):
-            index = known.setdefault(token.content, 1 + max(len(self._pieces) - 1, *known.values()))
-            found[token.content] = (token, index)
-        renamed = {i for i, token in companions.listed.items() if i < len(self._pieces)}
-        return {
-            token: i
-            for content, (token, i) in found.items()
-            if i not in renamed or companions.listed[i].content == content
-        }
+
+def _ids_of_tokens(model: SentencePieceModel, companions: Companions, raw: bool) -> dict[AddedToken, int]:
+    """The tokens that are found in a text before sentencepiece sees it: the model's control symbols, and its companions'.
+
+    A listed token has the id that is listed, and so renames a piece of that id; another one that of the piece with its
+    text, or the next that is free. `raw`: listed tokens are looked for before any normaliser, as in transformers.
+    """
+    listed = companions.listed
+    renamed = {index for index in listed if index < len(model.pieces)}
+    found = {
+        model.pieces[index]: (AddedToken(model.pieces[index], special=True), index)
+        for index in model.control
+        if index not in renamed
+    }
+    known = {piece: index for index, piece in reversed(list(enumerate(model.pieces))) if index not in renamed}
+    known |= {token.content: index for index, token in listed.items()}
+    for token in companions.tokens(found):
+        index = known.setdefault(token.content, 1 + max(len(model.pieces) - 1, *known.values()))
+        by_id = raw and index in listed
+        found[token.content] = (dataclasses.replace(token, normalized=False) if by_id else token, index)
+    return dict(found.values())
 
 
 def _content(path: Path) -> bytes:
@@ -138,15 +127,6 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: not readable ({error})") from error
-
-
-def _processor(content: bytes, path: Path) -> Any:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        return SentencePieceProcessor(model_proto=content)
-    except (RuntimeError, OSError, TypeError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: neither a sentencepiece model nor a tiktoken file") from error
 
 
 def _utf8(run: bytearray) -> str:
