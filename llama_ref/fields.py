@@ -69,7 +69,7 @@ def as_ids(value: Any, name: str = "eos_token_id") -> tuple[int, ...]:
     """Token ids as files spell them, each once: None -> (), 2 -> (2,), [2, 7, 2] -> (2, 7)."""
     if value is None:
         return ()
-    ids = value if isinstance(value, (list, tuple)) else [value]
+    ids = list(value) if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise ValueError(f"{name}={value!r:.80} must be a token id or a list of them")
     return tuple(dict.fromkeys(ids))

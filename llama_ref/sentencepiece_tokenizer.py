@@ -1,158 +1,136 @@
 """A sentencepiece `tokenizer.model`, as Llama 1 and 2 and Mistral have it, with the tokens that were added beside it.
 
-Special and added tokens are found in the text first; what stands between them is sentencepiece's. Each such stretch gets
-the leading space that the model was trained with; where tokenizer_config.json says `"legacy": false`, only one at the
-very start does.
+Special and added tokens are found in the text first; what stands between them is sentencepiece's, by the normaliser that
+the model was trained with. Each such stretch gets the model's leading space; where tokenizer_config.json says so
+(`"legacy": false`, which is LlamaTokenizer's default), only one at the very start does, and with
+`"add_prefix_space": false` none.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from llama_ref.added_tokens import AddedToken, AddedTokens
 from llama_ref.chat_templates import DEFAULT, template_files, templates_of
-from llama_ref.tokenizer import (
+from llama_ref.companions import Companions, read_companions
+from llama_ref.sentencepiece_model import SentencePieceModel
+from llama_ref.tokenizer_class import GENERIC, SPACE, class_of, prefixes_every_stretch, with_class
+from llama_ref.tokenizer_files import (
     COMPANIONS,
     SENTENCEPIECE_FILE,
     SETTINGS_FILE,
     TokenizerError,
+    beside,
     read_json_object,
     read_text,
+    read_texts,
+    refuse_undecodable,
 )
-
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's own mark for a space
-BORDER = "\x01"  # never part of a longer piece, so what follows it is encoded without a leading space
 
 
 class SentencePieceTokenizer:
     """BOS leads unless tokenizer_config.json says that it does not."""
 
     def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._model: Any = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError, TypeError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{path}: neither a sentencepiece model nor a tiktoken file") from error
-        self._path = path
-        settings, added = path.with_name(SETTINGS_FILE), path.with_name("added_tokens.json")
-        stated = read_json_object(read_text(settings), settings) if settings.is_file() else {}
-        listed = read_json_object(read_text(added), added) if added.is_file() else {}
-        self.adds_bos = stated.get("add_bos_token") is not False
-        self._dummy_prefix_everywhere = stated.get("legacy") is not False
-        self.bos_id = _none_if_negative(self._model.bos_id())
-        eos = _none_if_negative(self._model.eos_id())
+        files = read_texts(path.parent, COMPANIONS) | template_files(path.parent)
+        config = path.with_name("config.json")
+        kind = class_of(files, read_json_object(read_text(config), config) if config.is_file() else {}, path)
+        self._path, self._files = path, with_class(files, kind, path)
+        self._model = SentencePieceModel(_content(path), path)
+        companions = read_companions(files, path, defaults=self._model.names)
+        settings = companions.settings
+        if isinstance(prefix := settings.get("add_prefix_space"), bool):
+            self._model.overrule_prefix(prefix)
+        self._prefixes_every_stretch = prefixes_every_stretch(kind, settings)
+        added = _ids_of_tokens(self._model, companions, raw=kind == GENERIC and self._model.has_prefix)
+        self._ids = {token.content: index for token, index in added.items()}
+        self._text = {index: piece.replace(SPACE, " ") for index, piece in enumerate(self._model.pieces)}
+        self._text |= {index: token.content.replace(SPACE, " ") for token, index in added.items()}
+        self._silent = {index for token, index in added.items() if token.special}
+        as_text = settings.get("split_special_tokens") is True
+        self._tokens = AddedTokens({token: i for token, i in added.items() if not (as_text and token.special)})
+        self.special_tokens = {name: token.content for name, token in companions.named.items()}
+        self.bos_id = self._ids.get(self.special_tokens.get("bos_token", ""))
+        eos = self._ids.get(self.special_tokens.get("eos_token", ""))
         self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
-        try:
-            pieces = [self._model.id_to_piece(token) for token in range(int(self._model.vocab_size()))]
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{path}: holds a piece that is no text ({error})") from error
-        self._bytes = {token: int(pieces[token][3:5], 16) for token in range(len(pieces)) if self._model.is_byte(token)}
-        self._text = {token: piece.replace(SPACE, " ") for token, piece in enumerate(pieces)}
-        self._silent = {token for token in self._text if self._model.is_control(token)}
-        matched = {pieces[token]: (token, "", "") for token in self._silent}
-        unknown = int(self._model.unk_id())
-        if 0 <= unknown < len(pieces):
-            self._silent.add(unknown)
-            matched[pieces[unknown]] = (unknown, "", "")
-        self._base_size = len(pieces)
-        matched |= self._added(stated, listed, settings)
-        self._ids = {content: token for content, (token, _, _) in matched.items()}
-        self._special = _pattern(matched)
-        self._border = self._model.encode(BORDER)
-        self.special_tokens = {
-            name: self._text[token]
-            for name, token in (("bos_token", self.bos_id), ("eos_token", eos))
-            if token is not None
-        }
-        self.chat_templates = templates_of(template_files(path.parent), stated.get("chat_template"), settings)
+        self.adds_bos = settings.get("add_bos_token") is not False
+        self.chat_templates = templates_of(files, settings.get("chat_template"), beside(path, SETTINGS_FILE))
         self.chat_template = self.chat_templates.get(DEFAULT)
 
     @property
     def vocab_size(self) -> int:
-        return max(self._base_size, 1 + max(self._ids.values(), default=0))
+        return 1 + max(self._text)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
+        refuse_undecodable(text)
         ids = [self.bos_id] if bos and self.adds_bos and self.bos_id is not None else []
-        end = 0
-        for match in self._special.finditer(text):
-            ids += self._stretch(text[end : match.start()], first=end == 0)
-            ids.append(self._ids[match[match.lastindex or 0]])
-            end = match.end()
-        return ids + self._stretch(text[end:], first=end == 0)
+        for part in self._tokens.cut(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                stretch, first = part
+                ids += self._model.encode(stretch, prefix=first or self._prefixes_every_stretch)
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Ids beyond the vocabulary are no text (a model's table may be padded), and special tokens only if asked for."""
+        """Ids beyond the vocabulary are no text (a model's table may be padded), and special tokens only if asked for.
+
+        A run of byte tokens is one piece of UTF-8, or none: then each byte is a replacement character, as in the
+        `tokenizers` library.
+        """
         pieces: list[str] = []
         run = bytearray()
         for token in ids:
-            if token in self._bytes:
-                run.append(self._bytes[token])
+            if token not in self._text or (skip_special_tokens and token in self._silent):
                 continue
-            if run:
-                pieces.append(run.decode(errors="replace"))
-                run.clear()
-            if token not in self._silent or not skip_special_tokens:
-                pieces.append(self._text.get(token, ""))
-        text = "".join(pieces) + run.decode(errors="replace")
-        return text.removeprefix(" ")
+            if token in self._model.bytes:
+                run.append(self._model.bytes[token])
+                continue
+            pieces += [_utf8(run), self._text[token]]
+            run.clear()
+        text = "".join([*pieces, _utf8(run)])
+        return text.removeprefix(" ") if self._model.has_prefix else text
 
     def save(self, directory: Path) -> None:
-        for name in (SENTENCEPIECE_FILE, *COMPANIONS, *template_files(self._path.parent)):
-            source = self._path if name == SENTENCEPIECE_FILE else self._path.parent / name
-            if source.is_file():
-                (directory / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, directory / name)
-
-    def _stretch(self, text: str, first: bool) -> list[int]:
-        """The ids of text without special tokens; `first`: it starts the whole text."""
-        if not text:
-            return []
-        if first or self._dummy_prefix_everywhere:
-            return self._model.encode(text)  # type: ignore[no-any-return]
-        ids: list[int] = self._model.encode(BORDER + text)
-        if ids[: len(self._border)] != self._border:
-            raise TokenizerError(f"{self._path}: has a piece across a control character, so no text without a prefix")
-        return ids[len(self._border) :]
-
-    def _added(self, stated: dict[str, Any], listed: dict[str, Any], where: Path) -> dict[str, tuple[int, str, str]]:
-        """Added tokens: content -> (id, pattern of the space it swallows before, and after)."""
-        found: dict[str, tuple[int, str, str]] = {}
-        entries: list[tuple[Any, Any, dict[str, Any]]] = [(content, token, {}) for content, token in listed.items()]
-        decoder = stated.get("added_tokens_decoder") or {}
-        if not isinstance(decoder, dict):
-            raise TokenizerError(f"{where}: added_tokens_decoder is no object")
-        for token, entry in decoder.items():
-            if not isinstance(entry, dict) or not token.isdecimal():
-                raise TokenizerError(f"{where}: added_tokens_decoder holds {token!r}, which is no token")
-            entries.append((entry.get("content"), int(token), entry))
-        for content, token, entry in entries:
-            if not isinstance(content, str) or not content or isinstance(token, bool) or not isinstance(token, int):
-                raise TokenizerError(f"{where}: an added token must have text and an id, not {content!r} and {token!r}")
-            if not 0 <= token < 1 << 31:
-                raise TokenizerError(f"{where}: the added token {content!r} has the id {token}")
-            found[content] = (token, r"\s*" if entry.get("lstrip") else "", r"\s*" if entry.get("rstrip") else "")
-            if token >= self._base_size:
-                self._text[token] = content
-            if entry.get("special"):
-                self._silent.add(token)
-        return found
+        (directory / SENTENCEPIECE_FILE).write_bytes(_content(self._path))
+        for name, text in self._files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text(text, encoding="utf-8")
 
 
-def _pattern(matched: Mapping[str, tuple[int, str, str]]) -> re.Pattern[str]:
-    """Finds special tokens, the longest first; the last group of a match is the token without the space around it."""
-    longest_first = sorted(matched, key=len, reverse=True)
-    parts, plain = [], [re.escape(content) for content in longest_first if matched[content][1:] == ("", "")]
-    for content in longest_first:
-        _, before, after = matched[content]
-        if before or after:
-            parts.append(f"{before}({re.escape(content)}){after}")
-    # the many that swallow no space in one group: hundreds of groups would each cost time at every character
-    return re.compile("|".join([*parts, f"({'|'.join(plain)})"] if plain else parts) or r"(?!)")
+def _ids_of_tokens(model: SentencePieceModel, companions: Companions, raw: bool) -> dict[AddedToken, int]:
+    """The tokens that are found in a text before sentencepiece sees it: the model's control symbols, and its companions'.
+
+    A listed token has the id that is listed, and so renames a piece of that id; another one that of the piece with its
+    text, or the next that is free. `raw`: listed tokens are looked for before any normaliser, as in transformers.
+    """
+    listed = companions.listed
+    renamed = {index for index in listed if index < len(model.pieces)}
+    found = {
+        model.pieces[index]: (AddedToken(model.pieces[index], special=True), index)
+        for index in model.control
+        if index not in renamed
+    }
+    known = {piece: index for index, piece in reversed(list(enumerate(model.pieces))) if index not in renamed}
+    known |= {token.content: index for index, token in listed.items()}
+    for token in companions.tokens(found):
+        index = known.setdefault(token.content, 1 + max(len(model.pieces) - 1, *known.values()))
+        by_id = raw and index in listed
+        found[token.content] = (dataclasses.replace(token, normalized=False) if by_id else token, index)
+    return dict(found.values())
 
 
-def _none_if_negative(token: int) -> int | None:
-    return None if token < 0 else token
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: not readable ({error})") from error
+
+
+def _utf8(run: bytearray) -> str:
+    try:
+        return run.decode()
+    except UnicodeDecodeError:
+        return "\N{REPLACEMENT CHARACTER}" * len(run)

@@ -2,8 +2,8 @@
 
 The files are those that the packages mistral-common (sentencepiece) and llama-models (tiktoken) ship. For sentencepiece
 the truth is the sentencepiece library itself. `transformers` agrees when it is given the file's merges in the order of
-the file's scores, as the tokenizer.json files on the hub have them; its own conversion of a bare tokenizer.model orders
-them by id (5.23), which differs where two spaces meet, and adds no leading space where the text starts with one.
+the file's scores, as the tokenizer.json files on the hub have them; its LlamaTokenizer of a bare tokenizer.model orders
+them by id, which differs where two spaces meet, and adds no leading space where the text starts with one.
 """
 
 from __future__ import annotations
