@@ -35,6 +35,10 @@ CASED_LETTERS = (  # letters of scripts that have cases, as DeepSeek's first tok
 EAST_ASIAN = (
     "[一-\u9fff㐀-\u4dbf豈-\ufaff\u3040-ゟ゠-ヿ･-ﾟ⼀-\u2fdfเ-\u0e7f\u0e80-\u0effក-\u17ffက-႟ꩠ-ꩿꧠ-\ua9ff가-\ud7afᄀ-ᇿ]+"
 )
+EXAONE_MOE = (
+    rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 
@@ -62,10 +66,10 @@ KNOWN: tuple[tuple[str, Pretokenizer], ...] = (
     ("tiny_aya cohere2moe", Pretokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", GPT_4O))),
     ("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", DIGITS_AND_WORDS),
     (
-        "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais exaone4"
-        " trillion granite-docling",
+        "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais exaone4",
         Pretokenizer((WORDS,)),
     ),
+    ("trillion granite-docling", Pretokenizer((WORDS,))),
     ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", Pretokenizer((ONE_DIGIT,))),
     (
         "qwen35",
@@ -108,12 +112,7 @@ KNOWN: tuple[tuple[str, Pretokenizer], ...] = (
     ),
     (
         "exaone-moe",
-        Pretokenizer(
-            (
-                rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
-            )
-        ),
+        Pretokenizer((EXAONE_MOE,)),
     ),
     (
         "deepseek-llm",

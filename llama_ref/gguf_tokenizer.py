@@ -20,7 +20,7 @@ from typing import Any
 
 from llama_ref.cache_folder import cache_folder
 from llama_ref.gguf_byte_pair import PRE, byte_pair_json, pretokenizer_of
-from llama_ref.gguf_header import read_header
+from llama_ref.gguf_header import first_part, read_header
 from llama_ref.gguf_sentencepiece import added_tokens, adds_space, sentencepiece_model
 from llama_ref.gguf_vocabulary import BYTE_PAIR, SENTENCEPIECE, TOKENS, read_vocabulary, role_id, warn_of_ids
 from llama_ref.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, JsonTokenizer, Tokenizer, TokenizerError
@@ -31,7 +31,7 @@ MODEL = "tokenizer.ggml.model"
 
 def has_vocabulary(path: Path) -> bool:
     """Whether a GGUF file holds a tokenizer; raises CheckpointError if it is no GGUF."""
-    return TOKENS in read_header(path).metadata
+    return TOKENS in read_header(first_part(path)).metadata
 
 
 def tokenizer_of_gguf(path: Path) -> Tokenizer:
@@ -59,6 +59,7 @@ def tokenizer_of_gguf(path: Path) -> Tokenizer:
 
 def files_of_gguf(path: Path) -> dict[str, bytes]:
     """File name -> content of tokenizer_config.json and tokenizer.json or tokenizer.model; raises TokenizerError."""
+    path = first_part(path)  # of a model in several parts, which holds the metadata
     header = read_header(path)
     if TOKENS not in header.metadata:
         raise TokenizerError(f"{path}: holds no tokenizer")
@@ -99,8 +100,10 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
             settings[f"{role}_token"] = tokens[token]
     if template := metadata.get("tokenizer.chat_template"):
         settings["chat_template"] = template
-    if kind == SENTENCEPIECE and not adds_space(metadata):
-        settings["add_prefix_space"] = False
+    if kind == SENTENCEPIECE:
+        settings["legacy"] = True  # the leading space comes after every special token, as in llama.cpp
+        if not adds_space(metadata):
+            settings["add_prefix_space"] = False
     if kind == BYTE_PAIR and metadata.get(PRE) in (None, ""):
         warnings.warn(f"{PRE} is missing: texts are cut as by 'default', which may not suit the model", stacklevel=2)
     if metadata.get("tokenizer.ggml.add_eos_token"):

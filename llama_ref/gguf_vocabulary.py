@@ -61,10 +61,11 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     for text in (*ENDS, *INFILL_MARKS, *(text for texts in INFILL_ENDS.values() for text in texts)):
         if text in ids:
             kinds[ids[text]] = CONTROL
-    for texts, kind in ((SHOWN, USER_DEFINED), (_no_ends(tokens), USER_DEFINED), (_normal_s(tokens), NORMAL)):
-        for text in texts:
-            if text in ids:
-                kinds[ids[text]] = kind
+    for text in (*SHOWN, *_no_ends(tokens)):
+        if text in ids:
+            kinds[ids[text]] = USER_DEFINED
+    for text in _normal_s(tokens):
+        kinds[ids[text]] = NORMAL
     return Vocabulary(tokens, tuple(kinds), tuple(scores))
 
 
@@ -123,7 +124,7 @@ def _no_ends(tokens: tuple[str, ...] | list[str]) -> tuple[str, ...]:
 
 def _normal_s(tokens: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     """</s> is text beside Gemma 4's own tokens."""
-    return ("</s>",) if "<|tool_response>" in tokens else ()
+    return ("</s>",) if "<|tool_response>" in tokens and "</s>" in tokens else ()
 
 
 def _listed(metadata: Mapping[str, Any], name: str, kind: type, least: int = 0, default: Any = None) -> list[Any]:

@@ -234,7 +234,9 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 
 def _ggufs(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*.gguf"))
+    from llama_ref.gguf_header import gguf_files
+
+    return gguf_files(directory)
 
 
 @contextlib.contextmanager
