@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llama_ref.gguf_pretokenizers import PRETOKENIZERS, Pretokenizer
-from llama_ref.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from llama_ref.gguf_pretokenizers import DIGIT, PRETOKENIZERS, Pretokenizer
+from llama_ref.gguf_vocabulary import FOUND, USER_DEFINED, Vocabulary
 
 PRE = "tokenizer.ggml.pre"
 MERGES = "tokenizer.ggml.merges"
@@ -26,10 +26,7 @@ def byte_pair_json(metadata: Mapping[str, Any], vocabulary: Vocabulary, lead: in
     pretokenizer = pretokenizer_of(metadata)
     ids = {text: token for token, text in enumerate(vocabulary.tokens)}
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    splits = [
-        {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
-        for expression in pretokenizer.expressions
-    ]
+    splits = [_split(expression) for expression in pretokenizer.expressions]
     model = {
         "type": "BPE",
         "fuse_unk": False,
@@ -52,6 +49,12 @@ def byte_pair_json(metadata: Mapping[str, Any], vocabulary: Vocabulary, lead: in
     return json.dumps(content, ensure_ascii=False)
 
 
+def _split(expression: str) -> dict[str, Any]:
+    if expression == DIGIT:  # what models with this rule were published with; it knows numerals of Unicode 17 too
+        return {"type": "Digits", "individual_digits": True}
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+
 def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
     """["a b", ...] -> [("a", "b"), ...]. A left part may start with a space; it holds no other."""
     stated = metadata.get(MERGES)
@@ -71,11 +74,11 @@ def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[s
 
 def _added(vocabulary: Vocabulary) -> list[dict[str, Any]]:
     """Tokens that are found in a text before anything else, and those of them that are no text."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "normalized": False}
     return [
-        {"id": token, "content": text, **flags, "special": kind != USER_DEFINED}
-        for token, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds))
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+        {"id": token, "content": text, **flags, "rstrip": strips, "special": kind != USER_DEFINED}
+        for token, (text, kind, strips) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, vocabulary.strips))
+        if kind in FOUND
     ]
 
 

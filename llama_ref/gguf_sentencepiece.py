@@ -54,11 +54,11 @@ def added_tokens(vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
             "content": text,
             "lstrip": False,
             "normalized": False,
-            "rstrip": False,
+            "rstrip": strips,
             "single_word": False,
             "special": kind == CONTROL,
         }
-        for token, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds))
+        for token, (text, kind, strips) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, vocabulary.strips))
         if kind == CONTROL or (kind == USER_DEFINED and SPACE not in text)
     }
 

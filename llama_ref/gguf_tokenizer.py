@@ -66,21 +66,21 @@ def files_of_gguf(path: Path) -> dict[str, bytes]:
     name = SENTENCEPIECE_FILE if header.metadata.get(MODEL) == SENTENCEPIECE else JSON_FILE
     cached = cache_folder() / "tokenizers" / f"{header.fingerprint[:32]}-{CONVERSION}"
     try:
-        settings = settings_of(header.metadata)  # not from the cache: its warnings come every time
+        files = {file: (cached / file).read_bytes() for file in (name, SETTINGS_FILE)}
+    except OSError:
         try:
-            return {file: (cached / file).read_bytes() for file in (name, SETTINGS_FILE)}
-        except OSError:
-            content = _convert(path)
+            content, settings = _convert(path), settings_of(header.metadata)
             if name == SENTENCEPIECE_FILE:
                 settings["added_tokens_decoder"] = added_tokens(read_vocabulary(header.metadata))
-    except ValueError as error:
-        raise _not_converted(path, str(error)) from error
-    files = {
-        name: content if isinstance(content, bytes) else content.encode(),
-        SETTINGS_FILE: (json.dumps(settings, indent=2) + "\n").encode(),
-    }
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second, not the answer
-        store(cached, files)
+        except ValueError as error:
+            raise _not_converted(path, str(error)) from error
+        files = {
+            name: content if isinstance(content, bytes) else content.encode(),
+            SETTINGS_FILE: (json.dumps(settings, indent=2) + "\n").encode(),
+        }
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs a second, not the answer
+            store(cached, files)
+    _warn(header.metadata)
     return files
 
 
@@ -93,7 +93,6 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer_class": "LlamaTokenizer" if kind == SENTENCEPIECE else "PreTrainedTokenizerFast",
         "add_bos_token": _adds_bos(metadata),
     }
-    warn_of_ids(metadata, len(tokens))
     for role in ("bos", "eos"):
         token = role_id(metadata, role, len(tokens))
         if token is not None:
@@ -104,11 +103,16 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         settings["legacy"] = True  # the leading space comes after every special token, as in llama.cpp
         if not adds_space(metadata):
             settings["add_prefix_space"] = False
-    if kind == BYTE_PAIR and metadata.get(PRE) in (None, ""):
+    return settings
+
+
+def _warn(metadata: Mapping[str, Any]) -> None:
+    """Warn of what the file leaves open, and of what it asks for in vain."""
+    warn_of_ids(metadata, len(metadata[TOKENS]))
+    if metadata.get(MODEL) == BYTE_PAIR and not metadata.get(PRE):
         warnings.warn(f"{PRE} is missing: texts are cut as by 'default', which may not suit the model", stacklevel=2)
     if metadata.get("tokenizer.ggml.add_eos_token"):
         warnings.warn("tokenizer.ggml.add_eos_token is ignored: EOS behind a prompt would end it", stacklevel=2)
-    return settings
 
 
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 TOKENS = "tokenizer.ggml.tokens"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+FOUND = (UNKNOWN, CONTROL, USER_DEFINED)  # before anything else of a text is cut
 SENTENCEPIECE, BYTE_PAIR = "llama", "gpt2"  # tokenizer.ggml.model
 DEFAULT_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # of sentencepiece vocabularies
 
@@ -34,16 +35,21 @@ INFILL_MARKS = (
     *("<|code_suffix|>", "<|suffix|>", "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>"),
     *("▁<MID>", "<|code_middle|>", "<|middle|>"),
 )
+PHI_KEEPS = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's other special tokens swallow the whitespace behind them
 SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # gpt-oss: part of what a reader is to see
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id, each with its kind (NORMAL to BYTE) and its score (0.0 where the file states none)."""
+    """Tokens by id, each with its kind (NORMAL to BYTE) and its score (0.0 where the file states none).
+
+    `strips`: whether a token that is found in a text takes the whitespace behind it along.
+    """
 
     tokens: tuple[str, ...]
     kinds: tuple[int, ...]
     scores: tuple[float, ...]
+    strips: tuple[bool, ...]
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -66,7 +72,10 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
             kinds[ids[text]] = USER_DEFINED
     for text in _normal_s(tokens):
         kinds[ids[text]] = NORMAL
-    return Vocabulary(tokens, tuple(kinds), tuple(scores))
+    name = str(metadata.get("general.name", "")).lower()
+    phi = "phi-3" in name or "phi3" in name  # the one family for which llama.cpp knows what GGUF does not state
+    strips = tuple(phi and kind in FOUND and text not in PHI_KEEPS for text, kind in zip(tokens, kinds))
+    return Vocabulary(tokens, tuple(kinds), tuple(scores), strips)
 
 
 def role_id(metadata: Mapping[str, Any], role: str, size: int) -> int | None:
