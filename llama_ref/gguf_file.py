@@ -157,7 +157,7 @@ def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTe
                 f"{path}: {name} is stored as {kind.name}, which gguf {version('gguf')} cannot decode"
             )
         block_columns, block_bytes = sizes[place.ggml_type]
-        rows, columns = (1, *place.shape)[-2:]
+        rows, columns = (1, 1, *place.shape)[-2:]
         if len(place.shape) not in (1, 2) or columns % block_columns:
             raise CheckpointError(f"{path}: {name} of shape {list(place.shape)} cannot be read as {kind.name}")
         row_bytes = columns // block_columns * block_bytes

@@ -20,7 +20,7 @@ from typing import Any
 
 from llama_ref.cache_folder import cache_folder
 from llama_ref.gguf_byte_pair import PRE, byte_pair_json, pretokenizer_of
-from llama_ref.gguf_header import first_part, read_header
+from llama_ref.gguf_header import Header, first_part, read_header
 from llama_ref.gguf_sentencepiece import added_tokens, adds_space, sentencepiece_model
 from llama_ref.gguf_vocabulary import BYTE_PAIR, SENTENCEPIECE, TOKENS, read_vocabulary, role_id, warn_of_ids
 from llama_ref.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, JsonTokenizer, Tokenizer, TokenizerError
@@ -51,8 +51,7 @@ def tokenizer_of_gguf(path: Path) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(folder / SENTENCEPIECE_FILE)
     except TokenizerError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        told = str(error).removeprefix(f"{folder / SENTENCEPIECE_FILE}: ")
-        raise _not_converted(path, told) from error
+        raise _not_converted(path, f"sentencepiece refuses it: {error.__cause__ or error}") from error
     weakref.finalize(tokenizer, shutil.rmtree, folder, ignore_errors=True)
     return tokenizer
 
@@ -66,21 +65,26 @@ def files_of_gguf(path: Path) -> dict[str, bytes]:
     name = SENTENCEPIECE_FILE if header.metadata.get(MODEL) == SENTENCEPIECE else JSON_FILE
     cached = cache_folder() / "tokenizers" / f"{header.fingerprint[:32]}-{CONVERSION}"
     try:
-        files = {file: (cached / file).read_bytes() for file in (name, SETTINGS_FILE)}
-    except OSError:
-        try:
-            content, settings = _convert(path), settings_of(header.metadata)
-            if name == SENTENCEPIECE_FILE:
-                settings["added_tokens_decoder"] = added_tokens(read_vocabulary(header.metadata))
-        except ValueError as error:
-            raise _not_converted(path, str(error)) from error
-        files = {
-            name: content if isinstance(content, bytes) else content.encode(),
-            SETTINGS_FILE: (json.dumps(settings, indent=2) + "\n").encode(),
-        }
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs a second, not the answer
-            store(cached, files)
-    _warn(header.metadata)
+        files = _files(path, header, cached, name)
+        _warn(header.metadata)
+    except ValueError as error:
+        raise _not_converted(path, str(error)) from error
+    return files
+
+
+def _files(path: Path, header: Header, cached: Path, name: str) -> dict[str, bytes]:
+    """From the cache, else derived; ValueError names the field that stands in the way."""
+    with contextlib.suppress(OSError):
+        return {file: (cached / file).read_bytes() for file in (name, SETTINGS_FILE)}
+    content, settings = _convert(path), settings_of(header.metadata)
+    if name == SENTENCEPIECE_FILE:
+        settings["added_tokens_decoder"] = added_tokens(read_vocabulary(header.metadata))
+    files = {
+        name: content if isinstance(content, bytes) else content.encode(),
+        SETTINGS_FILE: (json.dumps(settings, indent=2) + "\n").encode(),
+    }
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second, not the answer
+        store(cached, files)
     return files
 
 

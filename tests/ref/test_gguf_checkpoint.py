@@ -180,6 +180,14 @@ def test_a_type_that_the_gguf_package_does_not_know_is_named_with_its_version(tm
     refused(path, "blk.0.ffn_up.weight has the GGML type 99, which gguf ", " does not know")
 
 
+def test_a_tensor_without_extents_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    at = data.index(b"output_norm.weight") + len(b"output_norm.weight")
+    path.write_bytes(data[:at] + struct.pack("<I", 0) + data[at + 4 + 8 :])
+    refused(path, "output_norm.weight of shape [] cannot be read as F32")
+
+
 # --- files in parts, byte orders, versions --------------------------------------------------------
 
 

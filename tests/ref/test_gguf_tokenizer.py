@@ -439,6 +439,7 @@ def test_an_empty_token_has_a_place_and_no_text(words: dict[str, Any], tmp_path:
         ({"tokenizer.ggml.token_type": ["a"] * 330}, "tokenizer.ggml.token_type is no array of int"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens is no array of str"),
         ({"tokenizer.ggml.eos_token_id": "x"}, "tokenizer.ggml.eos_token_id='x' must be a token id"),
+        ({"tokenizer.ggml.eot_token_id": 0.5}, "tokenizer.ggml.eot_token_id=0.5 must be a token id"),
     ],
 )
 def test_a_vocabulary_that_is_none_is_refused_by_its_field(
@@ -463,6 +464,10 @@ def test_a_sentencepiece_vocabulary_that_is_none_is_refused_by_its_field(
     change: dict[str, Any], message: str, model: Any, tmp_path: Path
 ) -> None:
     refused(tmp_path, pieces(model) | change, message)
+
+
+def test_what_sentencepiece_refuses_is_refused_in_its_words(model: Any, tmp_path: Path) -> None:
+    refused(tmp_path, pieces(model) | {"tokenizer.ggml.precompiled_charsmap": [0] * 8}, "sentencepiece refuses it: ")
 
 
 def test_a_byte_that_is_none_is_refused(model: Any, tmp_path: Path) -> None:
