@@ -38,6 +38,7 @@ OF_LAYER = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}  # ggml type -> stored as it is
+RECENT = {39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}  # types that an older gguf package cannot name
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +150,8 @@ def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTe
     tensors = {}
     for name, place in places.items():
         if place.ggml_type not in sizes:
-            known = f"gguf {version('gguf')} does not know"
-            raise CheckpointError(f"{path}: {name} has the GGML type {place.ggml_type}, which {known}")
+            called = f"the GGML type {place.ggml_type} ({RECENT.get(place.ggml_type, 'unknown')})"
+            raise CheckpointError(f"{path}: {name} has {called}, which gguf {version('gguf')} does not know")
         kind = GGMLQuantizationType(place.ggml_type)
         if not _decodes(kind, sizes[place.ggml_type][1]):
             raise CheckpointError(

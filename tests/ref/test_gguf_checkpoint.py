@@ -177,7 +177,7 @@ def test_a_type_that_the_gguf_package_does_not_know_is_named_with_its_version(tm
     at = data.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 16
     assert struct.unpack_from("<I", data, at) == (0,)
     path.write_bytes(data[:at] + struct.pack("<I", 99) + data[at + 4 :])
-    refused(path, "blk.0.ffn_up.weight has the GGML type 99, which gguf ", " does not know")
+    refused(path, "blk.0.ffn_up.weight has the GGML type 99 (unknown), which gguf ", " does not know")
 
 
 def test_a_tensor_without_extents_is_refused(tmp_path: Path) -> None:
