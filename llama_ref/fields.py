@@ -32,7 +32,7 @@ def as_ids(value: Any) -> tuple[int, ...]:
     """Token ids as files spell them, each once: None -> (), 2 -> (2,), [2, 7, 2] -> (2, 7)."""
     if value is None:
         return ()
-    ids = [value] if isinstance(value, int) else list(value)
+    ids = list(value) if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise ValueError(f"eos_token_id={value!r} must be a token id or a list of them")
     return tuple(dict.fromkeys(ids))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -129,17 +130,28 @@ def _stored(directory: Path) -> Mapping[str, TensorSource]:
 
 def read_config(directory: Path) -> LlamaConfig:
     """config.json, with the EOS ids of generation_config.json; raises CheckpointError."""
-    data = read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
+    config, generation = directory / "config.json", directory / "generation_config.json"
+    data = read_json(config)
+    ends = _stated_ends(data, config)
+    if generation.is_file():  # it, not config.json, is where chat models name all their stop tokens
+        more = _stated_ends(read_json(generation), generation)
+        ends = more if ends is None else ends + (more or ())
+    if ends is not None:  # else the published default: it is not joined to what a file states
+        data["eos_token_id"] = list(ends)
     try:
-        if generation.is_file():  # it, not config.json, is where chat models name all their stop tokens
-            ends = as_ids(read_json(generation).get("eos_token_id"))
-            data["eos_token_id"] = list(dict.fromkeys(as_ids(data.get("eos_token_id", 2)) + ends))
         return from_hf(data)
     except CheckpointError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
+        raise CheckpointError(f"{config}: {error}") from error
+
+
+def _stated_ends(data: Mapping[str, Any], where: Path) -> tuple[int, ...] | None:
+    """The EOS ids of a file: () where it says null, None where it says nothing."""
+    try:
+        return as_ids(data["eos_token_id"]) if "eos_token_id" in data else None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def check_tied(stored: Mapping[str, TensorSource], table_name: str, head_name: str, where: object) -> None:

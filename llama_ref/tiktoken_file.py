@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.cache_folder import cache_folder
-from llama_ref.tokenizer import JSON_FILE, SETTINGS_FILE, TEMPLATE_FILE, TokenizerError, read_json_object, read_text
+from llama_ref.tokenizer_files import (
+    COMPANIONS,
+    JSON_FILE,
+    SETTINGS_FILE,
+    TokenizerError,
+    read_json_object,
+    read_texts,
+)
 
 CONVERSION = 1  # part of the cache's key: raise it when what is derived changes
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,11 +47,9 @@ def files_of_tiktoken(path: Path) -> dict[str, str]:
     except OSError as error:
         raise TokenizerError(f"{path}: not readable ({error})") from error
     cached = cache_folder() / "tokenizers" / f"{hashlib.sha256(content).hexdigest()[:32]}-tiktoken-{CONVERSION}"
-    beside = path.with_name(SETTINGS_FILE)
-    stated = read_json_object(read_text(beside), beside) if beside.is_file() else {}
-    files = {SETTINGS_FILE: json.dumps(SETTINGS | stated, indent=2) + "\n"}
-    if path.with_name(TEMPLATE_FILE).is_file():
-        files[TEMPLATE_FILE] = read_text(path.with_name(TEMPLATE_FILE))
+    files = read_texts(path.parent, COMPANIONS)
+    stated = read_json_object(files.get(SETTINGS_FILE, "{}"), path.with_name(SETTINGS_FILE))
+    files[SETTINGS_FILE] = json.dumps(SETTINGS | stated, indent=2) + "\n"
     try:
         return {JSON_FILE: (cached / JSON_FILE).read_text(encoding="utf-8"), **files}
     except (OSError, UnicodeDecodeError):

@@ -6,26 +6,46 @@ for text that continues another.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from llama_ref.json_tokenizer import JsonTokenizer
+from llama_ref.tokenizer_files import (
+    COMPANIONS,
+    JSON_FILE,
+    RANDOM_FILE,
+    SENTENCEPIECE_FILE,
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
+    TokenizerError,
+    read_json_object,
+    read_text,
+)
+
+__all__ = [
+    "COMPANIONS",
+    "DEFAULT_PROMPT",
+    "DEFAULT_PROMPT_LLAMA_IDS",
+    "JSON_FILE",
+    "RANDOM_FILE",
+    "SENTENCEPIECE_FILE",
+    "SETTINGS_FILE",
+    "TEMPLATE_FILE",
+    "JsonTokenizer",
+    "RandomTokenizer",
+    "Tokenizer",
+    "TokenizerError",
+    "has_tokenizer",
+    "load_tokenizer",
+    "read_json_object",
+    "read_text",
+]
+
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_PROMPT_LLAMA_IDS = (1, 15043, 29892, 590, 1024, 338)
-
-JSON_FILE = "tokenizer.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
-RANDOM_FILE = "random_tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
-COMPANIONS = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that is absent or unreadable; the message is one line and names the file."""
 
 
 class Tokenizer(Protocol):
@@ -60,76 +80,6 @@ class Tokenizer(Protocol):
     def save(self, directory: Path) -> None:
         """Write the files from which load_tokenizer(directory) gives an equal tokenizer."""
         ...
-
-
-class JsonTokenizer:
-    """A Hugging Face `tokenizer.json`, run by the `tokenizers` library alone: importing transformers takes seconds."""
-
-    def __init__(self, files: Mapping[str, str], where: object = JSON_FILE) -> None:
-        """`files` maps file names to their text: tokenizer.json and, if there are any, its companions."""
-        from tokenizers import Tokenizer as Backend
-
-        from llama_ref.chat import template_of
-
-        self._where = where
-        with _in_our_words(where):
-            self._backend = Backend.from_str(files[JSON_FILE])
-        self._files = dict(files)
-        self._backend.no_truncation()  # a file may carry the lengths of its training run
-        self._backend.no_padding()
-        settings = read_json_object(files.get(SETTINGS_FILE, "{}"), where)
-        specials = read_json_object(files.get("special_tokens_map.json", "{}"), where) | settings
-        self.bos_id = self._id_of(specials.get("bos_token"))
-        eos = self._id_of(specials.get("eos_token"))
-        self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
-        template_lead = self._template_lead()
-        if self.bos_id is None:
-            self.bos_id = template_lead
-        self.special_tokens = {
-            name: text for name, token in specials.items() if name.endswith("_token") and (text := _content(token))
-        }
-        self.chat_template = files.get(TEMPLATE_FILE) or template_of(settings.get("chat_template"), where)
-        stated = settings.get("add_bos_token")
-        self.adds_bos = stated if isinstance(stated, bool) else template_lead == self.bos_id is not None
-
-    @classmethod
-    def from_directory(cls, directory: Path) -> JsonTokenizer:
-        names = [name for name in (JSON_FILE, *COMPANIONS) if (directory / name).is_file()]
-        return cls({name: read_text(directory / name) for name in names}, directory / JSON_FILE)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._backend.get_vocab_size(with_added_tokens=True)
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("the text holds bytes that are not UTF-8") from error
-        with _in_our_words(self._where):
-            ids = self._backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else list(ids)
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        with _in_our_words(self._where):
-            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
-
-    def save(self, directory: Path) -> None:
-        for name, text in self._files.items():
-            (directory / name).write_text(text, encoding="utf-8")
-
-    def _id_of(self, token: Any) -> int | None:
-        """A special token as files spell it: "<s>", or {"content": "<s>", ...}."""
-        content = _content(token)
-        return None if content is None else self._backend.token_to_id(content)
-
-    def _template_lead(self) -> int | None:
-        """The special token that tokenizer.json itself puts before a text, which is BOS where no setting speaks."""
-        with _in_our_words(self._where):
-            plain = self._backend.encode("a", add_special_tokens=False).ids
-            dressed = self._backend.encode("a", add_special_tokens=True).ids
-        return None if dressed[: len(plain)] == plain else dressed[0]
 
 
 class RandomTokenizer:
@@ -237,38 +187,3 @@ def _ggufs(directory: Path) -> list[Path]:
     from llama_ref.gguf_header import gguf_files
 
     return gguf_files(directory)
-
-
-@contextlib.contextmanager
-def _in_our_words(where: object) -> Iterator[None]:
-    """A damaged file makes the `tokenizers` library raise bare Exception, or panic, which is not even that."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        told = " ".join(str(error).split())[:200]
-        raise TokenizerError(f"{where}: not a readable tokenizer.json ({told})") from error
-
-
-def _content(token: Any) -> str | None:
-    """The text of a special token as files spell it: "<s>", or {"content": "<s>", ...}."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: not readable as text ({error})") from error
-
-
-def read_json_object(text: str, where: object) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{where}: not readable as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise TokenizerError(f"{where}: holds no JSON object")
-    return data

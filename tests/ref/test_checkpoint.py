@@ -121,6 +121,46 @@ def test_eos_ids_of_both_files_are_merged(tiny: Any) -> None:
     assert open_checkpoint(tiny.directory).config.eos_ids == (2, 7, 9)
 
 
+ABSENT = object()
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        (ABSENT, 7, (7,)),  # LlamaConfig's default is 2
+        (ABSENT, [9, 7], (9, 7)),
+        (ABSENT, None, ()),
+        (ABSENT, ABSENT, (2,)),
+        (None, ABSENT, ()),
+        (None, [7], (7,)),
+        ([5, 7], ABSENT, (5, 7)),
+        (5, None, (5,)),
+        (5, 7, (5, 7)),
+    ],
+)
+def test_the_default_eos_is_not_joined_to_what_a_file_states(
+    tiny: Any, config: Any, generation: Any, ends: Any
+) -> None:
+    for name, value in (("config.json", config), ("generation_config.json", generation)):
+        file = tiny.directory / name
+        data = json.loads(file.read_text()) if file.is_file() else {}
+        data.pop("eos_token_id", None)
+        file.write_text(json.dumps(data if value is ABSENT else data | {"eos_token_id": value}))
+    assert open_checkpoint(tiny.directory).config.eos_ids == ends
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["</s>", {"id": 2}, True, 2.5, [[2]]])
+def test_an_eos_that_is_no_id_names_the_file(tiny: Any, name: str, value: Any) -> None:
+    (tiny.directory / "generation_config.json").write_text("{}")
+    edit_json(tiny.directory / name, eos_token_id=value)
+    with pytest.raises(
+        CheckpointError, match=f"/{name}: eos_token_id=.* must be a token id or a list of them"
+    ) as caught:
+        open_checkpoint(tiny.directory)
+    assert "\n" not in str(caught.value)
+
+
 def test_harmless_extras_and_a_duplicate_tied_table_are_dropped(save_tiny: Any) -> None:
     tied = save_tiny(tie_word_embeddings=True)
 
