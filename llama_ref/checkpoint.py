@@ -31,6 +31,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     bytes are read when it is sliced. Raises CheckpointError.
     """
     from llama_ref import gguf_file, huggingface, meta_layout
+    from llama_ref.gguf_header import gguf_files
 
     path = Path(path).expanduser()
     if path.is_file():
@@ -47,7 +48,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return huggingface.open_huggingface(path)
     if meta_layout.is_meta(path):
         return meta_layout.open_meta(path)
-    found = sorted(path.glob("*.gguf"))
+    found = gguf_files(path)
     if len(found) == 1:
         return gguf_file.open_gguf(found[0])
     if found:

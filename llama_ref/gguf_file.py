@@ -7,14 +7,17 @@ tensors: no `output.weight` means tied embeddings, and `rope_freqs.weight` means
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_ref.gguf_config import from_gguf
-from llama_ref.gguf_header import TensorPlace, read_header
+from llama_ref.gguf_header import PART, TensorPlace, first_part, read_header
 from llama_ref.weights import Checkpoint, CheckpointError, Key, check_shapes, expected_shapes, spans
 
 OF_MODEL = {
@@ -34,8 +37,8 @@ OF_LAYER = {
     "feed_forward.w3": "ffn_up",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-NOT_FLOATS = ("I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0")  # and what the gguf package does not dequantise
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}  # ggml type -> stored as it is
+RECENT = {39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}  # types that an older gguf package cannot name
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +83,16 @@ def gguf_name(name: str) -> str:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open one GGUF file; raises CheckpointError."""
-    header = read_header(path)
-    if header.metadata.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(f"{path}: one of {header.metadata['split.count']} parts; merge them by gguf-split first")
-    stored = _map_tensors(path, header.tensors)
+    """Open one GGUF file, or a model in several parts by any of them; raises CheckpointError."""
+    path = first_part(path)
+    metadata, stored = _parts(path)
     factors = stored.pop(ROPE_FACTORS, None)
     alone = OF_MODEL["output.weight"] in stored and OF_MODEL["tok_embeddings.weight"] not in stored
     if alone:
         stored[OF_MODEL["tok_embeddings.weight"]] = stored.pop(OF_MODEL["output.weight"])
     try:
         config = from_gguf(
-            header.metadata,
+            _with_vocabulary_of(metadata, stored),
             tie_embeddings="output.weight" not in stored,
             rope_factors=None if factors is None else factors[:].tolist(),
             attention_bias="blk.0.attn_output.bias" in stored,  # a bias on q, k and v alone fails the strict check
@@ -107,6 +108,42 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(config, {name: stored[gguf_name(name)] for name in expected}, path)
 
 
+def _parts(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """The metadata of a file, and its tensors with those of the parts that belong to it (gguf-split's naming)."""
+    header = read_header(path)
+    stored = _map_tensors(path, header.tensors)
+    count = header.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return header.metadata, stored
+    named = PART.fullmatch(path.name)
+    if named is None or int(named["count"]) != count or header.metadata.get("split.no", 0) != 0:
+        raise CheckpointError(f"{path}: one of {count} parts, not named as the first: merge them by gguf-split")
+    for number in range(1, count):
+        part = path.with_name(f"{named['stem']}-{number + 1:05d}-of-{named['count']}.gguf")
+        if not part.is_file():
+            raise CheckpointError(f"{path}: the first of {count} parts, and {part.name} is not beside it")
+        further = read_header(part)
+        if (further.metadata.get("split.no"), further.metadata.get("split.count")) != (number, count):
+            raise CheckpointError(f"{part}: is not part {number + 1} of {count} of {path.name}")
+        twice = sorted(stored.keys() & further.tensors.keys())
+        if twice:
+            raise CheckpointError(f"{part}: holds {twice[0]}, as an earlier part does")
+        stored |= _map_tensors(part, further.tensors)
+    return header.metadata, stored
+
+
+def _with_vocabulary_of(metadata: dict[str, Any], stored: Mapping[str, GgufTensor]) -> dict[str, Any]:
+    """The metadata with the vocabulary's size that the embedding table has, where the list of tokens has it too."""
+    stated, tokens = metadata.get("llama.vocab_size"), metadata.get("tokenizer.ggml.tokens")
+    table = stored.get("token_embd.weight")
+    if stated is None or table is None or not isinstance(tokens, list) or len(tokens) in (stated, 0):
+        return metadata
+    if table.shape[0] != len(tokens):
+        return metadata
+    warnings.warn(f"llama.vocab_size={stated} is ignored: tokens and embeddings are {len(tokens)}", stacklevel=2)
+    return metadata | {"llama.vocab_size": len(tokens)}
+
+
 def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTensor]:
     try:
         import numpy
@@ -118,12 +155,15 @@ def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTe
     tensors = {}
     for name, place in places.items():
         if place.ggml_type not in sizes:
-            raise CheckpointError(f"{path}: {name} has the unknown GGML type {place.ggml_type}")
+            called = f"the GGML type {place.ggml_type} ({RECENT.get(place.ggml_type, 'unknown')})"
+            raise CheckpointError(f"{path}: {name} has {called}, which gguf {version('gguf')} does not know")
         kind = GGMLQuantizationType(place.ggml_type)
-        if kind.name in NOT_FLOATS:
-            raise CheckpointError(f"{path}: {name} is stored as {kind.name}, not as floats")
+        if not _decodes(kind, sizes[place.ggml_type][1]):
+            raise CheckpointError(
+                f"{path}: {name} is stored as {kind.name}, which gguf {version('gguf')} cannot decode"
+            )
         block_columns, block_bytes = sizes[place.ggml_type]
-        rows, columns = (1, *place.shape)[-2:]
+        rows, columns = (1, 1, *place.shape)[-2:]
         if len(place.shape) not in (1, 2) or columns % block_columns:
             raise CheckpointError(f"{path}: {name} of shape {list(place.shape)} cannot be read as {kind.name}")
         row_bytes = columns // block_columns * block_bytes
@@ -134,3 +174,18 @@ def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTe
         dtype = PLAIN.get(place.ggml_type, torch.float32)
         tensors[name] = GgufTensor(place.shape, dtype, place.ggml_type, data)
     return tensors
+
+
+@cache
+def _decodes(kind: Any, block_bytes: int) -> bool:
+    """Whether the gguf package turns this GGML type into floats: it knows more types than it decodes."""
+    import numpy
+    from gguf.quants import dequantize
+
+    if kind.value in PLAIN:
+        return True
+    try:
+        dequantize(numpy.zeros((1, block_bytes), dtype=numpy.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 DEFAULT_ALIGNMENT_BYTES = 32
+PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")  # gguf-split's names
 
 
 @dataclass(frozen=True)
@@ -58,24 +60,41 @@ def _parse(content: mmap.mmap) -> Header:
         raise CheckpointError("not a GGUF file")
     cursor = _Cursor(content, position=4)
     version = cursor.number("I")
+    if version.to_bytes(4, "big")[0] in VERSIONS and version not in VERSIONS:
+        raise CheckpointError(f"a big-endian GGUF (version {version} in little-endian) is not supported: convert it")
     if version not in VERSIONS:
         raise CheckpointError(f"GGUF version {version} is not supported (known: 2, 3, little-endian)")
     n_tensors, n_entries = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}
     for _ in range(n_entries):
         name = cursor.text()
+        if name in metadata:
+            raise CheckpointError(f"holds {name!r} twice")
         metadata[name] = cursor.value(cursor.number("I"))
-    places = []
+    places: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(n_tensors):
         name = cursor.text()
+        if name in places:
+            raise CheckpointError(f"holds {name!r} twice")
         dims = [cursor.number("Q") for _ in range(cursor.number("I"))]
-        places.append((name, tuple(reversed(dims)), cursor.number("I"), cursor.number("Q")))
+        places[name] = (tuple(reversed(dims)), cursor.number("I"), cursor.number("Q"))
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT_BYTES)
-    if not isinstance(alignment, int) or alignment <= 0:
-        raise CheckpointError(f"general.alignment={alignment!r} must be a positive number of bytes")
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment.bit_count() != 1 or alignment < 0:
+        raise CheckpointError(f"general.alignment={alignment!r} must be a power of two")
     data = -(-cursor.position // alignment) * alignment
-    tensors = {name: TensorPlace(shape, kind, data + offset) for name, shape, kind, offset in places}
+    tensors = {name: TensorPlace(shape, kind, data + offset) for name, (shape, kind, offset) in places.items()}
     return Header(metadata, tensors, hashlib.sha256(content[: cursor.position]).hexdigest())
+
+
+def gguf_files(directory: Path) -> list[Path]:
+    """The GGUF files of a directory, in order; of a model in several parts the first stands for all."""
+    return [path for path in sorted(directory.glob("*.gguf")) if first_part(path) == path]
+
+
+def first_part(path: Path) -> Path:
+    """`m-00002-of-00003.gguf` -> `m-00001-of-00003.gguf`; a file that is no such part stays itself."""
+    named = PART.fullmatch(path.name)
+    return path.with_name(f"{named['stem']}-00001-of-{named['count']}.gguf") if named else path
 
 
 class _Cursor:

@@ -1,6 +1,7 @@
-"""A GGUF file's tokenizer as a tokenizer.json: converted by transformers once, which takes seconds, then cached.
+"""A GGUF file's tokenizer as the files of any other model: made once from its metadata, then cached.
 
-The cache is keyed by the file's header, which holds the whole vocabulary: another file, another key.
+A byte-pair vocabulary becomes a tokenizer.json, a sentencepiece one a tokenizer.model. The cache is keyed by the file's
+header, which holds the whole vocabulary, and by the number of this conversion: no other library has a part in it.
 """
 
 from __future__ import annotations
@@ -11,86 +12,150 @@ import os
 import shutil
 import tempfile
 import uuid
+import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_ref.cache_folder import cache_folder
-from llama_ref.gguf_header import read_header
-from llama_ref.tokenizer import JSON_FILE, SETTINGS_FILE, TokenizerError
+from llama_ref.gguf_byte_pair import PRE, byte_pair_json, pretokenizer_of
+from llama_ref.gguf_header import Header, first_part, read_header
+from llama_ref.gguf_sentencepiece import added_tokens, adds_space, sentencepiece_model
+from llama_ref.gguf_vocabulary import BYTE_PAIR, SENTENCEPIECE, TOKENS, read_vocabulary, role_id, warn_of_ids
+from llama_ref.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, JsonTokenizer, Tokenizer, TokenizerError
 
-CONVERSION = 2  # part of the key: raise it when what is derived changes
-TOKENS = "tokenizer.ggml.tokens"
+CONVERSION = 4  # part of the key: raise it when what is derived changes
+MODEL = "tokenizer.ggml.model"
 NAMED = "tokenizer.chat_template."  # and a name: a template besides the one meant without a name
 
 
 def has_vocabulary(path: Path) -> bool:
     """Whether a GGUF file holds a tokenizer; raises CheckpointError if it is no GGUF."""
-    return TOKENS in read_header(path).metadata
+    return TOKENS in read_header(first_part(path)).metadata
 
 
-def files_of_gguf(path: Path) -> dict[str, str]:
-    """File name -> text of tokenizer.json and tokenizer_config.json; raises TokenizerError."""
+def tokenizer_of_gguf(path: Path) -> Tokenizer:
+    """The tokenizer in a GGUF file; raises TokenizerError."""
+    files = files_of_gguf(path)
+    if JSON_FILE in files:
+        try:
+            return JsonTokenizer({name: content.decode() for name, content in files.items()}, path)
+        except ImportError as error:
+            raise TokenizerError(f"{path}: a byte-pair vocabulary needs `pip install tokenizers`") from error
+    from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    folder = Path(tempfile.mkdtemp(prefix="llama-gguf-"))  # the library reads a file, and the cache may be taken away
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    try:
+        tokenizer = SentencePieceTokenizer(folder / SENTENCEPIECE_FILE)
+    except TokenizerError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise _not_converted(path, f"sentencepiece refuses it: {error.__cause__ or error}") from error
+    weakref.finalize(tokenizer, shutil.rmtree, folder, ignore_errors=True)
+    return tokenizer
+
+
+def files_of_gguf(path: Path) -> dict[str, bytes]:
+    """File name -> content of tokenizer_config.json and tokenizer.json or tokenizer.model; raises TokenizerError."""
+    path = first_part(path)  # of a model in several parts, which holds the metadata
     header = read_header(path)
     if TOKENS not in header.metadata:
         raise TokenizerError(f"{path}: holds no tokenizer")
+    name = SENTENCEPIECE_FILE if header.metadata.get(MODEL) == SENTENCEPIECE else JSON_FILE
     cached = cache_folder() / "tokenizers" / f"{header.fingerprint[:32]}-{CONVERSION}"
     try:
-        return {name: (cached / name).read_text(encoding="utf-8") for name in (JSON_FILE, SETTINGS_FILE)}
-    except (OSError, UnicodeDecodeError):
-        files = {JSON_FILE: _convert(path), SETTINGS_FILE: json.dumps(settings_of(header.metadata), indent=2) + "\n"}
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs seconds, not the answer
-            store(cached, files)
-        return files
+        files = _files(path, header, cached, name)
+        _warn(header.metadata)
+    except ValueError as error:
+        raise _not_converted(path, str(error)) from error
+    return files
+
+
+def _files(path: Path, header: Header, cached: Path, name: str) -> dict[str, bytes]:
+    """From the cache, else derived; ValueError names the field that stands in the way."""
+    with contextlib.suppress(OSError):
+        return {file: (cached / file).read_bytes() for file in (name, SETTINGS_FILE)}
+    content, settings = _convert(path), settings_of(header.metadata)
+    if name == SENTENCEPIECE_FILE:
+        settings["added_tokens_decoder"] = added_tokens(read_vocabulary(header.metadata))
+    files = {
+        name: content if isinstance(content, bytes) else content.encode(),
+        SETTINGS_FILE: (json.dumps(settings, indent=2) + "\n").encode(),
+    }
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second, not the answer
+        store(cached, files)
+    return files
 
 
 def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer_config.json that a GGUF's metadata amounts to. Where it does not say whether texts start with BOS,
-    llama.cpp's defaults hold: sentencepiece vocabularies and Llama 3's do, other byte-pair ones do not."""
+    llama.cpp's defaults hold: sentencepiece vocabularies and Llama 3's do, most byte-pair ones do not."""
     tokens = metadata[TOKENS]
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    kind = metadata.get(MODEL)
     settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")),
+        "tokenizer_class": "LlamaTokenizer" if kind == SENTENCEPIECE else "PreTrainedTokenizerFast",
+        "add_bos_token": _adds_bos(metadata),
     }
-    for name in ("bos", "eos"):
-        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token is not None and 0 <= token < len(tokens):
-            settings[f"{name}_token"] = tokens[token]
+    for role in ("bos", "eos"):
+        token = role_id(metadata, role, len(tokens))
+        if token is not None:
+            settings[f"{role}_token"] = tokens[token]
     named = {name.removeprefix(NAMED): text for name, text in metadata.items() if name.startswith(NAMED)}
     if template := metadata.get("tokenizer.chat_template"):
         settings["chat_template"] = {"default": template} | named if named else template
     elif named:
         settings["chat_template"] = named
+    if kind == SENTENCEPIECE:
+        settings["legacy"] = True  # the leading space comes after every special token, as in llama.cpp
+        if not adds_space(metadata):
+            settings["add_prefix_space"] = False
     return settings
 
 
-def _convert(path: Path) -> str:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise TokenizerError(f"{path}: a GGUF's tokenizer needs `pip install transformers gguf`") from error
-    try:
-        with tempfile.TemporaryDirectory(
-            prefix="llama-gguf-"
-        ) as alone:  # a tokenizer.json beside it would be preferred
-            (Path(alone) / path.name).symlink_to(path.resolve())
-            tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
-            text: str = tokenizer.backend_tokenizer.to_str()
-            return text
-    except Exception as error:  # transformers raises many kinds for a vocabulary that it does not know
-        told = " ".join(str(error).split())[:200]
-        raise TokenizerError(f"{path}: its tokenizer could not be converted ({told})") from error
+def _warn(metadata: Mapping[str, Any]) -> None:
+    """Warn of what the file leaves open, and of what it asks for in vain."""
+    warn_of_ids(metadata, len(metadata[TOKENS]))
+    if metadata.get(MODEL) == BYTE_PAIR and not metadata.get(PRE):
+        warnings.warn(f"{PRE} is missing: texts are cut as by 'default', which may not suit the model", stacklevel=2)
+    if metadata.get("tokenizer.ggml.add_eos_token"):
+        warnings.warn("tokenizer.ggml.add_eos_token is ignored: EOS behind a prompt would end it", stacklevel=2)
 
 
-def store(directory: Path, files: Mapping[str, str]) -> None:
+def _adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """As the file says, else as its kind of vocabulary does; ValueError for a pre-tokenizer that is not known."""
+    usual = metadata.get(MODEL) == SENTENCEPIECE
+    if metadata.get(MODEL) == BYTE_PAIR:
+        usual = pretokenizer_of(metadata).adds_bos
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", usual))
+
+
+def _convert(path: Path) -> str | bytes:
+    """The text of a tokenizer.json, or the bytes of a tokenizer.model; ValueError names the field."""
+    metadata = read_header(path).metadata
+    kind = metadata.get(MODEL)
+    if kind not in (BYTE_PAIR, SENTENCEPIECE):
+        raise ValueError(f"{MODEL}={kind!r} is not supported (known: {BYTE_PAIR}, {SENTENCEPIECE})")
+    vocabulary = read_vocabulary(metadata)
+    if kind == SENTENCEPIECE:
+        return sentencepiece_model(metadata, vocabulary)
+    lead = role_id(metadata, "bos", len(vocabulary.tokens)) if _adds_bos(metadata) else None
+    return byte_pair_json(metadata, vocabulary, lead)
+
+
+def _not_converted(path: Path, reason: str) -> TokenizerError:
+    return TokenizerError(f"{path}: its tokenizer could not be converted ({' '.join(reason.split())[:200]})")
+
+
+def store(directory: Path, files: Mapping[str, str | bytes]) -> None:
     """Write a directory that appears whole; of two processes that do so at once, one wins and both are content."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = directory.with_name(f".{directory.name}-{uuid.uuid4().hex[:8]}")
     try:
         draft.mkdir()
-        for name, text in files.items():
-            (draft / name).write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            (draft / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         shutil.rmtree(directory, ignore_errors=True)  # half of an older one
         os.replace(draft, directory)
     finally:

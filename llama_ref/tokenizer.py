@@ -184,10 +184,12 @@ def _from_model_file(path: Path) -> Tokenizer:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from llama_ref.gguf_tokenizer import files_of_gguf
+    from llama_ref.gguf_tokenizer import tokenizer_of_gguf
 
-    return JsonTokenizer(files_of_gguf(path), path)
+    return tokenizer_of_gguf(path)
 
 
 def _ggufs(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*.gguf"))
+    from llama_ref.gguf_header import gguf_files
+
+    return gguf_files(directory)

@@ -62,6 +62,7 @@ def write_seeds(root: Path) -> None:
     _write_pickled_shards(root, state)
     _write_tied(root, state)
     _write_gguf(root / "gguf")
+    _write_gguf_vocabularies(root)
     _write_tokenizers(root)
 
 
@@ -140,6 +141,23 @@ def _write_gguf(directory: Path) -> None:
     writer.close()
 
 
+def _write_gguf_vocabularies(root: Path) -> None:
+    """One vocabulary of each kind, with every field that our reader looks at."""
+    from sentencepiece import SentencePieceProcessor
+
+    from tests.ref.gguf_files import byte_pair, pieces, sentencepiece_bytes, with_tokens, write_gguf
+
+    more = {"<c>": 3, "<u>": 4, "<n>": 5, "<|im_end|>": 1}
+    ids = {"bos": 1, "eos": 2, "eot": 2, "unknown": 0}
+    common: dict[str, Any] = {f"tokenizer.ggml.{role}_token_id": token for role, token in ids.items()}
+    common |= {"tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ messages[0]['content'] }}"}
+    model: Any = SentencePieceProcessor(model_proto=sentencepiece_bytes())
+    spaces = {f"tokenizer.ggml.{name}": True for name in ("add_space_prefix", "remove_extra_whitespaces")}
+    for name, vocabulary in (("words", byte_pair()), ("pieces", {**pieces(model), **spaces})):
+        (root / name).mkdir()
+        write_gguf(root / name / "model.gguf", with_tokens(vocabulary, more) | common, tensors={})
+
+
 def _write_tokenizers(root: Path) -> None:
     import base64
 
@@ -186,11 +204,13 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "legacy": ("pytorch_model.bin",),
     "meta": ("params.json", "consolidated.00.pth"),
     "gguf": ("model.gguf",),
+    "words": ("model.gguf",),
+    "pieces": ("model.gguf",),
     "json": ("tokenizer.json", "tokenizer_config.json"),
     "sentencepiece": ("tokenizer.model", "tokenizer_config.json"),
     "tiktoken": ("tokenizer.model",),
 }
-TOKENIZERS = ("json", "sentencepiece", "tiktoken")
+TOKENIZERS = ("json", "sentencepiece", "tiktoken", "words", "pieces")
 
 
 # --- mutations ------------------------------------------------------------------------------------
@@ -203,7 +223,7 @@ ODD_NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**40, 
 
 
 def mutated(name: str, data: bytes, draw: random.Random) -> bytes:
-    """A damaged copy: JSON by its values (or as bytes), a safetensors header by its JSON, everything else as bytes."""
+    """A damaged copy: JSON by its values (or as bytes), the headers of safetensors and GGUF too, all else as bytes."""
     kind = draw.random()
     if name.endswith(".json") and kind < 0.7:
         return _odd_json(data, draw)
@@ -213,6 +233,8 @@ def mutated(name: str, data: bytes, draw: random.Random) -> bytes:
         if draw.random() < 0.5:
             header += b" " * (-len(header) % 8)
         return struct.pack("<Q", len(header)) + header + data[8 + length :]
+    if name.endswith(".gguf") and kind < 0.7:
+        return _odd_gguf(data, draw)
     for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
         data = draw.choice(BYTE_MUTATIONS)(data, draw)
     return data
@@ -240,6 +262,68 @@ def _odd_json(data: bytes, draw: random.Random) -> bytes:
         else:
             holder[key] = copy.deepcopy(draw.choice(ODD_VALUES))  # a later change must not reach the next case
     return json.dumps(content).encode()
+
+
+ROPE = [f"llama.rope.scaling.{name}" for name in ("type", "factor", "attn_factor", "yarn_beta_fast", "alpha")]
+ODD_NAMES = (
+    *("llama.vocab_size", "split.count", "split.no", "general.alignment", "general.type", *ROPE),
+    *(f"tokenizer.ggml.{name}" for name in ("add_eos_token", "precompiled_charsmap", "scores", "fim_pad_token_id")),
+)
+
+
+def _odd_gguf(data: bytes, draw: random.Random) -> bytes:
+    """Other values in the metadata, or in one of its arrays; what stands behind it stays in order."""
+    from llama_ref.gguf_header import _Cursor
+
+    cursor: Any = _Cursor(data, 8)  # type: ignore[arg-type]
+    n_tensors, n_entries = cursor.number("Q"), cursor.number("Q")
+    content = {}
+    for _ in range(n_entries):
+        name = cursor.text()
+        content[name] = cursor.value(cursor.number("I"))
+    start = cursor.position
+    for _ in range(n_tensors):
+        cursor.text()
+        for _ in range(cursor.number("I")):
+            cursor.number("Q")
+        cursor.position += 12
+    end = cursor.position
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        name = draw.choice([*content, *ODD_NAMES])
+        value = content.get(name)
+        if isinstance(value, list) and value and draw.random() < 0.6:
+            value[draw.randrange(len(value))] = draw.choice((value[0], value[-1], -1, 0, 3, 7, 2**31 - 1, "", "é", 0.5))
+            if draw.random() < 0.2:
+                del value[draw.randrange(len(value)) :]
+        elif name in content and draw.random() < 0.2:
+            del content[name]
+        else:
+            content[name] = copy.deepcopy(draw.choice((*ODD_VALUES, "llama", "gpt2", "default", "yarn", "linear", 4.0)))
+    head = data[:16] + struct.pack("<Q", len(content))
+    header = head + b"".join(_gguf_text(name) + _gguf_value(value) for name, value in content.items()) + data[start:end]
+    return header + bytes(-len(header) % 32) + data[end + -end % 32 :]
+
+
+def _gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _gguf_value(value: Any) -> bytes:
+    """A type's number and the value; what GGUF cannot say becomes a text."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return struct.pack("<Iq", 11, value) if value < 0 else struct.pack("<IQ", 10, value)
+    if isinstance(value, float):
+        return struct.pack("<Id", 12, value)
+    if isinstance(value, list):
+        kinds = {type(entry) for entry in value}
+        if kinds <= {int} and all(-(2**31) <= entry < 2**31 for entry in value):
+            return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
+        if kinds <= {int, float}:
+            return struct.pack(f"<IIQ{len(value)}d", 9, 12, len(value), *map(float, value))
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(_gguf_text(str(entry)) for entry in value)
+    return struct.pack("<I", 8) + _gguf_text(str(value))
 
 
 def _flip(data: bytes, draw: random.Random) -> bytes:

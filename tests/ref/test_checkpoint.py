@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -476,7 +477,7 @@ def test_tied_and_llama3_scaled_ggufs(tmp_path: Path) -> None:
     assert tied.config.tie_embeddings
     assert "output.weight" not in tied.weights
     scaling = RopeScaling("llama3", 8.0)
-    from llama_ref.gguf_config import llama3_rope_factors
+    from llama_ref.gguf_rope import llama3_rope_factors
 
     write_gguf(tmp_path / "scaled.gguf", rope_factors=llama3_rope_factors(scaling, 10000.0, 16))
     assert open_checkpoint(tmp_path / "scaled.gguf").config.rope_scaling == scaling
@@ -517,10 +518,12 @@ def test_a_damaged_gguf_header_is_a_checkpoint_error_or_harmless(tmp_path: Path,
     place = data.draw(st.integers(0, 2500))
     whole[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(whole)
-    try:
-        open_checkpoint(path)
-    except CheckpointError as error:
-        assert "\n" not in str(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ids outside the vocabulary
+        try:
+            open_checkpoint(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
 
 
 def test_the_default_model(default_model: Model) -> None:
@@ -529,7 +532,8 @@ def test_the_default_model(default_model: Model) -> None:
     assert (config.dim, config.n_layers, config.n_heads, config.n_kv_heads) == (576, 30, 9, 3)
     assert (config.head_dim, config.ffn_dim, config.vocab_size, config.max_context) == (64, 1536, 49152, 8192)
     assert (config.rope_theta, config.norm_eps) == (100000.0, 9.999999747378752e-06)
-    assert (config.tie_embeddings, config.bos_id, config.eos_ids) == (True, 1, (2,))
+    # <|im_end|> is named; <|endoftext|> and <reponame> end a text by theirs, as llama.cpp has it
+    assert (config.tie_embeddings, config.bos_id, config.eos_ids) == (True, 1, (2, 0, 4))
     rows = checkpoint.weights["layers.29.feed_forward.w2.weight"][100:103]
     assert rows.shape == (3, 1536)
     assert 0 < rows.abs().max() < 10
