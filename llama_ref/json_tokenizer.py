@@ -130,6 +130,12 @@ class JsonTokenizer:
 def _backend(text: str, where: object) -> Any:
     from tokenizers import Tokenizer as Backend
 
+    model = read_json_object(text, where).get("model")
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):
+        # no Llama has one, and the library trusts it: a merge without the prefix ends the process
+        raise TokenizerError(
+            f"{where}: continuing_subword_prefix={model['continuing_subword_prefix']!r:.40} is not read"
+        )
     with _in_our_words(where):
         return Backend.from_str(text)
 

@@ -14,25 +14,34 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "formats.md"
 GGUF = "GGUF"
 FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it reads
-    "chat": ("tokenizer_config.json",),
+    "added_tokens": ("tokenizer_config.json", "special_tokens_map.json"),
+    "chat_templates": ("tokenizer_config.json",),
+    "companions": ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "convert": ("config.json",),
     "gguf_config": (GGUF,),
     "gguf_file": (GGUF,),
     "gguf_header": (GGUF,),
+    "gguf_byte_pair": (GGUF,),
+    "gguf_rope": (GGUF,),
+    "gguf_sentencepiece": (GGUF,),
     "gguf_tokenizer": (GGUF,),
+    "gguf_vocabulary": (GGUF,),
     "hf_config": ("config.json",),
     "hf_rope": ("config.json",),
     "huggingface": ("config.json", "generation_config.json"),
+    "json_tokenizer": ("tokenizer_config.json", "tokenizer.json"),
     "meta_config": ("params.json",),
     "pickled_files": (".bin, .pth",),
     "saved": ("config.json",),
-    "sentencepiece_tokenizer": ("tokenizer_config.json", "added_tokens.json"),
+    "sentencepiece_tokenizer": ("tokenizer_config.json",),
     "sharded_files": ("*.index.json",),
     "tiktoken_file": ("tokenizer_config.json",),
-    "tokenizer": ("tokenizer_config.json", "special_tokens_map.json", "random_tokenizer.json"),
+    "tokenizer": ("random_tokenizer.json",),
+    "tokenizer_class": ("tokenizer_config.json", "config.json", "tokenizer.json"),
 }
 NO_READERS = {  # modules that read no field of a file
-    *("__init__", "cache_folder", "checkpoint", "command", "config", "fields", "generate", "meta_layout", "model"),
+    *("__init__", "cache_folder", "chat", "checkpoint", "gguf_pretokenizers", "sentencepiece_model", "tokenizer_files"),
+    *("checkpoint", "command", "config", "fields", "generate", "meta_layout", "model"),
     *("models", "packaged_model", "random_weights", "rope_scaling", "safetensors_files", "tied_tables"),
     *("weight_files", "weights"),
 }
