@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llama_fast.model import Biased, Block, Joined, Llama, Separate
 from llama_fast.plan import KVCache, Parts, Phase, Plan, Whole
 from llama_fast.sampling import Chooser, Sampling
+from llama_ref.arguments import floating, made, place, shown, whole
 from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
 
@@ -27,13 +28,17 @@ ALONE = {"wo": "attention.wo", "w2": "feed_forward.w2"}
 
 
 def build(
-    checkpoint: Checkpoint, plan: Plan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint, plan: Plan, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
 ) -> Runner:
     """The checkpoint's model under `plan`, ready to run.
 
     Defaults: a GPU if there is one; bf16 there, float32 on a CPU. Raises ValueError where the plan cannot be built.
     """
-    device, dtype = where(device), dtype or default_dtype(where(device))
+    made("checkpoint", checkpoint, "a checkpoint, as open_checkpoint() gives", "config", "weights", "encoding")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan={shown(plan)} must be a Plan, as Plan(encoding=Int8())")
+    device = where(device)
+    dtype = default_dtype(device) if dtype is None else floating("dtype", dtype)
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
     config = plan.shard.local_config(checkpoint.config)
@@ -54,12 +59,16 @@ def rebuild(runner: Runner, plan: Plan) -> Runner:
 
 
 def where(device: torch.device | str | None) -> torch.device:
-    """The device that is meant; ValueError if CUDA is asked for and absent."""
-    if device is None:
+    """The device that is meant: None or "auto" is a GPU if there is one. ValueError for one that is not there."""
+    if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
+    device = place("device", device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but this PyTorch sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device} was asked for, but this PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 
@@ -250,6 +259,7 @@ class Runner:
 
     def allocate(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` rows of up to `length` positions; ValueError beyond the model's context."""
+        batch, length = whole("batch", batch, 1), whole("length", length, 1)
         if length > self.config.max_context:
             raise ValueError(f"{length} positions exceed the model's context of {self.config.max_context}")
         return self.plan.cache.allocate(self.config, batch, length, self.dtype, self.device)

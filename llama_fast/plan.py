@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llama_fast.matvec import product
 from llama_fast.sampling import Choosing
+from llama_ref.arguments import flag, made
 from llama_ref.config import LlamaConfig
 
 Parts = Mapping[str, Tensor]
@@ -275,6 +276,15 @@ class Plan:
     shard: Shard = field(default_factory=Whole)
     fuse_projections: bool = False
     """q, k, v as one matrix and gate, up as another: fewer, larger products of the same numbers."""
+
+    def __post_init__(self) -> None:
+        made("encoding", self.encoding, "an encoding, as Dense() or Int8()", "encode", "decode", "linear", "embedding")
+        made("cache", self.cache, "a kind of cache, as Growing() or Static()", "allocate")
+        made(
+            "compiler", self.compiler, "a compiler, as Eager(), Compiled() or Fused()", "compile", "compiles_each_shape"
+        )
+        made("shard", self.shard, "a shard, as Whole() or TensorParallel(rank, size)", "local_config", "part", "head")
+        object.__setattr__(self, "fuse_projections", flag("fuse_projections", self.fuse_projections))
 
     def __str__(self) -> str:
         """As "dense · growing · eager · whole"."""

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from llama_ref.arguments import named
+
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_PROMPT_LLAMA_IDS = (1, 15043, 29892, 590, 1024, 338)
 
@@ -178,7 +180,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.json comes before tokenizer.model, since only it knows tokens that were added later; without the
     `tokenizers` library the latter has to do. Raises TokenizerError.
     """
-    path = _place(Path(path).expanduser())
+    path = _place(Path(named("path", path)).expanduser())
     if path.is_file():
         return _from_gguf(path)
     if (path / RANDOM_FILE).is_file():

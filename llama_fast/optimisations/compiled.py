@@ -22,6 +22,7 @@ from llama_fast.model import Llama
 from llama_fast.plan import KVCache, Phase
 from llama_fast.sampling import Chooser
 from llama_fast.tuner_clock import steady_tuning
+from llama_ref.arguments import flag
 
 Options = dict[str, str | int | bool | Callable[..., Any]]
 
@@ -57,6 +58,9 @@ class Compiled:
     regions: bool = True
     compiles_each_shape: ClassVar[bool] = True
     choosing: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", flag("regions", self.regions))
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         from torch._inductor import inductor_prims  # noqa: F401 - knows what `matvec.sums_by_words` asks of a compiler

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.plan import KVCache, write_at
+from llama_ref.arguments import whole
 from llama_ref.config import LlamaConfig
 
 
@@ -46,6 +47,8 @@ class Static:
     multiple: int = 256
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "length", None if self.length is None else whole("length", self.length))
+        object.__setattr__(self, "multiple", whole("multiple", self.multiple))
         if self.multiple < 1 or (self.length is not None and self.length < 1):
             raise ValueError(f"a static cache needs at least one slot: length={self.length}, multiple={self.multiple}")
 
