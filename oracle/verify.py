@@ -22,6 +22,7 @@ from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.hf_config import from_hf, to_hf
 from llama_ref.tokenizer import Tokenizer
+from oracle.questions.cases import Case, random_row, standard_case, text_rows
 from oracle.questions.checkpoints import (
     OtherProcess,
     judge_repetition,
@@ -45,7 +46,6 @@ from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
 from oracle.questions.tokens import Encode
 from oracle.report.certificate import Certificate
-from oracle.statistics.cases import Case, random_row, standard_case, text_rows
 from oracle.statistics.compare import Outcome, Verdict, empty, unit_roundoff
 from oracle.statistics.drift import BUDGETS, Drift, Tally, judge_drift, measure
 from oracle.subjects.adapters import RefSubject, Weights, Yardstick, angles, radius

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama_fast.caches.writing import write_at
 from llama_fast.contracts import KVCache
+from llama_ref.arguments import whole
 from llama_ref.config import LlamaConfig
 
 
@@ -50,6 +51,8 @@ class Static:
     fixed_addresses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "length", None if self.length is None else whole("length", self.length))
+        object.__setattr__(self, "multiple", whole("multiple", self.multiple))
         if self.multiple < 1 or (self.length is not None and self.length < 1):
             raise ValueError(f"a static cache needs at least one slot: length={self.length}, multiple={self.multiple}")
 

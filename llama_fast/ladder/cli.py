@@ -28,7 +28,7 @@ from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named
 from llama_fast.speculative.proposers import Draft, Ngram
 from llama_fast.weights import encoded
-from llama_ref.command import is_foreseen, one_line, run, writable
+from llama_ref.command import complain, is_foreseen, one_line, run, writable
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
 
@@ -404,7 +404,7 @@ def main() -> None:
         if place is not None:
             ranks.fail(ranks.explained(error), 2)
         kind = "" if is_foreseen(error) else f"{type(error).__name__}: "
-        print(f"error: {kind}{one_line(error)}", file=sys.stderr)
+        complain(f"error: {kind}{one_line(error)}")
         sys.exit(2)
 
 

@@ -36,6 +36,7 @@ from llama_fast.speculative.adaptive_k import A_DRAFT, Costs
 from llama_fast.speculative.ngrams import Text
 from llama_fast.speculative.rounds import NO_GUESS, Compilations, Rounds, Source, agreement
 from llama_fast.speculative.verification import State
+from llama_ref.arguments import flag, made, whole
 
 AUTOMATIC = (1, 2, 4, 7)
 """What k is chosen from: between these the speed hardly changes. 7 proposals and the newest token are eight rows."""
@@ -53,9 +54,11 @@ class Proposer:
 
     def __init__(self, k: int | None, most: int, aligned: bool = False):
         """`k` None: chosen while generating, from 1 to `most`. `aligned`: a position's arithmetic is the same in every check."""
+        k, most = None if k is None else whole("k", k), whole("most", most)
         for label, value in (("k", k), ("most", most)):
             if value is not None and value < 1:
                 raise ValueError(f"{label}={value} must be at least 1: so many tokens are proposed in a round")
+        aligned = flag("aligned", aligned)
         if aligned and k is None:
             raise ValueError("aligned checks need a fixed k")
         self.k, self.most, self.aligned = k, most, aligned
@@ -163,7 +166,7 @@ class Draft(Proposer):
 
     def __init__(self, runner: Runner, k: int | None = None, most: int = AUTOMATIC[-1], aligned: bool = False):
         super().__init__(k, most, aligned)
-        self.runner = runner
+        self.runner = made("runner", runner, "a Runner, as build() makes one", "start", "step", "allocate")
         self._cache: dict[int, KVCache] = {}
 
     @property
@@ -279,8 +282,9 @@ class Ngram(Proposer):
     ):
         """Looks for the last `longest` tokens, then for fewer, down to `shortest`; of equal matches the latest counts."""
         super().__init__(k, most, aligned)
+        longest, shortest = whole("longest", longest), whole("shortest", shortest)
         if not 1 <= shortest <= longest:
-            raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none")
+            raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none: 1 <= shortest <= longest")
         self.longest, self.shortest = longest, shortest
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
@@ -320,7 +324,7 @@ class Padded(Proposer):
     """Plain decoding through aligned checks of k tokens: what speculation with these equals bit for bit."""
 
     def __init__(self, k: int):
-        super().__init__(k, k, aligned=True)
+        super().__init__(whole("k", k), whole("k", k), aligned=True)
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         return PaddedSource()
