@@ -24,7 +24,7 @@ from llama_fast.presets import encoding_named
 from llama_fast.report import Summary
 from llama_fast.roofline import GB
 from llama_fast.sampling import Sampling
-from llama_ref.command import is_foreseen, one_line, run, writable
+from llama_ref.command import complain, is_foreseen, one_line, run, writable
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
 
@@ -395,7 +395,7 @@ def main() -> None:
         if place is not None:
             ranks.fail(ranks.explained(error), 2)
         kind = "" if is_foreseen(error) else f"{type(error).__name__}: "
-        print(f"error: {kind}{one_line(error)}", file=sys.stderr)
+        complain(f"error: {kind}{one_line(error)}")
         sys.exit(2)
 
 

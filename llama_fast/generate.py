@@ -169,7 +169,7 @@ def check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     if longest + max_new_tokens > runner.config.max_context:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{runner.config.max_context}"
+            f"{runner.config.max_context}" + ("" if scoring else f" (max_new_tokens={max_new_tokens})")
         )
     return longest + max_new_tokens
 

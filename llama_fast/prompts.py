@@ -34,6 +34,9 @@ def prompt_of(name: str, given: Any) -> str | list[int] | list[Mapping[str, Any]
     if getattr(given, "ndim", 1) == 2 or isinstance(given, Mapping):  # [1, T]: how other libraries hand over one text
         entries = entries[0] if len(entries) == 1 and isinstance(entries[0], list) else entries
     if entries and all(isinstance(entry, Mapping) for entry in entries):
+        for content in (entry.get("content") for entry in entries):
+            if isinstance(content, str):
+                text(name, content)
         return entries
     if not all(is_whole(entry) for entry in entries):
         raise ValueError(f"{name}: a prompt is {WANTED}, not {shown(given)}")

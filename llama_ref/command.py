@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+from llama_ref.interrupts import INTERRUPTED, loud
+
+NOBODY_READS = 141  # what a shell says of a command whose reader has gone, as in `llama-fast generate | head -1`
 
 
 def run(app: Callable[..., Any]) -> int:
     """Run a Typer application on the command line's arguments; its exit code. What stops it, also a wrong flag, is raised."""
     try:
-        return app(standalone_mode=False) or 0
+        loud()
+        code = app(standalone_mode=False) or 0
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        say_no_more()
+        return NOBODY_READS
     except SystemExit as end:
         if isinstance(end.code, str):
             raise
@@ -25,6 +35,25 @@ def run(app: Callable[..., Any]) -> int:
         if type(error).__name__ in endings:
             return endings[type(error).__name__]
         raise
+
+
+def complain(line: str) -> None:
+    """The line that says what stopped a command, on stderr; what cannot be written any more is dropped."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        say_no_more()
+
+
+def say_no_more() -> None:
+    """Send what is still to be written nowhere: Python would complain of it on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def writable(*files: Path | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_ref.command import one_line, run, writable
+from llama_ref.command import complain, one_line, run, writable
 from oracle.compare import Outcome
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def main() -> None:
     except Exception as error:  # whatever stopped it, no verdict was reached; LLAMA_FAST_TRACEBACK=1 shows where
         if os.environ.get("LLAMA_FAST_TRACEBACK"):
             raise
-        print(f"llama-oracle: {one_line(error)}", file=sys.stderr)
+        complain(f"llama-oracle: {one_line(error)}")
         sys.exit(2)
 
 

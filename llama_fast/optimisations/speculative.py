@@ -322,7 +322,7 @@ class Padded(Proposer):
     """Plain decoding through aligned checks of k tokens: what speculation with these equals bit for bit."""
 
     def __init__(self, k: int):
-        super().__init__(k, k, aligned=True)
+        super().__init__(whole("k", k), whole("k", k), aligned=True)
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         return PaddedSource()
