@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, M = B x T rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from llama_fast.kernels import ops
 
 MOST_ROWS = 8
+LEAST_CAPABILITY = (8, 0)  # bf16 on tensor cores, copies into shared memory that do not wait
 MOST_QUERY_ROWS = 64  # tokens x query heads per key/value head, in one attention launch
 
 
@@ -51,6 +53,7 @@ class Fused:
         check_supported(model.config)
         if model.rope_table.device.type != "cuda":
             raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
+        check_card(torch.cuda.get_device_properties(model.rope_table.device))
         if not all(isinstance(block.qkv, Joined) for block in model.blocks):
             raise ValueError("the fused kernels need joined projections: Plan(fuse_projections=True)")
         step = FusedStep(model)
@@ -88,6 +91,24 @@ def check_supported(config: LlamaConfig) -> None:
     for name, value in asked.items():
         if value:
             raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
+
+
+def check_card(card: Any) -> None:
+    """ValueError for a GPU, as `torch.cuda.get_device_properties` tells it, that lacks what the kernels are made of.
+
+    Warns of one whose tiles are not measured; Python says it once.
+    """
+    from llama_fast.kernels.tuning import untuned  # Triton is imported by who uses it
+
+    if (card.major, card.minor) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise ValueError(
+            f"the fused kernels need compute capability {least} or more, and {card.name} has {card.major}.{card.minor}: "
+            "take Compiled()"
+        )
+    notice = untuned(card.name)
+    if notice is not None:
+        warnings.warn(notice, stacklevel=2)
 
 
 @dataclass(frozen=True)

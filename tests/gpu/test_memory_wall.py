@@ -23,7 +23,7 @@ from llama_fast.plan import Dense
 from llama_fast.presets import fused
 from llama_fast.roofline import GB, cache_bytes_per_step, floor_steps_per_second, weight_bytes_per_step
 from llama_ref.models import open_model
-from tests.gpu.targets import TARGETS
+from tests.gpu import targets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 CUDA = torch.device("cuda")
@@ -31,8 +31,7 @@ CUDA = torch.device("cuda")
 
 def bar(name: str) -> float:
     """The wall's bar of that name for this GPU."""
-    generic: float = TARGETS["generic"]["wall"][name]
-    return float(TARGETS.get(torch.cuda.get_device_name(), {}).get("wall", {}).get(name, generic))
+    return targets.bar(name, torch.cuda.get_device_name())
 
 
 @pytest.fixture(scope="module")
