@@ -27,6 +27,9 @@ def run(app: Callable[..., Any]) -> int:
         say_no_more()
         return NOBODY_READS
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # Typer's own ending, with 1: that says DIFFER of llama-oracle
+            say_no_more()
+            return NOBODY_READS
         if isinstance(end.code, str):
             raise
         return end.code or 0
