@@ -2,9 +2,9 @@
 
     python tests/instruments/rows.py [--model random:llama-2-7b] [--encoding dense] [--rows 1,2,4,8,9,12,16,24,32,48,64]
 
-Every row has a prompt of 6 tokens and gets 64 new ones (200 where it is alone), greedily, in a cache that is kept. Printed are new
-tokens of all rows over the time of prefill and decode (median of 5 generations after the first), the same of decode alone, the
-time to the first tokens, and that of the first generation, which compiles and records.
+Every row has a prompt of 6 tokens and gets 64 new ones (200 where it is alone), greedily, in a cache that is kept. Printed
+are new tokens of all rows over the time of prefill and decode (median of 5 generations after the first), the same of decode
+alone, the time to the first tokens, and that of the first generation, which compiles and records.
 """
 
 from __future__ import annotations

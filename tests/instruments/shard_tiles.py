@@ -34,7 +34,7 @@ from llama_fast.arithmetic.triton import matrix_of
 from llama_fast.build import build
 from llama_fast.compilers.graphed import first_block_of
 from llama_fast.contracts import KVCache
-from llama_fast.kernels import tuning
+from llama_fast.kernels import ops, tuning
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.tuning import Tile, next_power_of_2
 from llama_fast.model.llama import Llama
