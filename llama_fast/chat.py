@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-from llama_fast.caches.growing import GrowingCache
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import stream
 from llama_fast.engine.sampling import Sampling
@@ -97,8 +96,7 @@ class Chat:
     def _room_for(self, length: int) -> KVCache:
         """The conversation's cache; a longer one, empty, where it is too short."""
         runner = self.llama.runner
-        grows = isinstance(self._cache, GrowingCache)
-        if self._cache is None or (not grows and self._cache.length < length):
+        if self._cache is None or (self._cache.capacity is not None and self._cache.capacity < length):
             self._cache, self._held = runner.allocate(1, min(2 * length, runner.config.max_context)), []
         return self._cache
 

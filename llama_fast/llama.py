@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from llama_fast.build import build, default_dtype, where
-from llama_fast.caches.static import Static
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import check, check_ids, pad, stream
 from llama_fast.engine.logprobs import Logprobs, TokenLogprob
@@ -342,7 +341,7 @@ class Llama:
 
         It is nobody else's until it is returned: generations may be interleaved, and each then has its own.
         """
-        if not isinstance(self.runner.plan.cache, Static):
+        if not self.runner.plan.cache.fixed_addresses:
             return None
         kept = self._cache.pop(batch, None)
         return kept if kept is not None and kept.length >= length else self.runner.allocate(batch, length)

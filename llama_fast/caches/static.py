@@ -34,9 +34,13 @@ class StaticCache:
     """S slots a row, all there from the start."""
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        self.length = length
+        self.batch, self.length, self.capacity = batch, length, length
         shape = (batch, config.n_kv_heads, length, config.head_dim)
         self.layers = [StaticLayer(shape, dtype, device) for _ in range(config.n_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
 
     def reserve(self, start_B: Tensor, T: int) -> None:
         """Nothing to do, and no look at `start_B`: a GPU may still be computing it."""

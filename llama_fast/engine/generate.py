@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_fast.caches.growing import GrowingCache
 from llama_fast.contracts import KVCache
 from llama_fast.engine.logprobs import Logprobs
 from llama_fast.engine.runner import Runner
@@ -185,11 +184,10 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> None:
 def check_cache(cache: KVCache, rows: int, positions: int) -> None:
     """TypeError for what is no cache, ValueError for one that is made for other requests."""
     made("cache", cache, "a cache, as runner.allocate() makes one", "layers", "length", "reserve")
-    held = cache.layers[0].k.shape[0]
-    if held != rows:
-        raise ValueError(f"cache: it is made for {held} rows, and there are {rows} prompts")
-    if cache.length < positions and not isinstance(cache, GrowingCache):
-        raise ValueError(f"cache: it has {cache.length} slots, and the request needs {positions}")
+    if cache.batch != rows:
+        raise ValueError(f"cache: it is made for {cache.batch} rows, and there are {rows} prompts")
+    if cache.capacity is not None and cache.capacity < positions:
+        raise ValueError(f"cache: it has {cache.capacity} slots, and the request needs {positions}")
 
 
 def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

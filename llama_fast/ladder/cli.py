@@ -22,7 +22,6 @@ from llama_fast.ladder.report import Summary
 from llama_fast.llama import Llama
 from llama_fast.model.roofline import GB
 from llama_fast.parallel import ranks
-from llama_fast.parallel.alone import Whole
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named
@@ -305,7 +304,7 @@ def bench(
         found = ranks.one_after_another(lambda: resolve(model))
         checkpoint = found.open(to, default_dtype(to))
         ids = found.tokenizer().encode(prompt)
-        alone = isinstance(shard, Whole)
+        alone = shard.all_reduce.alone
         if rungs:
             chosen = rungs_named(rungs, baseline=alone and checkpoint.encoding == "dense")
         else:

@@ -24,8 +24,6 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from llama_fast.caches.growing import GrowingCache
-from llama_fast.compilers.eager import Eager
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import check
 from llama_fast.engine.runner import Runner
@@ -92,8 +90,8 @@ class Proposer:
         """A generation by rounds; ValueError, with the numbers, for what cannot be."""
         needed = check(target, prompts, max_new_tokens)
         room = target.config.max_context - needed
-        if cache is not None and not isinstance(cache, GrowingCache):
-            room = min(room, cache.length - needed)
+        if cache is not None and cache.capacity is not None:
+            room = min(room, cache.capacity - needed)
         self.fits(target, needed)
         if self.k is None and target.device.type == "cuda":
             room = min(room, max(1, CHEAP_ROWS // len(prompts) - 1))
@@ -123,7 +121,8 @@ class Proposer:
         )
         kind = rounds.choose.code
         rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length, kind), Costs(agreement(target)))
-        rounds.rehearsal = self.is_new(cache, kind) and not isinstance(target.plan.compiler, Eager)
+        compiler = target.plan.compiler
+        rounds.rehearsal = self.is_new(cache, kind) and (compiler.compiles_each_shape or compiler.records_addresses)
         if (
             not fixed and target.device.type == "cuda"
         ):  # up to eight rows cost a GPU the same, another shape costs kernels
@@ -171,10 +170,7 @@ class Draft(Proposer):
 
     @property
     def held_bytes(self) -> int:
-        slots = {
-            id(t): t.nbytes for cache in self._cache.values() for layer in cache.layers for t in (layer.k, layer.v)
-        }
-        return int(stored_bytes(self.runner.model) + sum(slots.values()))
+        return stored_bytes(self.runner.model) + sum(cache.nbytes for cache in self._cache.values())
 
     def read_bytes(self, statistics: Statistics) -> float:
         return float(statistics.proposed * weight_bytes_per_step(self.runner.model))
@@ -204,7 +200,7 @@ class Draft(Proposer):
     def cache(self, batch: int, needed: int) -> KVCache:
         """The draft's cache for `batch` rows: the last one, if it is long enough."""
         kept = self._cache.get(batch)
-        if kept is None or isinstance(kept, GrowingCache) or kept.length < needed:
+        if kept is None or kept.capacity is None or kept.capacity < needed:
             kept = self._cache[batch] = self.runner.allocate(batch, needed)
         return kept
 
