@@ -11,13 +11,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llama_fast.contracts import Operations, Parts
+from llama_fast.contracts import Operations, Stored
 from llama_fast.engine.runner import Runner, decode, prefill
-from llama_fast.model.llama import Biased, Block, Joined, Llama, Separate
+from llama_fast.model.llama import Block, Llama
+from llama_fast.model.matrices import Joined, Matrix, Separate, Table
 from llama_fast.plan import Plan
-from llama_fast.weights import cut, encoded
+from llama_fast.weights import encoded, share_of
 from llama_ref.arguments import floating, made, place, shown
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
@@ -44,7 +45,7 @@ def build(
         kinds = type(plan.compiler).__name__, type(plan.cache).__name__
         raise ValueError("{} needs a cache whose addresses stay: Static(), not {}()".format(*kinds))
     config = plan.shard.local_config(checkpoint.config)
-    operations = plan.arithmetic.bind(config, plan.shard.all_reduce, device, plan.fuse_projections)
+    operations = plan.arithmetic.bind(config, plan, device)
     stored = dict(encoded(checkpoint, plan, dtype, device))
     model = construct(config, stored, plan, operations, dtype).eval().requires_grad_(False)
     return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))
@@ -80,41 +81,21 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def construct(
-    config: LlamaConfig, stored: dict[str, dict[str, Tensor]], plan: Plan, operations: Operations, dtype: torch.dtype
+    config: LlamaConfig, stored: dict[str, Stored], plan: Plan, operations: Operations, dtype: torch.dtype
 ) -> Llama:
     """The model over stored weights, which are taken out of `stored` as they are used."""
-
-    def projections(layer: str) -> dict[str, nn.Module]:
-        modules = {}
-        for role, names in JOINED.items():
-            several = [stored.pop(f"{layer}.{name}") for name in names]
-            modules[role] = (
-                join(several, plan) if plan.fuse_projections else Separate([linear(parts, plan) for parts in several])
-            )
-        return modules | {role: linear(stored.pop(f"{layer}.{name}"), plan) for role, name in ALONE.items()}
+    join = Joined if plan.fuse_projections else Separate
 
     def block(layer: str) -> Block:
-        norms = {norm: stored.pop(f"{layer}.{norm}")["weight"] for norm in ("attention_norm", "ffn_norm")}
-        return Block(config, norms, projections(layer), operations)
+        norms = {norm: stored.pop(f"{layer}.{norm}").parts["weight"] for norm in ("attention_norm", "ffn_norm")}
+        projections: dict[str, nn.Module] = {
+            role: join([stored.pop(f"{layer}.{name}") for name in names]) for role, names in JOINED.items()
+        }
+        projections |= {role: Matrix(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
+        return Block(config, norms, projections, operations)
 
     table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
-    if config.tie_embeddings:
-        embedding = plan.encoding.embedding(table, dtype)
-        output = cut(table, plan.shard.part("output", table["weight"].shape, config))
-    else:
-        embedding, output = Plan().encoding.embedding(table, dtype), stored.pop("output")
-    head = plan.shard.head(plan.encoding.linear(output), config.vocab_size)
+    output = share_of(table, "output", plan, config) if config.tie_embeddings else stored.pop("output")
+    head = plan.shard.head(Matrix(output), config.vocab_size)
     blocks = [block(f"layers.{i}") for i in range(config.n_layers)]
-    return Llama(config, embedding, blocks, stored.pop("norm")["weight"], head)
-
-
-def linear(parts: Parts, plan: Plan) -> nn.Module:
-    """The module over a stored matrix. An encoding knows nothing of biases: they are added here."""
-    matrix = plan.encoding.linear({part: tensor for part, tensor in parts.items() if part != "bias"})
-    return Biased(matrix, parts["bias"]) if "bias" in parts else matrix
-
-
-def join(several: list[dict[str, Tensor]], plan: Plan) -> Joined:
-    """Matrices of one input as one: every part is concatenated along its first axis, `out`."""
-    whole = {part: torch.cat([parts[part] for parts in several]) for part in several[0]}
-    return Joined(linear(whole, plan), [parts["weight"].shape[0] for parts in several])
+    return Llama(config, Table(table, dtype), blocks, stored.pop("norm").parts["weight"], head)

@@ -6,18 +6,23 @@ Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llama_ref.checkpoint import TensorSource
 from llama_ref.config import LlamaConfig
 
 Parts = Mapping[str, Tensor]
-"""One matrix [out, in] as stored: {"weight": ...}, or {"weight": int8 [out, in], "scale": [out, 1]}; `out` comes first.
+"""The tensors of one stored matrix [out, in] by name: {"weight": ...}, or {"weight": int8 [out, in], "scale": [out, 1]}.
 
-Where the model has biases there is a "bias" [out] besides, which encodings never see: the build adds it to their product.
+The first axis of every part is `out`, so that matrices of one input are joined by joining their parts.
 """
+
+Cut = tuple[slice, ...]
+"""Which part of a tensor a process holds: one slice for each axis."""
 
 
 class Sampler(Protocol):
@@ -44,11 +49,15 @@ Prefill: `where` is (start [B] or None for 0, lengths [B]); logits [B, V] at eac
 
 
 class Encoding(Protocol):
-    """How matrices are stored, and how a stored matrix multiplies."""
+    """How matrices are stored, and how a stored matrix multiplies. An encoding is one file."""
 
     @property
     def name(self) -> str:
         """The word for it in flags and files, as "int8"."""
+
+    @property
+    def row_scaled(self) -> bool:
+        """Whether a matrix is one tensor "weight" [out, in] with at most a "scale" [out, 1]: what our kernels read."""
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """A matrix [out, in] as parts; `dtype` is the type the model will compute in."""
@@ -56,11 +65,36 @@ class Encoding(Protocol):
     def decode(self, parts: Parts) -> Tensor:
         """The matrix that `parts` stand for, exactly: stored scale x stored integer."""
 
-    def linear(self, parts: Parts) -> nn.Module:
-        """A module x [..., in] -> [..., out] over `parts`; packing for a kernel happens here."""
+    def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
+        """The parts of some rows and columns of a matrix of this shape; ValueError, with numbers, for a cut through a group."""
 
-    def embedding(self, parts: Parts, dtype: torch.dtype) -> nn.Module:
-        """A module ids [...] -> rows [..., in] in `dtype`, sharing storage with `linear(parts)` where the head is tied."""
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        """x [..., in] @ matrix.T: [..., out] in x's type."""
+
+    def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
+        """The matrix's rows [..., in] at ids [...], in `dtype`: an embedding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One matrix [out, in] as this process stores it: one value from the checkpoint to the kernel.
+
+    Where the model has biases, `bias` [out] is added to the product; encodings never see it.
+    """
+
+    encoding: Encoding
+    parts: Parts
+    bias: Tensor | None = None
+
+    @property
+    def out(self) -> int:
+        """How many rows it has."""
+        return len(next(iter(self.parts.values())))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, the bias too: what is written to a file."""
+        return dict(self.parts) if self.bias is None else {**self.parts, "bias": self.bias}
 
 
 Show = Callable[[str, Tensor], None]
@@ -128,6 +162,19 @@ class Operations(Protocol):
         """Compile side by side what a first `run`, a pass of so many rows over one block, would compile piece by piece."""
 
 
+class Slots(Protocol):
+    """A plan, as one of its leaves may see it."""
+
+    @property
+    def encoding(self) -> Encoding: ...
+
+    @property
+    def shard(self) -> Shard: ...
+
+    @property
+    def fuse_projections(self) -> bool: ...
+
+
 class Arithmetic(Protocol):
     """How a model computes: with PyTorch's operators, or with kernels of our own."""
 
@@ -139,8 +186,8 @@ class Arithmetic(Protocol):
     def sampling_kernels(self) -> SamplingKernels | None:
         """Kernels that choose tokens, or None to sample with PyTorch."""
 
-    def bind(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device, joined: bool) -> Operations:
-        """The operations of one model; ValueError, by name, for what they cannot compute. `joined`: q, k, v are one matrix."""
+    def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Operations:
+        """The operations of one model under a plan; ValueError, by name, for what they cannot compute."""
 
 
 class LayerCache(Protocol):

@@ -33,12 +33,19 @@ class Plan:
     """q, k, v as one matrix and gate, up as another: fewer, larger products of the same numbers."""
 
     def __post_init__(self) -> None:
-        made("encoding", self.encoding, "an encoding, as Dense() or Int8()", "encode", "decode", "linear", "embedding")
+        made(
+            "encoding", self.encoding, "an encoding, as Dense() or Int8()", "encode", "decode", "cut", "product", "rows"
+        )
         made("cache", self.cache, "a kind of cache, as Growing() or Static()", "allocate")
         made(
-            "compiler", self.compiler, "a compiler, as Eager(), Compiled() or Fused()", "compile", "compiles_each_shape"
+            "compiler",
+            self.compiler,
+            "a compiler, as Eager(), Compiled() or Graphed()",
+            "compile",
+            "compiles_each_shape",
         )
         made("shard", self.shard, "a shard, as Whole() or TensorParallel(rank, size)", "local_config", "part", "head")
+        made("arithmetic", self.arithmetic, "an arithmetic, as PyTorch() or Triton()", "bind", "sampling_kernels")
         object.__setattr__(self, "fuse_projections", flag("fuse_projections", self.fuse_projections))
 
     def __str__(self) -> str:

@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llama_fast.contracts import Stored
+from llama_fast.encodings.dense import Dense
 from llama_fast.parallel.alone import Whole
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint, TensorSource
@@ -19,8 +21,8 @@ STRIPE_BYTES = 8 << 20
 
 def encoded(
     checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, device: torch.device
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every weight as (name without ".weight", parts), one at a time: this process's part of it, encoded on `device`.
+) -> Iterator[tuple[str, Stored]]:
+    """Every weight as (name without ".weight", stored), one at a time: this process's part of it, encoded on `device`.
 
     What the encoding leaves alone becomes `dtype`; None keeps it as stored.
     """
@@ -28,38 +30,59 @@ def encoded(
         stem, _, part = name.rpartition(".")
         if part != "weight":  # read together with its weight
             continue
-        parts = encode_one(checkpoint, stem, plan, dtype, device)
-        bias = bias_of(checkpoint, stem, plan)
-        yield stem, parts if bias is None else parts | {"bias": bias.to(device, dtype or bias.dtype)}
+        stored, bias = encode_one(checkpoint, stem, plan, dtype, device), bias_of(checkpoint, stem, plan)
+        yield stem, stored if bias is None else replace(stored, bias=bias.to(device, dtype or bias.dtype))
+
+
+def named_tensors(
+    checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """The same as ("layers.0.attention.wq.scale", tensor), as a file names them."""
+    for stem, stored in encoded(checkpoint, plan, dtype, device):
+        for part, tensor in stored.tensors.items():
+            yield f"{stem}.{part}", tensor
 
 
 def encode_one(
     checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | None, device: torch.device
-) -> dict[str, Tensor]:
-    """The parts of one weight. Of rows only this process's are read; where columns are cut, whole rows, a stripe at a time."""
-    weights, config, encoding = checkpoint.weights, checkpoint.config, plan.encoding
+) -> Stored:
+    """One weight. Of rows only this process's are read; where columns are cut, whole rows, a stripe at a time."""
+    weights, config = checkpoint.weights, checkpoint.config
     source = weights[f"{stem}.weight"]
-    scale = weights.get(f"{stem}.scale")
-    part = plan.shard.part(stem, source.shape, config)
-    if scale is not None:
-        return {name: read.to(device) for name, read in cut({"weight": source, "scale": scale}, part).items()}
+    encoding = plan.encoding if is_encoded(stem, config) else Dense()
+    cut = plan.shard.part(stem, source.shape, config)
+    further = further_parts(checkpoint, stem)
+    if further:
+        parts = encoding.cut({"weight": source, **further}, source.shape, cut)
+        return Stored(encoding, {name: held.to(device) for name, held in parts.items()})
     kept = dtype or source.dtype
-    if not is_encoded(stem, config):
-        return {"weight": read(source, part).to(device).to(kept)}
     if encoding.name == "dense":
-        return encoding.encode(read(source, part).to(device), kept)
+        return Stored(encoding, encoding.encode(source[cut].contiguous().to(device), kept))
     # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
-    first, stop, _ = part[0].indices(source.shape[0])
+    first, stop, _ = cut[0].indices(source.shape[0])
     on_file = not hasattr(source, "device")  # what has a device is in its memory, or drawn there whole
     rows = max(1, STRIPE_BYTES // (source.shape[1] * source.dtype.itemsize)) if on_file else max(1, stop)
-    parts: dict[str, Tensor] = {}
+    parts = {}
     for row in range(first, stop, rows):
-        stripe = encoding.encode(source[row : min(row + rows, stop)].to(device), kept)
-        for name, tensor in cut(stripe, (slice(None), part[1])).items():
+        count = min(rows, stop - row)
+        stripe = encoding.encode(source[row : row + count].to(device), kept)
+        for name, tensor in encoding.cut(stripe, (count, source.shape[1]), (slice(None), cut[1])).items():
             if row == first:  # laid out whole before anything else is, so that what a stripe needs is given back
                 parts[name] = tensor.new_empty(stop - first, *tensor.shape[1:])
             parts[name][row - first : row - first + len(tensor)] = tensor
-    return parts
+    return Stored(encoding, parts)
+
+
+def further_parts(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
+    """What a checkpoint that is stored encoded has beside a weight: {"scale": ...}; else nothing."""
+    scale = checkpoint.weights.get(f"{stem}.scale")
+    return {} if scale is None else {"scale": scale}
+
+
+def share_of(table: Stored, name: str, plan: Plan, config: LlamaConfig) -> Stored:
+    """This process's part of a matrix that is held whole, as if it were called `name`."""
+    shape = (table.out, next(iter(table.parts.values())).shape[1])
+    return Stored(table.encoding, table.encoding.cut(table.parts, shape, plan.shard.part(name, shape, config)))
 
 
 def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:
@@ -70,35 +93,8 @@ def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:
         return None
     shape = checkpoint.weights[f"{stem}.weight"].shape
     rows, columns = plan.shard.part(stem, shape, checkpoint.config)
-    bias = read(source, (rows,))
+    bias = source[(rows,)].contiguous()
     return bias if columns.indices(shape[1])[0] == 0 else torch.zeros_like(bias)
-
-
-def read(source: TensorSource, part: tuple[slice, ...]) -> Tensor:
-    """A part of a stored tensor; contiguous, and not a window that keeps the whole alive."""
-    return source[part].contiguous()
-
-
-def cut(parts: Mapping[str, TensorSource], part: tuple[slice, ...]) -> dict[str, Tensor]:
-    """A part of an encoded matrix: every tensor along the weight's axes, unless it has length 1 there.
-
-    A scale [out, groups] is cut where the weight is; ValueError where that would part a group.
-    """
-    shape = parts["weight"].shape
-    return {
-        name: read(held, tuple(rescaled(*axis) for axis in zip(part, shape, held.shape)))
-        for name, held in parts.items()
-    }
-
-
-def rescaled(part: slice, size: int, length: int) -> slice:
-    """A slice of an axis of `size` as one of `length` entries: (64:128 of 256, 4) -> 1:2; (64:128 of 256, 1) -> all."""
-    if length == 1:
-        return slice(None)
-    start, stop, _ = part.indices(size)
-    if start * length % size or stop * length % size:
-        raise ValueError(f"columns {start} to {stop} of {size} part one of {length} groups")
-    return slice(start * length // size, stop * length // size)
 
 
 def is_encoded(stem: str, config: LlamaConfig) -> bool:
@@ -121,8 +117,8 @@ class DecodedWeights(Mapping[str, Tensor]):
         stem = name.removesuffix(".weight")
         if name.endswith(".bias"):
             return self._checkpoint.weights[name][:].to(self._device, self._dtype)
-        parts = encode_one(self._checkpoint, stem, self._plan, self._dtype, self._device)
-        return self._plan.encoding.decode(parts) if is_encoded(stem, self._checkpoint.config) else parts["weight"]
+        stored = encode_one(self._checkpoint, stem, self._plan, self._dtype, self._device)
+        return stored.encoding.decode(stored.parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import AllReduce, KVCache, LayerCache, Step
+from llama_fast.contracts import AllReduce, KVCache, LayerCache, Slots, Step
 from llama_fast.model.attention import attend, visible
 from llama_fast.model.rope import rotate
 from llama_ref.config import LlamaConfig
@@ -26,8 +26,8 @@ class PyTorch:
     name: str = field(default="", init=False)
     sampling_kernels: ClassVar[None] = None
 
-    def bind(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device, joined: bool) -> Operators:
-        return Operators(config.head_dim, config.window, all_reduce)
+    def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Operators:
+        return Operators(config.head_dim, config.window, slots.shard.all_reduce)
 
 
 @dataclass(frozen=True)

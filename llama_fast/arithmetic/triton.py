@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import AllReduce, KVCache, LayerCache, SamplingKernels, Step
+from llama_fast.contracts import AllReduce, KVCache, LayerCache, SamplingKernels, Slots, Step
 from llama_fast.kernels import interpreted
 from llama_fast.model.attention import visible
 from llama_fast.model.matvec import product
@@ -44,7 +44,7 @@ class Triton:
 
         return ops
 
-    def bind(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device, joined: bool) -> Kernels:
+    def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Kernels:
         asked = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "window": config.window}
         for name, value in asked.items():
             if value:
@@ -53,9 +53,13 @@ class Triton:
             raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
         if device.type == "cuda":
             check_card(torch.cuda.get_device_properties(device))
-        if not joined:
+        if not slots.encoding.row_scaled:
+            raise ValueError(
+                f"the fused kernels read no {slots.encoding.name} weights: take Compiled() for this encoding"
+            )
+        if not slots.fuse_projections:
             raise ValueError("the fused kernels need joined projections: Plan(fuse_projections=True)")
-        return Kernels(config, all_reduce, device)
+        return Kernels(config, slots.shard.all_reduce, device)
 
 
 def check_card(card: Any) -> None:
@@ -202,9 +206,9 @@ class Kernels:
 
 
 def matrix_of(module: Any) -> tuple[Tensor, Tensor | None]:
-    """A linear module's stored weight and its scale, if it has one."""
-    linear: Any = getattr(module, "linear", module)
-    return linear.weight, getattr(linear, "scale", None)
+    """The stored weight of a product or a table, and its scale if it has one."""
+    parts = getattr(module, "linear", module).parts
+    return parts["weight"], parts.get("scale")
 
 
 def gain_of(norm: Any) -> tuple[Tensor, float]:

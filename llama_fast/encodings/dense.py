@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from llama_fast.contracts import Parts
+from llama_fast.contracts import Cut, Parts
+from llama_fast.encodings.cutting import cut_along_axes
 from llama_fast.model.matvec import product
-
-
-class DenseLinear(nn.Module):
-    """x @ weight.T."""
-
-    def __init__(self, parts: Parts):
-        super().__init__()
-        self.weight = nn.Buffer(parts["weight"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight)
-
-
-class DenseEmbedding(nn.Module):
-    """The rows of a table."""
-
-    def __init__(self, parts: Parts):
-        super().__init__()
-        self.weight = nn.Buffer(parts["weight"])
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+from llama_ref.checkpoint import TensorSource
 
 
 @dataclass(frozen=True)
@@ -39,6 +21,7 @@ class Dense:
     """Matrices in the type of the arithmetic."""
 
     name: str = field(default="dense", init=False)
+    row_scaled: ClassVar[bool] = True
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"weight": weight.to(dtype)}
@@ -46,8 +29,11 @@ class Dense:
     def decode(self, parts: Parts) -> Tensor:
         return parts["weight"]
 
-    def linear(self, parts: Parts) -> nn.Module:
-        return DenseLinear(parts)
+    def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
+        return cut_along_axes(parts, shape, cut)
 
-    def embedding(self, parts: Parts, dtype: torch.dtype) -> nn.Module:
-        return DenseEmbedding(parts)
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        return product(x, parts["weight"])
+
+    def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, parts["weight"])

@@ -12,40 +12,19 @@ stored integer x stored scale is exact in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llama_fast.contracts import Parts
+from llama_fast.contracts import Cut, Parts
+from llama_fast.encodings.cutting import cut_along_axes
 from llama_fast.model.matvec import product
+from llama_ref.checkpoint import TensorSource
 
 LARGEST = 127
-
-
-class Int8Linear(nn.Module):
-    """(x @ q.T) * scale: the sum runs over the integers' values, the scale is applied once per output."""
-
-    def __init__(self, parts: Parts):
-        super().__init__()
-        self.weight = nn.Buffer(parts["weight"])
-        self.scale = nn.Buffer(parts["scale"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.scale)
-
-
-class Int8Embedding(nn.Module):
-    """Rows of an int8 table, each times its scale."""
-
-    def __init__(self, parts: Parts, dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Buffer(parts["weight"])
-        self.scale = nn.Buffer(parts["scale"])
-        self.dtype = dtype
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.weight[ids].to(self.dtype) * self.scale[ids].to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -53,6 +32,7 @@ class Int8:
     """A quarter of float32's bytes, half of bf16's."""
 
     name: str = field(default="int8", init=False)
+    row_scaled: ClassVar[bool] = True
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """{"weight": int8 [out, in], "scale": bf16 [out, 1]}; a row of zeros gets the smallest scale."""
@@ -66,11 +46,15 @@ class Int8:
         """Float32 [out, in]: 8-bit integer times 8-bit mantissa, so nothing is rounded."""
         return parts["weight"].float() * parts["scale"].float()
 
-    def linear(self, parts: Parts) -> nn.Module:
-        return Int8Linear(parts)
+    def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
+        return cut_along_axes(parts, shape, cut)
 
-    def embedding(self, parts: Parts, dtype: torch.dtype) -> nn.Module:
-        return Int8Embedding(parts, dtype)
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        """The sum runs over the integers' values, the scale is applied once per output."""
+        return product(x, parts["weight"], parts["scale"])
+
+    def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
+        return parts["weight"][ids].to(dtype) * parts["scale"][ids].to(dtype)
 
 
 def ceil_bf16(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from llama_fast.engine.sampling import Chooser, Sampling
 from llama_fast.model.llama import Llama
 from llama_fast.plan import Plan
 from llama_fast.weights import DecodedWeights
+from llama_ref.arguments import whole
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
 
@@ -59,6 +60,7 @@ class Runner:
 
     def allocate(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` rows of up to `length` positions; ValueError beyond the model's context."""
+        batch, length = whole("batch", batch, 1), whole("length", length, 1)
         if length > self.config.max_context:
             raise ValueError(f"{length} positions exceed the model's context of {self.config.max_context}")
         return self.plan.cache.allocate(self.config, batch, length, self.dtype, self.device)

@@ -26,7 +26,7 @@ from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named
 from llama_fast.speculative.proposers import Draft, Ngram
-from llama_fast.weights import encoded
+from llama_fast.weights import named_tensors
 from llama_ref.command import complain, is_foreseen, one_line, run, writable
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
@@ -245,11 +245,8 @@ def quantize(
     checkpoint = found.open()
     if checkpoint.encoding != "dense":
         raise ValueError(f"{model} is stored as {checkpoint.encoding} already")
-    tensors = {
-        f"{stem}.{part}": tensor.cpu()
-        for stem, parts in encoded(checkpoint, Plan(encoding=kind), None, where(device))
-        for part, tensor in parts.items()
-    }
+    named = named_tensors(checkpoint, Plan(encoding=kind), None, where(device))
+    tensors = {name: tensor.cpu() for name, tensor in named}
     save_checkpoint(out, checkpoint.config, tensors, kind.name, tokenizer=found.tokenizer())
     size = sum(tensor.nbytes for tensor in tensors.values())
     print(f"{out}: {kind.name}, {size / GB:.3f} GB")

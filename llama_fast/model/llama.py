@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D model width, H query heads, d head width, F hidden 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,53 +30,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # float32: a bf16 sum of squares over 4096 terms has two digits
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
-
-
-class Separate(nn.Module):
-    """Several projections of one input, each its own product."""
-
-    def __init__(self, linears: Sequence[nn.Module]):
-        super().__init__()
-        self.linears = nn.ModuleList(linears)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(linear(x) for linear in self.linears)
-
-
-class Joined(nn.Module):
-    """Several projections of one input as one product, cut apart afterwards."""
-
-    def __init__(self, linear: nn.Module, sizes: Sequence[int]):
-        super().__init__()
-        self.linear = linear
-        self.sizes = list(sizes)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.linear(x).split(self.sizes, -1))
-
-
-class SplitHead(nn.Module):
-    """A head that holds some rows of the vocabulary; `gather` makes all logits [..., V] of these [..., rows held]."""
-
-    def __init__(self, linear: nn.Module, gather: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.linear = linear
-        self.gather = gather
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gather(self.linear(x))
-
-
-class Biased(nn.Module):
-    """A linear module's product plus a vector [out]."""
-
-    def __init__(self, linear: nn.Module, bias: Tensor):
-        super().__init__()
-        self.linear = linear
-        self.bias = nn.Buffer(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.bias  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.contracts import AllReduce
-from llama_fast.model.llama import SplitHead
+from llama_fast.model.matrices import SplitHead
 from llama_ref.arguments import whole
 from llama_ref.config import LlamaConfig
 

@@ -18,7 +18,7 @@ from llama_fast.build import build
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.text import UNFINISHED, TextStream
 from llama_fast.plan import Plan
-from llama_fast.weights import encoded
+from llama_fast.weights import named_tensors
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from llama_ref.tokenizer import Tokenizer, load_tokenizer
 from oracle.questions.cases import random_row
@@ -104,9 +104,7 @@ def judge_round_trip(checkpoint: Checkpoint, plan: Plan, device: torch.device, d
     Encoded once more from a file, few rows at a time: the same again.
     """
     some = end_blocks(checkpoint)
-    tensors = {
-        f"{stem}.{part}": tensor for stem, parts in encoded(some, plan, dtype, device) for part, tensor in parts.items()
-    }
+    tensors = dict(named_tensors(some, plan, dtype, device))
     rows = [random_row(some.config.vocab_size, length, seed=length) for length in (9, 6)]
     with tempfile.TemporaryDirectory(prefix="llama-oracle-") as folder:
         save_checkpoint(Path(folder) / "saved", some.config, tensors, plan.encoding.name)
@@ -135,16 +133,13 @@ def _in_stripes(
     """Names of the tensors that come out otherwise where a file is read and encoded some rows at a time."""
     if plan.encoding.name == "dense":  # is read whole
         return []
-    parts_of = encoded(some, Plan(), None, device)
-    save_checkpoint(
-        folder, some.config, {f"{stem}.{k}": v for stem, parts in parts_of for k, v in parts.items()}, "dense"
-    )
+    save_checkpoint(folder, some.config, dict(named_tensors(some, Plan(), None, device)), "dense")
     again = open_checkpoint(folder)
     matrices = [source for source in again.weights.values() if len(source.shape) == 2]
     row_bytes = max(source.shape[1] * source.dtype.itemsize for source in matrices)
     rows = max(1, min(source.shape[0] for source in matrices) // 2 - 1)
     with patch("llama_fast.weights.STRIPE_BYTES", rows * row_bytes):
-        found = {f"{stem}.{k}": v for stem, parts in encoded(again, plan, dtype, device) for k, v in parts.items()}
+        found = dict(named_tensors(again, plan, dtype, device))
     return [name for name in {**wanted, **found} if not torch.equal(found.get(name, EMPTY), wanted.get(name, EMPTY))]
 
 

@@ -93,16 +93,12 @@ def test_masked_slots_do_not_matter(untied: Checkpoint) -> None:
 def test_int8_twice_encoded_and_read_from_disk_is_one_model(checkpoint: Checkpoint, tmp_path: object) -> None:
     from pathlib import Path
 
-    from llama_fast.weights import encoded
+    from llama_fast.weights import named_tensors
     from llama_ref.checkpoint import open_checkpoint
 
     directory = Path(str(tmp_path)) / "int8"
     plan = Plan(Int8(), cache=Static(), fuse_projections=True)
-    tensors = {
-        f"{stem}.{part}": tensor
-        for stem, parts in encoded(checkpoint, plan, None, torch.device("cpu"))
-        for part, tensor in parts.items()
-    }
+    tensors = dict(named_tensors(checkpoint, plan, None, torch.device("cpu")))
     save_checkpoint(directory, checkpoint.config, tensors, "int8")
     again = open_checkpoint(directory)
     assert again.encoding == "int8"

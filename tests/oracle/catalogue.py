@@ -24,6 +24,7 @@ from llama_fast.encodings import dense, int8
 from llama_fast.engine import generate, logprobs, runner, sampling, text
 from llama_fast.engine.sampling import Chooser
 from llama_fast.model import llama as fast
+from llama_fast.model import matrices
 from llama_fast.parallel import tensor_parallel
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named, optimised
@@ -223,24 +224,25 @@ def swapped_gate(forward: Any, self: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def scaled_weights(name: str, factor: float) -> Callable[[Patch], None]:
-    def change(encode: Any, checkpoint: Checkpoint, stem: str, *rest: Any, **more: Any) -> dict[str, Tensor]:
-        parts: dict[str, Tensor] = encode(checkpoint, stem, *rest, **more)
-        return {part: value * factor for part, value in parts.items()} if stem == name else parts
+    def change(encode: Any, checkpoint: Checkpoint, stem: str, *rest: Any, **more: Any) -> Any:
+        stored = encode(checkpoint, stem, *rest, **more)
+        scaled = {part: value * factor for part, value in stored.parts.items()}
+        return replace(stored, parts=scaled) if stem == name else stored
 
     return around(weights, "encode_one", change)
 
 
 def swapped_weights(one: str, other: str) -> Callable[[Patch], None]:
-    def change(encode: Any, checkpoint: Checkpoint, stem: str, *rest: Any) -> dict[str, Tensor]:
+    def change(encode: Any, checkpoint: Checkpoint, stem: str, *rest: Any) -> Any:
         other_stem = {one: other, other: one}.get(stem, stem)
         there = f"{other_stem}.weight" in checkpoint.weights  # a model cut to its first block has not both
-        return encode(checkpoint, other_stem if there else stem, *rest)  # type: ignore[no-any-return]
+        return encode(checkpoint, other_stem if there else stem, *rest)
 
     return around(weights, "encode_one", change)
 
 
 def embedding(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
-    return around(dense.DenseEmbedding, "forward", lambda forward, self, ids: forward(self, change(ids)))
+    return around(dense.Dense, "rows", lambda rows, self, ids, *rest: rows(self, change(ids), *rest))
 
 
 def encode_with(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Patch], None]:
@@ -252,17 +254,18 @@ def towards_zero(encode: Any, self: Any, weight: Tensor, dtype: torch.dtype) -> 
     return {**parts, "weight": (weight.float() / parts["scale"].float()).trunc().to(torch.int8)}
 
 
-def rolled_scale(forward: Any, self: Any, x: Tensor) -> Tensor:
-    return F.linear(x, self.weight.to(x.dtype)) * self.scale.view(-1).roll(1).to(x.dtype)
+def rolled_scale(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    return F.linear(x, parts["weight"].to(x.dtype)) * parts["scale"].view(-1).roll(1).to(x.dtype)
 
 
-def scale_of_columns(forward: Any, self: Any, x: Tensor) -> Tensor:
-    columns = self.scale.view(-1).to(x.dtype).repeat(1 + x.shape[-1] // len(self.scale))[: x.shape[-1]]
-    return F.linear(x * columns, self.weight.to(x.dtype))
+def scale_of_columns(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    scale, weight = parts["scale"], parts["weight"]
+    columns = scale.view(-1).to(x.dtype).repeat(1 + x.shape[-1] // len(scale))[: x.shape[-1]]
+    return F.linear(x * columns, weight.to(x.dtype))
 
 
-def unsigned(forward: Any, self: Any, x: Tensor) -> Tensor:
-    return F.linear(x, self.weight.view(torch.uint8).to(x.dtype)) * self.scale.view(-1).to(x.dtype)
+def unsigned(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    return F.linear(x, parts["weight"].view(torch.uint8).to(x.dtype)) * parts["scale"].view(-1).to(x.dtype)
 
 
 # --- logits
@@ -645,7 +648,7 @@ MODEL_FAULTS = [
     f("feed-forward beside attention", "residual", block(parallel_block), "layers.0.ffn_norm"),
     f("last addition x 0.9999", "residual", block(slightly_short_residual), "layers.1"),
     f("gelu for silu", "ffn", around(fast.F, "silu", lambda silu, x: F.gelu(x)), "layers.0.ffn_hidden"),
-    f("gate and up swapped", "ffn", around(fast.Joined, "forward", swapped_gate), "layers.0.ffn_hidden"),
+    f("gate and up swapped", "ffn", around(matrices.Joined, "forward", swapped_gate), "layers.0.ffn_hidden"),
     f(
         "gate clipped at 3",
         "ffn",
@@ -673,13 +676,13 @@ MODEL_FAULTS = [
     f("the last two ids lost", "logits", shown(last_ids_lost), "prefill"),
     f("capped at 30", "logits", shown(lambda logits: 30 * torch.tanh(logits / 30)), "prefill"),
     f("temperature applied twice", "logits", shown(lambda logits: logits * 1.0001), "prefill"),
-    f("scale of the next row", "int8", around(int8.Int8Linear, "forward", rolled_scale), "layers.0.q", plan=INT8),
-    f("scale along columns", "int8", around(int8.Int8Linear, "forward", scale_of_columns), "layers.0.q", plan=INT8),
-    f("integers without sign", "int8", around(int8.Int8Linear, "forward", unsigned), "layers.0.q", plan=INT8),
+    f("scale of the next row", "int8", around(int8.Int8, "product", rolled_scale), "layers.0.q", plan=INT8),
+    f("scale along columns", "int8", around(int8.Int8, "product", scale_of_columns), "layers.0.q", plan=INT8),
+    f("integers without sign", "int8", around(int8.Int8, "product", unsigned), "layers.0.q", plan=INT8),
     f(
         "integers without sign in bf16",
         "int8",
-        around(int8.Int8Linear, "forward", unsigned),
+        around(int8.Int8, "product", unsigned),
         "layers.0.q",
         plan=INT8,
         dtype=BF16,

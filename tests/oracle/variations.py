@@ -108,21 +108,21 @@ def written_out(attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
 
 
 def split_linear(pieces: int) -> Callable[[Patch], None]:
-    def forward(_: Any, self: Any, x: Tensor) -> Tensor:
-        parts = zip(x.float().chunk(pieces, -1), self.weight.float().chunk(pieces, -1))
-        total = sum(F.linear(a, b) for a, b in parts)
+    def product(_: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+        pairs = zip(x.float().chunk(pieces, -1), parts["weight"].float().chunk(pieces, -1))
+        total = sum(F.linear(a, b) for a, b in pairs)
         assert isinstance(total, Tensor)
         return total.to(x.dtype)
 
-    return around(dense.DenseLinear, "forward", forward)
+    return around(dense.Dense, "product", product)
 
 
-def row_by_row(forward: Any, self: Any, x: Tensor) -> Tensor:
-    return torch.stack([forward(self, row) for row in x.reshape(-1, x.shape[-1])]).view(*x.shape[:-1], -1)
+def row_by_row(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    return torch.stack([product(self, row, parts) for row in x.reshape(-1, x.shape[-1])]).view(*x.shape[:-1], -1)
 
 
-def in_double(forward: Any, self: Any, x: Tensor) -> Tensor:
-    return F.linear(x.double(), self.weight.double()).to(x.dtype)
+def in_double(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    return F.linear(x.double(), parts["weight"].double()).to(x.dtype)
 
 
 def by_hand(forward: Any, self: Any, x: Tensor) -> Tensor:
@@ -182,8 +182,8 @@ VARIATIONS = [
     Variation("attention written out in float32", plant=attention(written_out)),
     Variation("sums in two halves", plant=split_linear(2)),
     Variation("sums in eight parts", plant=split_linear(8)),
-    Variation("products row by row", plant=around(dense.DenseLinear, "forward", row_by_row)),
-    Variation("products in float64, rounded once", plant=around(dense.DenseLinear, "forward", in_double)),
+    Variation("products row by row", plant=around(dense.Dense, "product", row_by_row)),
+    Variation("products in float64, rounded once", plant=around(dense.Dense, "product", in_double)),
     Variation("norm by hand", plant=norm(by_hand)),
     Variation("norm in float64", plant=norm(norm_in_double)),
     Variation("rotation by complex numbers", plant=around(pytorch, "rotate", complex_rotation)),

@@ -16,11 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_fast import build
+from llama_fast import build, generate
 from llama_fast.encodings.int8 import Int8
-from llama_fast.engine import generate
 from llama_fast.recipes import encoding_named, optimised
-from llama_fast.weights import encoded
+from llama_fast.weights import named_tensors
 from llama_ref.checkpoint import open_checkpoint, save_checkpoint
 from llama_ref.convert import convert
 from llama_ref.model import Llama as Reference
@@ -357,11 +356,7 @@ def test_a_quantised_directory_answers_as_transformers_on_its_decoded_weights(
 
     witness = witness_of(family, rope)
     original = open_checkpoint(witness.directory)
-    parts = {
-        f"{stem}.{part}": tensor
-        for stem, several in encoded(original, optimised(Int8()), None, torch.device("cpu"))
-        for part, tensor in several.items()
-    }
+    parts = dict(named_tensors(original, optimised(Int8()), None, torch.device("cpu")))
     assert sum(tensor.dtype == torch.int8 for tensor in parts.values()) == 2 * 7 + 1
     save_checkpoint(tmp_path / "int8", original.config, parts, "int8")
     checkpoint = open_checkpoint(tmp_path / "int8")

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_fast.contracts import Stored
 from llama_fast.encodings.int8 import Int8, ceil_bf16
+from llama_fast.model.matrices import Matrix, Table
 
 MATRICES = st.builds(
     lambda seed, rows, columns, power: (
@@ -64,7 +66,7 @@ def test_the_product_is_the_decoded_matrixs(dtype: torch.dtype, rows: int, colum
     weight = torch.randn(40, columns, generator=generator)
     parts = Int8().encode(weight, dtype)
     x = torch.randn(2, rows, columns, generator=generator).to(dtype)
-    y = Int8().linear(parts)(x)
+    y = Matrix(Stored(Int8(), parts))(x)
     assert y.shape == (2, rows, 40) and y.dtype is dtype
     exact = x.double() @ Int8().decode(parts).double().T
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
@@ -73,6 +75,6 @@ def test_the_product_is_the_decoded_matrixs(dtype: torch.dtype, rows: int, colum
 
 def test_the_embedding_shares_the_heads_storage() -> None:
     parts = Int8().encode(torch.randn(10, 6), torch.float32)
-    linear, embedding = Int8().linear(parts), Int8().embedding(parts, torch.float32)
+    linear, embedding = Matrix(Stored(Int8(), parts)), Table(Stored(Int8(), parts), torch.float32)
     assert linear.weight.data_ptr() == embedding.weight.data_ptr()
     assert torch.equal(embedding(torch.tensor([[3, 1]])), Int8().decode(parts)[[3, 1]][None])

@@ -19,7 +19,7 @@ from llama_fast.encodings.int8 import Int8
 from llama_fast.model.roofline import stored_bytes, weight_bytes_per_step
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
-from llama_fast.weights import encoded
+from llama_fast.weights import encoded, named_tensors
 from llama_ref.checkpoint import Checkpoint, expected_shapes, open_checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 
@@ -51,7 +51,7 @@ def divided(draw: st.DrawFn) -> tuple[LlamaConfig, int]:
 
 def whole_and_parts(checkpoint: Checkpoint, encoding: Any, size: int) -> tuple[Parts, list[Parts]]:
     def of(plan: Plan) -> Parts:
-        return dict(encoded(checkpoint, plan, torch.float32, CPU))
+        return {stem: stored.tensors for stem, stored in encoded(checkpoint, plan, torch.float32, CPU)}
 
     return of(Plan(encoding)), [of(Plan(encoding, shard=TensorParallel(rank, size))) for rank in range(size)]
 
@@ -126,11 +126,7 @@ def test_a_rank_reads_its_slices_and_at_most_a_stripe_more(
     checkpoint: Checkpoint, stored: str, encoding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if stored == "int8":
-        tensors = {
-            f"{stem}.{part}": tensor
-            for stem, parts in encoded(checkpoint, Plan(Int8()), None, CPU)
-            for part, tensor in parts.items()
-        }
+        tensors = dict(named_tensors(checkpoint, Plan(Int8()), None, CPU))
         save_checkpoint(tmp_path / "int8", checkpoint.config, tensors, "int8")
         checkpoint = open_checkpoint(tmp_path / "int8")
     stripe = 1000
@@ -140,7 +136,7 @@ def test_a_rank_reads_its_slices_and_at_most_a_stripe_more(
     checkpoint = dataclasses.replace(checkpoint, weights=watched)
     parts = dict(encoded(checkpoint, Plan(encoding, shard=TensorParallel(1, 2)), torch.float32, CPU))
     if stored == encoding.name:
-        assert sum(reads) == sum(tensor.nbytes for of in parts.values() for tensor in of.values())
+        assert sum(reads) == sum(tensor.nbytes for stored in parts.values() for tensor in stored.tensors.values())
     else:  # scales need whole rows of the two matrices that are cut by columns: all of these is read, never at once
         shapes = expected_shapes(checkpoint.config)
         by_columns = [4 * math.prod(shapes[name]) for name in shapes if name.endswith(("wo.weight", "w2.weight"))]

@@ -1,0 +1,89 @@
+"""Stored matrices as modules: products with one, or with several of one input, and rows of a table.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.contracts import Encoding, Stored
+
+
+class Matrix(nn.Module):
+    """x @ matrix.T, plus the bias where there is one."""
+
+    def __init__(self, stored: Stored):
+        super().__init__()
+        self.encoding: Encoding = stored.encoding
+        self.names = tuple(stored.parts)
+        for name, tensor in stored.parts.items():
+            self.register_buffer(name, tensor)
+        self.bias: Tensor | None
+        self.register_buffer("bias", stored.bias)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors by name, as the encoding knows them."""
+        return {name: getattr(self, name) for name in self.names}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoding.product(x, self.parts)
+        return y if self.bias is None else y + self.bias
+
+
+class Table(Matrix):
+    """The rows of a matrix at some ids: an embedding, of the same storage as a head that is tied to it."""
+
+    def __init__(self, stored: Stored, dtype: torch.dtype):
+        super().__init__(stored)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.encoding.rows(ids, self.parts, self.dtype)
+
+
+class Separate(nn.Module):
+    """Several projections of one input, each its own product."""
+
+    def __init__(self, several: Sequence[Stored]):
+        super().__init__()
+        self.linears = nn.ModuleList(Matrix(stored) for stored in several)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(linear(x) for linear in self.linears)
+
+
+class Joined(nn.Module):
+    """Several projections of one input as one product, cut apart afterwards."""
+
+    def __init__(self, several: Sequence[Stored]):
+        super().__init__()
+        self.linear = Matrix(joined(several))
+        self.sizes = [stored.out for stored in several]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.linear(x).split(self.sizes, -1))
+
+
+class SplitHead(nn.Module):
+    """A head that holds some rows of the vocabulary; `gather` makes all logits [..., V] of these [..., rows held]."""
+
+    def __init__(self, linear: nn.Module, gather: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.linear = linear
+        self.gather = gather
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gather(self.linear(x))
+
+
+def joined(several: Sequence[Stored]) -> Stored:
+    """Matrices of one input as one: every part, and the bias, is joined along its first axis, `out`."""
+    first = several[0]
+    parts = {name: torch.cat([stored.parts[name] for stored in several]) for name in first.parts}
+    biases = [stored.bias for stored in several if stored.bias is not None]
+    return Stored(first.encoding, parts, torch.cat(biases) if biases else None)
