@@ -43,8 +43,8 @@ class Sampler(Protocol):
 Phase = Callable[..., tuple[Tensor, Tensor]]
 """One of the two phases of generation, over (model, tokens [B, T], where, cache, sampler) -> (next token [B], logits).
 
-Prefill: `where` is (start [B] or None for 0, lengths [B]); logits [B, V] at each row's last token. Decode: `where` is the start
-[B] of the T tokens; logits [B, T, V].
+Prefill: `where` is (start [B] or None for 0, lengths [B]); logits [B, V] at each row's last token, or [B, T, V] where the lengths
+are None. Decode: `where` is the start [B] of the T tokens; logits [B, T, V].
 """
 
 
@@ -77,19 +77,15 @@ class Encoding(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """One matrix [out, in] as this process stores it: one value from the checkpoint to the kernel.
+    """One matrix of shape [out, in] (or a norm's vector) as this process stores it: one value from the checkpoint to the kernel.
 
     Where the model has biases, `bias` [out] is added to the product; encodings never see it.
     """
 
     encoding: Encoding
+    shape: tuple[int, ...]
     parts: Parts
     bias: Tensor | None = None
-
-    @property
-    def out(self) -> int:
-        """How many rows it has."""
-        return len(next(iter(self.parts.values())))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -169,6 +165,9 @@ class Slots(Protocol):
     def encoding(self) -> Encoding: ...
 
     @property
+    def cache(self) -> Cache: ...
+
+    @property
     def shard(self) -> Shard: ...
 
     @property
@@ -193,9 +192,17 @@ class Arithmetic(Protocol):
 class LayerCache(Protocol):
     """One block's keys and values; slot j holds position j."""
 
-    k: Tensor
-    v: Tensor
-    """All slots, [B, K, S, d]."""
+    @property
+    def k(self) -> Tensor:
+        """The keys of all slots, [B, K, S, d]."""
+
+    @property
+    def v(self) -> Tensor:
+        """The values of all slots, [B, K, S, d]."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds, as it is stored."""
 
     def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
         """Store the new keys and values at their positions."""
@@ -228,6 +235,10 @@ class KVCache(Protocol):
 
 class Cache(Protocol):
     """How keys and values are kept."""
+
+    @property
+    def plain_slots(self) -> bool:
+        """Whether a layer's `k` and `v` are what is stored, in the type of the arithmetic, so that a kernel may write to them."""
 
     @property
     def fixed_addresses(self) -> bool:

@@ -51,13 +51,14 @@ def encode_one(
     source = weights[f"{stem}.weight"]
     encoding = plan.encoding if is_encoded(stem, config) else Dense()
     cut = plan.shard.part(stem, source.shape, config)
+    shape = tuple(len(range(*part.indices(size))) for part, size in zip(cut, source.shape, strict=True))
     further = further_parts(checkpoint, stem)
     if further:
         parts = encoding.cut({"weight": source, **further}, source.shape, cut)
-        return Stored(encoding, {name: held.to(device) for name, held in parts.items()})
+        return Stored(encoding, shape, {name: held.to(device) for name, held in parts.items()})
     kept = dtype or source.dtype
     if encoding.name == "dense":
-        return Stored(encoding, encoding.encode(source[cut].contiguous().to(device), kept))
+        return Stored(encoding, shape, encoding.encode(source[cut].contiguous().to(device), kept))
     # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
     first, stop, _ = cut[0].indices(source.shape[0])
     on_file = not hasattr(source, "device")  # what has a device is in its memory, or drawn there whole
@@ -70,7 +71,7 @@ def encode_one(
             if row == first:  # laid out whole before anything else is, so that what a stripe needs is given back
                 parts[name] = tensor.new_empty(stop - first, *tensor.shape[1:])
             parts[name][row - first : row - first + len(tensor)] = tensor
-    return Stored(encoding, parts)
+    return Stored(encoding, shape, parts)
 
 
 def further_parts(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
@@ -81,8 +82,9 @@ def further_parts(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
 
 def share_of(table: Stored, name: str, plan: Plan, config: LlamaConfig) -> Stored:
     """This process's part of a matrix that is held whole, as if it were called `name`."""
-    shape = (table.out, next(iter(table.parts.values())).shape[1])
-    return Stored(table.encoding, table.encoding.cut(table.parts, shape, plan.shard.part(name, shape, config)))
+    cut = plan.shard.part(name, table.shape, config)
+    rows = len(range(*cut[0].indices(table.shape[0])))
+    return Stored(table.encoding, (rows, *table.shape[1:]), table.encoding.cut(table.parts, table.shape, cut))
 
 
 def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:

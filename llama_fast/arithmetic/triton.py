@@ -49,16 +49,19 @@ class Triton:
         for name, value in asked.items():
             if value:
                 raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
-        if device.type != "cuda" and not interpreted():
-            raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
-        if device.type == "cuda":
-            check_card(torch.cuda.get_device_properties(device))
         if not slots.encoding.row_scaled:
             raise ValueError(
                 f"the fused kernels read no {slots.encoding.name} weights: take Compiled() for this encoding"
             )
+        if not slots.cache.plain_slots:
+            kind = type(slots.cache).__name__
+            raise ValueError(f"the fused kernels write no {kind} cache: take Static(), or Compiled() with this one")
         if not slots.fuse_projections:
             raise ValueError("the fused kernels need joined projections: Plan(fuse_projections=True)")
+        if device.type != "cuda" and not interpreted():
+            raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
+        if device.type == "cuda":
+            check_card(torch.cuda.get_device_properties(device))
         return Kernels(config, slots.shard.all_reduce, device)
 
 

@@ -25,6 +25,10 @@ class GrowingLayer:
         pad = (0, 0, 0, slots)
         self.k, self.v = F.pad(self.k, pad), F.pad(self.v, pad)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.k, self.v
+
     def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
         write_at(self.k, k_BTKd, position_BT)
         write_at(self.v, v_BTKd, position_BT)
@@ -45,7 +49,7 @@ class GrowingCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     def reserve(self, start_B: Tensor, T: int) -> None:
         missing = int(start_B.max()) + T - self.length
@@ -58,6 +62,7 @@ class GrowingCache:
 class Growing:
     """A cache reallocated for every token: what an eager implementation does first."""
 
+    plain_slots: ClassVar[bool] = True
     fixed_addresses: ClassVar[bool] = False
 
     def allocate(

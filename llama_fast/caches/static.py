@@ -25,6 +25,10 @@ class StaticLayer:
         self.k = torch.zeros(shape_BKSd, dtype=dtype, device=device)  # zeros: whatever a masked slot holds is
         self.v = torch.zeros(shape_BKSd, dtype=dtype, device=device)  # multiplied by 0, and 0 x NaN is NaN
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.k, self.v
+
     def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
         write_at(self.k, k_BTKd, position_BT)
         write_at(self.v, v_BTKd, position_BT)
@@ -40,7 +44,7 @@ class StaticCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     def reserve(self, start_B: Tensor, T: int) -> None:
         """Nothing to do, and no look at `start_B`: a GPU may still be computing it."""
@@ -52,6 +56,7 @@ class Static:
 
     length: int | None = None
     multiple: int = 256
+    plain_slots: ClassVar[bool] = True
     fixed_addresses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

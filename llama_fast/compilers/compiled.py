@@ -75,11 +75,11 @@ class Compiled:
         def compiled_prefill(
             unused: nn.Module,
             tokens_BT: Tensor,
-            where: tuple[Tensor | None, Tensor],
+            where: tuple[Tensor | None, Tensor | None],
             cache: KVCache,
             choose: Sampler,
         ) -> tuple[Tensor, Tensor]:
-            code = (where[0] is None, choose.code)
+            code = (where[0] is None, where[1] is None, choose.code)
             if code not in prefills:
                 prefills[code] = torch.compile(own_code(prefill), dynamic=True, fullgraph=True)
             return prefills[code](model, tokens_BT, where, cache, choose)
@@ -106,8 +106,8 @@ def mark_addresses(cache: KVCache) -> None:
     Unguarded: a second cache of the same shape runs the same code.
     """
     for layer in cache.layers:
-        torch._dynamo.mark_static_address(layer.k, guard=False)
-        torch._dynamo.mark_static_address(layer.v, guard=False)
+        for tensor in layer.tensors:
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 class Region(nn.Module):

@@ -56,14 +56,14 @@ class Graphed:
         def graphed_prefill(
             unused: nn.Module,
             tokens_BT: Tensor,
-            where: tuple[Tensor | None, Tensor],
+            where: tuple[Tensor | None, Tensor | None],
             cache: KVCache,
             choose: Sampler,
         ) -> tuple[Tensor, Tensor]:
             start_B, lengths_B = where
             width = padded_width(*tokens_BT.shape)
             first = 0 if start_B is None else int(start_B.max())  # the host waits: it has just read the turn before
-            if width is None or first + width > min(cache.length, longest):
+            if lengths_B is None or width is None or first + width > min(cache.length, longest):
                 return prefill(model, tokens_BT, where, cache, choose)
             padded_BT = F.pad(tokens_BT, (0, width - tokens_BT.shape[1]))
             if start_B is None:

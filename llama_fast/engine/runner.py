@@ -24,15 +24,18 @@ from llama_ref.config import LlamaConfig
 def prefill(
     model: nn.Module,
     tokens_BT: Tensor,
-    where: tuple[Tensor | None, Tensor],
+    where: tuple[Tensor | None, Tensor | None],
     cache: KVCache,
     choose: Sampler,
 ) -> tuple[Tensor, Tensor]:
     """Phase one: all prompts at once, padded on the right, from their starts on (None: from position 0), and their lengths.
 
-    The next token [B] and its logits [B, V] of each row.
+    The next token [B] and its logits [B, V] of each row; where no lengths are given, the logits [B, T, V] of all tokens.
     """
     start_B, lengths_B = where
+    if lengths_B is None:
+        logits_BTV = model(tokens_BT, start_B, cache)
+        return logits_BTV[:, -1].argmax(-1), logits_BTV
     logits_BV = model(tokens_BT, start_B, cache, last_B=lengths_B - 1)[:, 0]
     return choose(logits_BV, lengths_B if start_B is None else start_B + lengths_B), logits_BV
 
@@ -98,11 +101,11 @@ class Runner:
 
     @torch.no_grad()
     def score(self, tokens_BT: Tensor) -> Tensor:
-        """The logits [B, T, V] of whole sequences, not compiled."""
+        """The logits [B, T, V] of whole sequences."""
         B, T = tokens_BT.shape
         cache = self.allocate(B, T)
         cache.reserve(torch.zeros(B, dtype=torch.int64), T)
-        return self.model(tokens_BT, None, cache)  # type: ignore[no-any-return]
+        return self.run_prefill(self.model, tokens_BT, (None, None), cache, self.greedy(B))[1]
 
     def prepared(self, choose: Chooser, positions: int) -> Chooser:
         """`choose`, for a request of so many positions: where no compiler merges them, uniforms are hashed at once, and tokens

@@ -63,7 +63,7 @@ class Joined(nn.Module):
     def __init__(self, several: Sequence[Stored]):
         super().__init__()
         self.linear = Matrix(joined(several))
-        self.sizes = [stored.out for stored in several]
+        self.sizes = [stored.shape[0] for stored in several]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.linear(x).split(self.sizes, -1))
@@ -86,4 +86,5 @@ def joined(several: Sequence[Stored]) -> Stored:
     first = several[0]
     parts = {name: torch.cat([stored.parts[name] for stored in several]) for name in first.parts}
     biases = [stored.bias for stored in several if stored.bias is not None]
-    return Stored(first.encoding, parts, torch.cat(biases) if biases else None)
+    shape = (sum(stored.shape[0] for stored in several), *first.shape[1:])
+    return Stored(first.encoding, shape, parts, torch.cat(biases) if biases else None)

@@ -66,7 +66,7 @@ def test_the_product_is_the_decoded_matrixs(dtype: torch.dtype, rows: int, colum
     weight = torch.randn(40, columns, generator=generator)
     parts = Int8().encode(weight, dtype)
     x = torch.randn(2, rows, columns, generator=generator).to(dtype)
-    y = Matrix(Stored(Int8(), parts))(x)
+    y = Matrix(Stored(Int8(), tuple(parts["weight"].shape), parts))(x)
     assert y.shape == (2, rows, 40) and y.dtype is dtype
     exact = x.double() @ Int8().decode(parts).double().T
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
@@ -75,6 +75,9 @@ def test_the_product_is_the_decoded_matrixs(dtype: torch.dtype, rows: int, colum
 
 def test_the_embedding_shares_the_heads_storage() -> None:
     parts = Int8().encode(torch.randn(10, 6), torch.float32)
-    linear, embedding = Matrix(Stored(Int8(), parts)), Table(Stored(Int8(), parts), torch.float32)
+    linear, embedding = (
+        Matrix(Stored(Int8(), tuple(parts["weight"].shape), parts)),
+        Table(Stored(Int8(), tuple(parts["weight"].shape), parts), torch.float32),
+    )
     assert linear.weight.data_ptr() == embedding.weight.data_ptr()
     assert torch.equal(embedding(torch.tensor([[3, 1]])), Int8().decode(parts)[[3, 1]][None])
