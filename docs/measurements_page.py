@@ -84,7 +84,7 @@ def records() -> list[Record]:
     """All of them, the newest day first. ValueError if two have one name, or a machine is not described."""
     found = [
         Record(**{key: str(value) for key, value in entry.items()})
-        for path in RECORDS.glob("*.toml")
+        for path in sorted(RECORDS.glob("*.toml"))
         for entry in read(path).get("record", [])
     ]
     names = [record.name for record in found]
@@ -103,11 +103,13 @@ def age(record: Record) -> tuple[int, bool]:
 
 def machines() -> dict[str, str]:
     """What each machine is, by the name that the records use."""
-    return read(RECORDS / "machines.toml")["machine"]  # type: ignore[no-any-return]
+    described: dict[str, str] = read(RECORDS / "machines.toml")["machine"]
+    return described
 
 
 def read(path: Path) -> dict[str, Any]:
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    told: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    return told
 
 
 def page(found: list[Record]) -> str:
@@ -120,7 +122,9 @@ def page(found: list[Record]) -> str:
             parts.append("\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows]))
         if record.notes:
             parts.append(wrapped(record.notes))
-        parts.append(wrapped(f"*{record.machine[:1].upper()}{record.machine[1:]}; at {record.commit}; {record.command}*"))
+        parts.append(
+            wrapped(f"*{record.machine[:1].upper()}{record.machine[1:]}; at {record.commit}; {record.command}*")
+        )
     parts += ["## The machines", wrapped("\n\n".join(f"- **{name}**: {text}" for name, text in machines().items()))]
     return "\n\n".join(parts) + "\n"
 
