@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama_fast import build
 from llama_fast.encodings.int8 import Int8
-from llama_fast.engine import generate
+from llama_fast.engine.generate import generate
 from llama_fast.recipes import encoding_named, optimised
 from llama_fast.weights import encoded
 from llama_ref.checkpoint import open_checkpoint, save_checkpoint
