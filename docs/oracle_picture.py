@@ -12,10 +12,10 @@ from llama_fast.model import llama as model
 from llama_fast.recipes import optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
+from oracle.questions.cases import random_row
 from oracle.questions.checkpoints import references
 from oracle.questions.judge import Bench
 from oracle.report.page import Line, chart
-from oracle.statistics.cases import random_row
 from oracle.subjects.fast import FastSubject
 
 CONFIG = LlamaConfig(

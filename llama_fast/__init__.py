@@ -6,6 +6,10 @@ llama = Llama.from_pretrained("smollm2-135m", plan=Plan(encoding=Int8()))
 print(llama.generate("Hello, my name is", max_new_tokens=20).text)
 """
 
+from llama_ref.interrupts import quiet_until_run
+
+quiet_until_run()  # a command that Ctrl-C ends while PyTorch loads ends without a traceback
+
 from llama_fast.build import build
 from llama_fast.engine.generate import Completion, Generation, generate
 from llama_fast.engine.runner import Runner

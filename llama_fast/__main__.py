@@ -2,4 +2,5 @@
 
 from llama_fast.ladder.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Biased, Block, Joined, Llama, Separate
 from llama_fast.plan import Plan
 from llama_fast.weights import cut, encoded
+from llama_ref.arguments import floating, made, place, shown
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
 
@@ -26,13 +27,17 @@ ALONE = {"wo": "attention.wo", "w2": "feed_forward.w2"}
 
 
 def build(
-    checkpoint: Checkpoint, plan: Plan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint, plan: Plan, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
 ) -> Runner:
     """The checkpoint's model under `plan`, ready to run.
 
     Defaults: a GPU if there is one; bf16 there, float32 on a CPU. Raises ValueError where the plan cannot be built.
     """
-    device, dtype = where(device), dtype or default_dtype(where(device))
+    made("checkpoint", checkpoint, "a checkpoint, as open_checkpoint() gives", "config", "weights", "encoding")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan={shown(plan)} must be a Plan, as Plan(encoding=Int8())")
+    device = where(device)
+    dtype = default_dtype(device) if dtype is None else floating("dtype", dtype)
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
     if plan.compiler.records_addresses and not plan.cache.fixed_addresses:
@@ -57,12 +62,16 @@ def rebuild(runner: Runner, plan: Plan) -> Runner:
 
 
 def where(device: torch.device | str | None) -> torch.device:
-    """The device that is meant; ValueError if CUDA is asked for and absent."""
-    if device is None:
+    """The device that is meant: None or "auto" is a GPU if there is one. ValueError for one that is not there."""
+    if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
+    device = place("device", device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but this PyTorch sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device} was asked for, but this PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 

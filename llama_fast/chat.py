@@ -6,14 +6,15 @@ keys and values of the common beginning are kept.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-from llama_fast.caches.growing import GrowingCache
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import stream
 from llama_fast.engine.sampling import Sampling
 from llama_fast.llama import Llama, Row
+from llama_ref.arguments import made, shown, texts, whole
+from llama_ref.arguments import text as checked_text
 from llama_ref.chat import last_words, may_go_on, with_words
 
 
@@ -26,10 +27,17 @@ class Chat:
         system: str | None = None,
         max_new_tokens: int = 512,
         sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
+        stop: str | Iterable[str] | None = (),
     ):
         """`system`: what the model is told before the first turn. A reply is at most `max_new_tokens` long."""
-        self.llama, self.max_new_tokens, self.sampling, self.stop = llama, max_new_tokens, sampling, tuple(stop)
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling={shown(sampling)} must be a Sampling")
+        self.llama = made(
+            "llama", llama, "a Llama, as Llama.from_pretrained() opens one", "runner", "tokenizer", "writer"
+        )
+        self.max_new_tokens, self.sampling = whole("max_new_tokens", max_new_tokens, 1), sampling
+        self.stop = texts("stop", stop)
+        system = None if system is None else checked_text("system", system)
         self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self.reused_tokens = 0
         """How many tokens of the last turn's prompt the cache already held."""
@@ -43,8 +51,8 @@ class Chat:
         Whoever stops listening, or is interrupted, keeps what was said until then. Raises ValueError, and forgets the
         turn, where the conversation leaves no room for a reply.
         """
-        begun = [{"role": "assistant", "content": begin}] if begin else []
-        return self._reply([*self.messages, {"role": "user", "content": text}, *begun])
+        begun = [{"role": "assistant", "content": begin}] if checked_text("begin", begin) else []
+        return self._reply([*self.messages, {"role": "user", "content": checked_text("text", text)}, *begun])
 
     def go_on(self) -> Generator[str, None, None]:
         """More of the last reply, in pieces: where it was cut short, or where `messages` ends with the assistant's words.
@@ -88,8 +96,7 @@ class Chat:
     def _room_for(self, length: int) -> KVCache:
         """The conversation's cache; a longer one, empty, where it is too short."""
         runner = self.llama.runner
-        grows = isinstance(self._cache, GrowingCache)
-        if self._cache is None or (not grows and self._cache.length < length):
+        if self._cache is None or (self._cache.capacity is not None and self._cache.capacity < length):
             self._cache, self._held = runner.allocate(1, min(2 * length, runner.config.max_context)), []
         return self._cache
 

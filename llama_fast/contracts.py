@@ -160,8 +160,20 @@ class KVCache(Protocol):
     layers: list[Any]  # LayerCache; Any because torch.compile guards on the concrete class
 
     @property
+    def batch(self) -> int:
+        """Rows that it is made for."""
+
+    @property
     def length(self) -> int:
         """Slots S that an attention over this cache sees."""
+
+    @property
+    def capacity(self) -> int | None:
+        """Positions that a row may have; None: as many as come."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
 
     def reserve(self, start_B: Tensor, T: int) -> None:
         """Make each row's slots up to start_B + T - 1 writable."""
@@ -172,7 +184,7 @@ class Cache(Protocol):
 
     @property
     def fixed_addresses(self) -> bool:
-        """Whether a cache stays where it was allocated, as recorded code needs it."""
+        """Whether a cache stays where it was allocated: as recorded code needs it, and worth keeping for the next request."""
 
     def allocate(
         self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device

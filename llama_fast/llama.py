@@ -16,26 +16,28 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from llama_fast.build import build, default_dtype, where
-from llama_fast.caches.static import Static
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import check, check_ids, pad, stream
 from llama_fast.engine.logprobs import Logprobs, TokenLogprob
+from llama_fast.engine.prompts import prompt_of, prompts_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.speculation import Speculation, Statistics
 from llama_fast.engine.text import TextStream
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named, optimised
+from llama_fast.recipes import encoding_named, optimised, plan_named
+from llama_ref.arguments import floating, made, named, rows_of_ids, shown, texts, whole
 from llama_ref.chat import chat_text, may_go_on
 from llama_ref.chat_templates import template_named
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or a conversation [{"role": "user", "content": "Hi"}, ...], whose reply is wanted.
+Prompt = str | Sequence[int] | Sequence[Message] | Tensor
+"""Text, token ids, or a conversation [{"role": "user", "content": "Hi"}, ...], whose reply is wanted. See `prompts`.
 
 A conversation that ends with words of the assistant is continued in them.
 """
@@ -82,11 +84,6 @@ class Score:
     greedy: list[bool]
 
 
-def is_one(prompts: Any) -> bool:
-    """Whether this is one prompt, not several: "text", [1, 2, 3], [{"role": ...}] -> True; ["text"], [[1, 2]] -> False."""
-    return isinstance(prompts, str) or bool(len(prompts) and isinstance(prompts[0], (int, Mapping)))
-
-
 @dataclass
 class Row:
     """One prompt's continuation while it grows."""
@@ -125,8 +122,8 @@ class Llama:
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer, chat_template: str | None = None):
         """`chat_template`: the name of the one that makes text of conversations; None is the default one."""
-        self.runner = runner
-        self.tokenizer = tokenizer
+        self.runner = made("runner", runner, "a Runner, as build() makes one", "start", "step", "allocate")
+        self.tokenizer = made("tokenizer", tokenizer, "a Tokenizer, as load_tokenizer() gives", "encode", "decode")
         self.chat_template = chat_template
         if chat_template is not None:
             template_named(tokenizer, chat_template)  # a wrong name is said at once
@@ -136,19 +133,23 @@ class Llama:
     def from_pretrained(
         cls,
         model: str | Path = DEFAULT_MODEL,
-        plan: Plan | None = None,
+        plan: Plan | str | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         chat_template: str | None = None,
     ) -> Llama:
         """Open a model (directory, GGUF file, hub id, "smollm2-135m", "random:NAME[:SEED]") and build it.
 
-        The default plan keeps the checkpoint's encoding, with the static cache and joined projections, not compiled.
-        `chat_template` is the name of one of the checkpoint's. Raises ValueError for what cannot be opened or built.
+        The default plan keeps the checkpoint's encoding, with the static cache and joined projections, not compiled;
+        plan="int8" is that plan in int8. dtype="auto" is the device's default, as None is. `chat_template` is the name of
+        one of the checkpoint's. Raises ValueError for what cannot be opened or built.
         """
         device = where(device)
-        dtype = dtype or default_dtype(device)
-        found = resolve(str(model))
+        dtype = default_dtype(device) if dtype is None or dtype == "auto" else floating("dtype", dtype)
+        plan = plan_named(plan) if isinstance(plan, str) else plan
+        if not isinstance(plan, (Plan, type(None))):
+            raise TypeError(f"plan={shown(plan)} must be a Plan, as Plan(encoding=Int8()), or a preset's name, as int8")
+        found = resolve(named("model", model))
         checkpoint = found.open(device, dtype)
         plan = plan or optimised(encoding_named(checkpoint.encoding))
         return cls(build(checkpoint, plan, device, dtype), found.tokenizer(), chat_template)
@@ -170,7 +171,7 @@ class Llama:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = (),
         logprobs: int | None = None,
         on_text: Callable[[int, str], None] | None = None,
         draft: Speculation | None = None,
@@ -184,14 +185,15 @@ class Llama:
         proposes tokens that are checked several at a time: `Draft(runner)`, `Ngram()`; it excludes a repetition penalty
         and logprobs. Raises ValueError for what cannot be served.
         """
-        one = is_one(prompts)
-        ids = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]  # type: ignore[arg-type]
+        found, one = prompts_of("prompts", prompts)
+        ids = [self._ids(prompt) for prompt in found]
         rows = [Row(self.writer(prompt, stop)) for prompt in ids]
-        told = None if logprobs is None else Logprobs(len(ids), logprobs)
+        told = None if logprobs is None else Logprobs(len(ids), whole("logprobs", logprobs))
+        if on_text is not None and not callable(on_text):
+            raise TypeError(f"on_text={shown(on_text)} must be called with a row and its text: a function")
         eos_ids = self.runner.config.eos_ids
         began, first = time.perf_counter(), 0.0
-        seeds = seed if isinstance(seed, int) else tuple(seed)
-        sampling = Sampling(temperature, top_k, top_p, seeds, min_p, repetition_penalty)
+        sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         steps, counted = self._steps(ids, max_new_tokens, sampling, eos_ids, draft, told)
         with closing(steps):
             for step in steps:
@@ -226,42 +228,48 @@ class Llama:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = (),
         draft: Speculation | None = None,
     ) -> Generator[str, None, None]:
         """The continuation's text in pieces as they come; joined, they are the text that `generate` returns.
 
-        No piece splits a character, and none shows a part of a stop string.
+        No piece splits a character, and none shows a part of a stop string. What cannot be served is refused here, and
+        not when the first piece is asked for.
         """
         ids = [self.encode(prompt)]
         row = Row(self.writer(ids[0], stop))
-        eos_ids = self.runner.config.eos_ids
         sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        self._check(ids, max_new_tokens, sampling, draft)
+        return self._pieces(ids, row, max_new_tokens, sampling, draft)
+
+    def _pieces(
+        self, ids: list[list[int]], row: Row, max_new_tokens: int, sampling: Sampling, draft: Speculation | None
+    ) -> Generator[str, None, None]:
+        eos_ids = self.runner.config.eos_ids
         with closing(self._steps(ids, max_new_tokens, sampling, eos_ids, draft)[0]) as steps:
             yield from row.said(steps, eos_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's ids: text by the tokenizer, a conversation by its template, ids as they are."""
+        return self._ids(prompt_of("prompt", prompt))
+
+    def _ids(self, prompt: str | list[int] | list[Message]) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        messages = [message for message in prompt if isinstance(message, Mapping)]
-        if messages and len(messages) == len(prompt):
-            return self.tokenizer.encode(self.chat_text(messages), bos=False)
-        ids = [token for token in prompt if isinstance(token, int)]
-        if len(ids) != len(prompt):
-            raise ValueError(f"a prompt is text, token ids, or messages, not {prompt!r:.80}")
-        check_ids(ids, self.runner.config.vocab_size)
-        return ids
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.tokenizer.encode(self.chat_text(prompt), bos=False)  # type: ignore[arg-type]  # messages, all of them
+        check_ids(prompt, self.runner.config.vocab_size)  # type: ignore[arg-type]  # or ids, all of them
+        return prompt  # type: ignore[return-value]
 
     def chat_text(self, messages: Sequence[Message]) -> str:
         """A conversation as text, up to where a reply starts; last words of the assistant are left open."""
         goes_on = may_go_on(messages)
         return chat_text(self.tokenizer, messages, not goes_on, goes_on, self.chat_template)
 
-    def writer(self, ids: Sequence[int], stop: str | Sequence[str] = ()) -> TextStream:
+    def writer(self, ids: Sequence[int], stop: str | Iterable[str] | None = ()) -> TextStream:
         """What makes text of the tokens that follow `ids`; an EOS id has none, whatever the tokenizer's files call it."""
         spelled = partial(self.tokenizer.decode, skip_special_tokens=False)
-        return TextStream(self.decode, (stop,) if isinstance(stop, str) else stop, ids, spelled)
+        return TextStream(self.decode, texts("stop", stop), ids, spelled)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, without special tokens and EOS ids."""
@@ -270,7 +278,7 @@ class Llama:
 
     def score(self, texts: Prompt | Sequence[Prompt]) -> list[list[float]]:
         """The log-probability of every token after the first, for each text (or ids, or conversation)."""
-        return [row.logprobs for row in self.score_ids([self.encode(t) for t in ([texts] if is_one(texts) else texts)])]  # type: ignore[arg-type]
+        return [row.logprobs for row in self.score_ids([self._ids(one) for one in prompts_of("texts", texts)[0]])]
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[Score]:
@@ -278,6 +286,7 @@ class Llama:
 
         A row may be one token longer than the context.
         """
+        rows = rows_of_ids("rows", rows)
         read = [row[:-1] or row for row in rows]  # what would follow the last token is not asked
         check(self.runner, read, 0, scoring=True)
         check_ids([row[-1] for row in rows], self.runner.config.vocab_size)
@@ -301,7 +310,7 @@ class Llama:
         logprobs: Logprobs | None = None,
     ) -> tuple[Generator[list[int | None], None, None], Statistics | None]:
         """The steps, and the counts that they fill in if there is a draft."""
-        needed = check(self.runner, ids, max_new_tokens)
+        needed = self._check(ids, max_new_tokens, sampling, draft)
         if draft is None:
             cache = self._lend_cache(len(ids), needed)
             steps = stream(self.runner, ids, max_new_tokens, sampling, eos_ids, cache, logprobs)
@@ -316,6 +325,13 @@ class Llama:
             raise
         return self._returning(cache, len(ids), session.steps()), session.statistics
 
+    def _check(self, ids: list[list[int]], max_new_tokens: int, sampling: Sampling, draft: Speculation | None) -> int:
+        """The positions that a request needs, before anything is lent for it."""
+        sampling.seeds(len(ids))
+        if draft is not None:
+            made("draft", draft, "who proposes tokens, as Draft(runner) or Ngram()", "begin", "slack")
+        return check(self.runner, ids, max_new_tokens)
+
     def cache_length(self, batch: int) -> int | None:
         """Slots of the cache kept for this batch size; None if there is none, or a generation is using it."""
         return self._cache[batch].length if batch in self._cache else None
@@ -325,7 +341,7 @@ class Llama:
 
         It is nobody else's until it is returned: generations may be interleaved, and each then has its own.
         """
-        if not isinstance(self.runner.plan.cache, Static):
+        if not self.runner.plan.cache.fixed_addresses:
             return None
         kept = self._cache.pop(batch, None)
         return kept if kept is not None and kept.length >= length else self.runner.allocate(batch, length)

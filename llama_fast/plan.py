@@ -17,6 +17,7 @@ from llama_fast.compilers.eager import Eager
 from llama_fast.contracts import Arithmetic, Cache, Compiler, Encoding, Shard
 from llama_fast.encodings.dense import Dense
 from llama_fast.parallel.alone import Whole
+from llama_ref.arguments import flag, made
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class Plan:
     arithmetic: Arithmetic = field(default_factory=PyTorch)
     fuse_projections: bool = False
     """q, k, v as one matrix and gate, up as another: fewer, larger products of the same numbers."""
+
+    def __post_init__(self) -> None:
+        made("encoding", self.encoding, "an encoding, as Dense() or Int8()", "encode", "decode", "linear", "embedding")
+        made("cache", self.cache, "a kind of cache, as Growing() or Static()", "allocate")
+        made(
+            "compiler", self.compiler, "a compiler, as Eager(), Compiled() or Fused()", "compile", "compiles_each_shape"
+        )
+        made("shard", self.shard, "a shard, as Whole() or TensorParallel(rank, size)", "local_config", "part", "head")
+        object.__setattr__(self, "fuse_projections", flag("fuse_projections", self.fuse_projections))
 
     def __str__(self) -> str:
         """As "dense · growing · eager · whole"."""

@@ -11,15 +11,23 @@ from llama_fast.contracts import Encoding
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.plan import Plan
+from llama_ref.arguments import text
 
 ENCODINGS: dict[str, Encoding] = {kind.name: kind for kind in (Dense(), Int8())}
 
 
 def encoding_named(name: str) -> Encoding:
     """ "int8" -> Int8(); ValueError that lists the known names."""
-    if name not in ENCODINGS:
+    if text("encoding", name) not in ENCODINGS:
         raise ValueError(f"unknown encoding {name!r} (known: {', '.join(ENCODINGS)})")
     return ENCODINGS[name]
+
+
+def plan_named(name: str) -> Plan:
+    """ "int8" -> the optimised plan with int8 weights; ValueError that lists the known names."""
+    if name not in ENCODINGS:
+        raise ValueError(f"plan={name!r} is no preset (known: {', '.join(ENCODINGS)}): for others write a Plan")
+    return optimised(ENCODINGS[name])
 
 
 def optimised(encoding: Encoding = Dense(), compile: bool = False) -> Plan:

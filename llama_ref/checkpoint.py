@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llama_ref.arguments import named
 from llama_ref.random_weights import random_checkpoint
 from llama_ref.saved import is_saved, open_saved, save_checkpoint
 from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, expected_shapes
@@ -33,7 +34,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     from llama_ref import gguf_file, huggingface, meta_layout
     from llama_ref.gguf_header import gguf_files
 
-    path = Path(path).expanduser()
+    path = Path(named("path", path)).expanduser()
     if path.is_file():
         if path.suffix == ".gguf":
             return gguf_file.open_gguf(path)

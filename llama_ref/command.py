@@ -9,18 +9,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+from llama_ref.interrupts import INTERRUPTED, loud
+
+NOBODY_READS = 141  # what a shell says of a command whose reader has gone, as in `llama-fast generate | head -1`
 
 
 def run(app: Callable[..., Any]) -> int:
     """Run a Typer application on the command line's arguments; its exit code. What stops it, also a wrong flag, is raised."""
     try:
+        loud()
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning  # restored at the end, as are the filters
-            return app(standalone_mode=False) or 0
+            code = app(standalone_mode=False) or 0
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        say_no_more()
+        return NOBODY_READS
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # Typer's own ending, with 1: that says DIFFER of llama-oracle
+            say_no_more()
+            return NOBODY_READS
         if isinstance(end.code, str):
             raise
         return end.code or 0
@@ -34,6 +46,25 @@ def run(app: Callable[..., Any]) -> int:
 def _say_warning(message: Warning | str, *place: Any, **more: Any) -> None:
     """One line on stderr, without the line of source that raised it."""
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def complain(line: str) -> None:
+    """The line that says what stopped a command, on stderr; what cannot be written any more is dropped."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        say_no_more()
+
+
+def say_no_more() -> None:
+    """Send what is still to be written nowhere: Python would complain of it on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def writable(*files: Path | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llama_ref.arguments import real, set_of_ids
 from llama_ref.rope_scaling import RopeScaling
 
 __all__ = ["NAMED", "LlamaConfig", "RopeScaling"]
@@ -60,12 +61,14 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
         for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
+            value = real(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value!r} must be a positive number")
         yarn = self.rope_scaling is not None and self.rope_scaling.kind == "yarn"
         if yarn and (self.head_dim < 4 or self.rope_theta <= 1):  # its borders are found by a ratio of frequencies
             raise ValueError(f"rope_type='yarn' with head_dim={self.head_dim}, rope_theta={self.rope_theta}")
+        object.__setattr__(self, "eos_ids", set_of_ids("eos_ids", self.eos_ids))
         for name, ids in (("bos_id", () if self.bos_id is None else (self.bos_id,)), ("eos_ids", self.eos_ids)):
             for token in ids:
                 if not 0 <= token < self.vocab_size:

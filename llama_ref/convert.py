@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llama_ref import safetensors_files
+from llama_ref.arguments import named
 from llama_ref.chat_templates import template_files
 from llama_ref.checkpoint import open_checkpoint
 from llama_ref.config import LlamaConfig
@@ -49,7 +50,7 @@ def convert(source: str | Path, target: str | Path, to: str | None = None, shard
     and tokenizer come from its own metadata, whatever stands beside it. Raises CheckpointError, and TokenizerError if
     the source's tokenizer cannot be read.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = (Path(named(*one)).expanduser() for one in (("source", source), ("target", target)))
     checkpoint = open_checkpoint(source)
     if checkpoint.encoding != "dense":
         raise CheckpointError(f"{source}: stored as {checkpoint.encoding}; convert the checkpoint it was made from")

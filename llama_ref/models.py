@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from llama_ref.arguments import named
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from llama_ref.config import NAMED
 from llama_ref.packaged_model import SMOLLM2_135M, ModelError, fetch
@@ -56,11 +57,12 @@ class Model:
         return RandomTokenizer(config.vocab_size, config.bos_id, config.eos_ids)
 
 
-def resolve(name: str = DEFAULT_MODEL) -> Model:
+def resolve(name: str | Path = DEFAULT_MODEL) -> Model:
     """What a name stands for, downloaded if need be; raises ModelError, one line.
 
     resolve("random:llama-2-7b:3") -> Model("random:llama-2-7b:3", None, "llama-2-7b", 3)
     """
+    name = named("model", name)
     local = Path(name).expanduser()
     if name and local.exists():
         return Model(name, local)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_ref.arguments import floating, place, shown, whole
 from llama_ref.config import LlamaConfig
 from llama_ref.weights import Checkpoint, Key, expected_shapes
 
@@ -44,7 +45,9 @@ def random_checkpoint(
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
     """A checkpoint of `config` with random weights on `device`; the numbers differ between kinds of device."""
-    device = torch.device(device)
+    if not isinstance(config, LlamaConfig):
+        raise TypeError(f"config={shown(config)} must be a LlamaConfig")
+    seed, device, dtype = whole("seed", seed, 0), place("device", device), floating("dtype", dtype)
     weights = {name: RandomTensor(name, seed, shape, device, dtype) for name, shape in expected_shapes(config).items()}
     return Checkpoint(config, weights)
 

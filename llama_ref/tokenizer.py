@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from llama_ref.arguments import named
 from llama_ref.json_tokenizer import JsonTokenizer
 from llama_ref.tokenizer_files import (
     COMPANIONS,
@@ -134,7 +135,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.json comes before tokenizer.model, since only it knows tokens that were added later; without the
     `tokenizers` library the latter has to do. Raises TokenizerError.
     """
-    path = _place(Path(path).expanduser())
+    path = _place(Path(named("path", path)).expanduser())
     if path.is_file():
         return _from_gguf(path)
     if (path / RANDOM_FILE).is_file():

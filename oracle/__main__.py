@@ -1,5 +1,6 @@
-"""`python -m oracle`: the command line of `llama-oracle`."""
+"""`python -m oracle` is `llama-oracle`."""
 
 from oracle.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_ref.command import one_line, run, writable
+from llama_ref.command import complain, one_line, run, writable
 from oracle.statistics.compare import Outcome
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def verify(
     from llama_fast import recipes as presets
     from llama_fast.build import default_dtype, where
     from llama_ref.models import resolve
-    from oracle.statistics.cases import text_rows
+    from oracle.questions.cases import text_rows
     from oracle.verify import Extras, verify_other
     from oracle.verify import verify as run
     from oracle.verify_speculation import verify_speculation
@@ -110,8 +110,8 @@ def record_cases(
 ) -> None:
     """Write the tokens that another engine is to be judged on."""
     from llama_ref.models import resolve
+    from oracle.questions.cases import standard_case
     from oracle.questions.recorded import Cases
-    from oracle.statistics.cases import standard_case
 
     writable(out)
     found = resolve(model)
@@ -261,7 +261,7 @@ def main() -> None:
     except Exception as error:  # whatever stopped it, no verdict was reached; LLAMA_FAST_TRACEBACK=1 shows where
         if os.environ.get("LLAMA_FAST_TRACEBACK"):
             raise
-        print(f"llama-oracle: {one_line(error)}", file=sys.stderr)
+        complain(f"llama-oracle: {one_line(error)}")
         sys.exit(2)
 
 

@@ -36,9 +36,9 @@ from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint, open_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.models import DEFAULT_MODEL, resolve
+from oracle.questions.cases import standard_case
 from oracle.questions.judge import Bench
 from oracle.statistics.budget import KINDS, ORDERS, STATISTICS, TABLES, kind_of
-from oracle.statistics.cases import standard_case
 from oracle.statistics.compare import ratios, unit_roundoff
 from oracle.statistics.orders import Order
 from oracle.subjects.adapters import RefSubject, Weights, Yardstick

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from llama_fast.build import build
-from llama_fast.compilers.compiled import Compiled
 from llama_fast.compilers.eager import Eager
 from llama_fast.engine.runner import Runner
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.hf_config import from_hf, to_hf
 from llama_ref.tokenizer import Tokenizer
+from oracle.questions.cases import Case, random_row, standard_case, text_rows
 from oracle.questions.checkpoints import (
     OtherProcess,
     judge_repetition,
@@ -45,7 +45,6 @@ from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
 from oracle.questions.tokens import Encode
 from oracle.report.certificate import Certificate
-from oracle.statistics.cases import Case, random_row, standard_case, text_rows
 from oracle.statistics.compare import Outcome, Verdict, empty, unit_roundoff
 from oracle.statistics.drift import BUDGETS, Drift, Tally, judge_drift, measure
 from oracle.subjects.adapters import RefSubject, Weights, Yardstick, angles, radius
@@ -158,7 +157,7 @@ def _verify_runner(
 ) -> FastSubject:
     """Stages, then logits and tokens, of one runner in its own type."""
     truth, yardstick = references(runner, checkpoint)
-    width = None if isinstance(runner.plan.compiler, Compiled) else TOKENS_A_STEP  # another width compiles anew
+    width = None if runner.plan.compiler.compiles_each_shape else TOKENS_A_STEP  # another width compiles anew
     subject = FastSubject(runner, len(case.rows), case.longest, used_cache=True, tokens_a_step=width)
     table = getattr(runner.model, "rope_table", None)
     if table is not None:
@@ -183,7 +182,7 @@ def _verify_window(
 ) -> None:
     """The whole window; compiled code is left aside, since its shapes would be compiled for this alone."""
     progress("float32: requests of unusual shapes, the whole window")
-    uncompiled = replace(plan, compiler=Eager()) if isinstance(plan.compiler, Compiled) else plan
+    uncompiled = replace(plan, compiler=Eager()) if plan.compiler.compiles_each_shape else plan
     certificate.parts["requests"] = judge_requests(checkpoint, uncompiled, device)
     verdict, length = judge_window(checkpoint, uncompiled, device, torch.float32)
     certificate.parts["float32 window"] = verdict

@@ -13,7 +13,19 @@ ROOT = Path(__file__).parents[1]
 
 FACTS = tuple(
     f"llama_ref.{name}"
-    for name in ("config", "checkpoint", "tokenizer", "models", "saved", "convert", "chat", "chat_templates", "command")
+    for name in (
+        "config",
+        "checkpoint",
+        "tokenizer",
+        "models",
+        "saved",
+        "convert",
+        "chat",
+        "chat_templates",
+        "command",
+        "arguments",
+        "interrupts",
+    )
 )
 """What describes files is shared by both Llamas; what says how a Llama computes is written twice."""
 

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, M = B x T rows, D model width, H query heads, d head 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ from llama_ref.config import LlamaConfig
 
 if TYPE_CHECKING:
     from llama_fast.kernels import ops
+
+
+LEAST_CAPABILITY = (8, 0)  # bf16 on tensor cores, copies into shared memory that do not wait
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,29 @@ class Triton:
                 raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
         if device.type != "cuda" and not interpreted():
             raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
+        if device.type == "cuda":
+            check_card(torch.cuda.get_device_properties(device))
         if not joined:
             raise ValueError("the fused kernels need joined projections: Plan(fuse_projections=True)")
         return Kernels(config, all_reduce, device)
+
+
+def check_card(card: Any) -> None:
+    """ValueError for a GPU, as `torch.cuda.get_device_properties` tells it, that lacks what the kernels are made of.
+
+    Warns of one whose tiles are not measured; Python says it once.
+    """
+    from llama_fast.kernels.tuning import untuned  # lazy import: Triton is optional
+
+    if (card.major, card.minor) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise ValueError(
+            f"the fused kernels need compute capability {least} or more, and {card.name} has {card.major}.{card.minor}: "
+            "take Compiled()"
+        )
+    notice = untuned(card.name)
+    if notice is not None:
+        warnings.warn(notice, stacklevel=2)
 
 
 class Kernels:

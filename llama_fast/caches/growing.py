@@ -34,12 +34,18 @@ class GrowingCache:
     """As many slots as the longest row has positions."""
 
     def __init__(self, config: LlamaConfig, batch: int, dtype: torch.dtype, device: torch.device):
+        self.batch = batch
+        self.capacity = None
         shape = (batch, config.n_kv_heads, 0, config.head_dim)
         self.layers = [GrowingLayer(shape, dtype, device) for _ in range(config.n_layers)]
 
     @property
     def length(self) -> int:
         return self.layers[0].k.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
 
     def reserve(self, start_B: Tensor, T: int) -> None:
         missing = int(start_B.max()) + T - self.length

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama_fast.caches.writing import write_at
 from llama_fast.contracts import KVCache
+from llama_ref.arguments import whole
 from llama_ref.config import LlamaConfig
 
 
@@ -33,9 +34,13 @@ class StaticCache:
     """S slots a row, all there from the start."""
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        self.length = length
+        self.batch, self.length, self.capacity = batch, length, length
         shape = (batch, config.n_kv_heads, length, config.head_dim)
         self.layers = [StaticLayer(shape, dtype, device) for _ in range(config.n_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)
 
     def reserve(self, start_B: Tensor, T: int) -> None:
         """Nothing to do, and no look at `start_B`: a GPU may still be computing it."""
@@ -50,6 +55,8 @@ class Static:
     fixed_addresses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "length", None if self.length is None else whole("length", self.length))
+        object.__setattr__(self, "multiple", whole("multiple", self.multiple))
         if self.multiple < 1 or (self.length is not None and self.length < 1):
             raise ValueError(f"a static cache needs at least one slot: length={self.length}, multiple={self.multiple}")
 

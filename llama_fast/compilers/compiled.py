@@ -21,6 +21,7 @@ from llama_fast.compilers.compilation import own_code
 from llama_fast.compilers.tuner_clock import steady_tuning
 from llama_fast.contracts import KVCache, LayerCache, Phase, Sampler, Step
 from llama_fast.model.llama import Llama
+from llama_ref.arguments import flag
 
 Options = dict[str, str | int | bool | Callable[..., Any]]
 
@@ -56,6 +57,9 @@ class Compiled:
     regions: bool = True
     records_addresses: ClassVar[bool] = False
     compiles_each_shape: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", flag("regions", self.regions))
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
         from torch._inductor import inductor_prims  # noqa: F401 - knows what `matvec.sums_by_words` asks of a compiler

@@ -21,6 +21,7 @@ from llama_fast.engine.logprobs import Logprobs
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Chooser, Sampling
 from llama_fast.engine.speculation import Speculation, Statistics
+from llama_ref.arguments import made, rows_of_ids, set_of_ids, shown, whole
 
 IN_FLIGHT = 4
 """Tokens that a GPU may be ahead of the host: enough to hide the launch of one, little to waste at the end of a text."""
@@ -73,6 +74,15 @@ def generate(
 
     `draft` proposes tokens that the runner then checks several at a time: `Draft(runner, k=5)`, `Ngram(k=8)`.
     """
+    made("runner", runner, "a Runner, as build() makes one", "start", "step", "allocate")
+    prompts, eos_ids = rows_of_ids("prompts", prompts), set_of_ids("eos_ids", eos_ids)
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling={shown(sampling)} must be a Sampling")
+    needed = check(runner, prompts, max_new_tokens)
+    if cache is not None:
+        check_cache(cache, len(prompts), needed)
+    if draft is not None:
+        made("draft", draft, "who proposes tokens, as Draft(runner) or Ngram()", "begin", "slack")
     rows: list[list[int]] = [[] for _ in prompts]
     began = time.perf_counter()
     first = 0.0
@@ -150,8 +160,7 @@ def check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int,
 
     `scoring`: no new tokens are wanted.
     """
-    if max_new_tokens < 1 and not scoring:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 0 if scoring else 1)
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
     for prompt in prompts:
@@ -160,16 +169,25 @@ def check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     if longest + max_new_tokens > runner.config.max_context:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{runner.config.max_context}"
+            f"{runner.config.max_context}" + ("" if scoring else f" (max_new_tokens={max_new_tokens})")
         )
     return longest + max_new_tokens
 
 
 def check_ids(ids: Sequence[int], vocabulary: int) -> None:
-    """ValueError for a token id that is not one of `vocabulary`."""
+    """ValueError for a prompt's token id that is not one of `vocabulary`."""
     for token in ids:
         if not 0 <= token < vocabulary:
-            raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary}")
+            raise ValueError(f"a prompt's token id {token} is outside the vocabulary of {vocabulary}")
+
+
+def check_cache(cache: KVCache, rows: int, positions: int) -> None:
+    """TypeError for what is no cache, ValueError for one that is made for other requests."""
+    made("cache", cache, "a cache, as runner.allocate() makes one", "layers", "length", "reserve")
+    if cache.batch != rows:
+        raise ValueError(f"cache: it is made for {cache.batch} rows, and there are {rows} prompts")
+    if cache.capacity is not None and cache.capacity < positions:
+        raise ValueError(f"cache: it has {cache.capacity} slots, and the request needs {positions}")
 
 
 def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

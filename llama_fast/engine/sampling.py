@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from llama_fast.contracts import SamplingKernels
+from llama_ref.arguments import is_whole, real, several, whole
 
 MASK_32 = 0xFFFFFFFF
+FLOAT32 = torch.finfo(torch.float32)
 STREAMS = 4
 """Of uniforms, for each row and position: 0 is plain choice, the others are speculation's."""
 
@@ -34,11 +36,16 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
-    seed: int | tuple[int, ...] = 0
+    seed: int | Sequence[int] = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            object.__setattr__(self, name, real(name, getattr(self, name)))
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", whole("top_k", self.top_k))
+        object.__setattr__(self, "seed", seed_or_seeds(self.seed))
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
         if self.top_k is not None and self.top_k < 1:
@@ -47,8 +54,8 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be a positive number")
+        if not FLOAT32.tiny <= self.repetition_penalty <= FLOAT32.max:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be a positive number of float32")
         for seed in (self.seed,) if isinstance(self.seed, int) else self.seed:
             if not 0 <= seed < 2**64:
                 raise ValueError(f"seed={seed} must lie in [0, 2^64)")
@@ -60,6 +67,13 @@ class Sampling:
         if len(self.seed) != rows:
             raise ValueError(f"{len(self.seed)} seeds for {rows} prompts: one for each, or a single one")
         return list(self.seed)
+
+
+def seed_or_seeds(given: int | Sequence[int]) -> int | tuple[int, ...]:
+    """One seed or several, as plain numbers."""
+    if is_whole(given):
+        return whole("seed", given)
+    return tuple(whole("seed", one) for one in several("seed", given, "a whole number, or one for each prompt"))
 
 
 class Chooser:

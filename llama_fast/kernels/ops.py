@@ -17,8 +17,8 @@ from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
 from llama_fast.kernels.prompt import _gate, _turn_and_store
 from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
-    LEAST_SHARED,
     MOST_SPLITS,
+    SHARED_BYTES,
     AttentionTile,
     Tile,
     attention_tile,
@@ -42,7 +42,7 @@ class Machine(NamedTuple):
 
     name: str
     pdl: bool
-    shared: int = LEAST_SHARED
+    shared: int = SHARED_BYTES
     """Bytes of shared memory that one program may have."""
 
 

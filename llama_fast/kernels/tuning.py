@@ -128,8 +128,8 @@ TWO_ROWS: dict[tuple[str, str, int, int, int], Tile] = {
 }
 CARDS = {"H100": ("H100",), "H200": ("H200", "H100")}
 """What a GPU's name contains -> whose rows it takes. An H200 is the H100's chip with a faster memory: most tiles are the same."""
-LEAST_SHARED = 101_376
-"""Bytes of shared memory that a program may have on a GPU of compute capability 8.6 or 8.9; others have more."""
+SHARED_BYTES = 101_376
+"""What a program may have on a GPU of compute capability 8.6, 8.9 or 12.0 (L4, L40S, A10, RTX); 8.0 and 9.0 have more."""
 VERY_SHORT_CACHE_SLOTS = 256
 SHORT_CACHE_SLOTS = 1024
 MOST_SPLITS = 16
@@ -142,6 +142,13 @@ LONG_ROW = 4096
 def card(gpu: str) -> str | None:
     """ "NVIDIA H100 80GB HBM3" -> "H100"; None for a GPU that the tables do not know."""
     return next((name for name in CARDS if name in gpu), None)
+
+
+def untuned(gpu: str) -> str | None:
+    """What is to be said of a GPU that the tables do not know, in one line; None for one that they do."""
+    if card(gpu) is not None:
+        return None
+    return f"no tile was measured on {gpu}: the fused kernels take general ones, right on every GPU, tuned on {' and '.join(CARDS)}"
 
 
 def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, of_activations: int = 2) -> Tile:
@@ -174,7 +181,7 @@ def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: 
     """16 weight rows a program. Where that makes few programs, each has more warps and more loads under way; there, and for q k v,
     some go before the wait.
 
-    Stages hold weights and activations in shared memory: at most 99 KB, as every GPU since Ampere has.
+    Stages hold weights and activations in shared memory: at most SHARED_BYTES, as every GPU since Ampere has.
     """
     rows = 8 if epilogue == "gated" else 16
     most = max(16, next_power_of_2(k))

@@ -22,13 +22,12 @@ from llama_fast.ladder.report import Summary
 from llama_fast.llama import Llama
 from llama_fast.model.roofline import GB
 from llama_fast.parallel import ranks
-from llama_fast.parallel.alone import Whole
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named
 from llama_fast.speculative.proposers import Draft, Ngram
 from llama_fast.weights import encoded
-from llama_ref.command import is_foreseen, one_line, run, writable
+from llama_ref.command import complain, is_foreseen, one_line, run, writable
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizer import DEFAULT_PROMPT
 
@@ -305,7 +304,7 @@ def bench(
         found = ranks.one_after_another(lambda: resolve(model))
         checkpoint = found.open(to, default_dtype(to))
         ids = found.tokenizer().encode(prompt)
-        alone = isinstance(shard, Whole)
+        alone = shard.all_reduce.alone
         if rungs:
             chosen = rungs_named(rungs, baseline=alone and checkpoint.encoding == "dense")
         else:
@@ -404,7 +403,7 @@ def main() -> None:
         if place is not None:
             ranks.fail(ranks.explained(error), 2)
         kind = "" if is_foreseen(error) else f"{type(error).__name__}: "
-        print(f"error: {kind}{one_line(error)}", file=sys.stderr)
+        complain(f"error: {kind}{one_line(error)}")
         sys.exit(2)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llama_fast.contracts import AllReduce
 from llama_fast.model.llama import SplitHead
+from llama_ref.arguments import whole
 from llama_ref.config import LlamaConfig
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ class TensorParallel:
     all_reduce: Exchanger = field(default_factory=OverGroup, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("rank", "size"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank={self.rank} is none of {self.size} ranks")
 

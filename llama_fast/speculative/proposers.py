@@ -24,8 +24,6 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from llama_fast.caches.growing import GrowingCache
-from llama_fast.compilers.eager import Eager
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import check
 from llama_fast.engine.runner import Runner
@@ -36,6 +34,7 @@ from llama_fast.speculative.adaptive_k import A_DRAFT, Costs
 from llama_fast.speculative.ngrams import Text
 from llama_fast.speculative.rounds import NO_GUESS, Compilations, Rounds, Source, agreement
 from llama_fast.speculative.verification import State
+from llama_ref.arguments import flag, made, whole
 
 AUTOMATIC = (1, 2, 4, 7)
 """What k is chosen from: between these the speed hardly changes. 7 proposals and the newest token are eight rows."""
@@ -53,9 +52,11 @@ class Proposer:
 
     def __init__(self, k: int | None, most: int, aligned: bool = False):
         """`k` None: chosen while generating, from 1 to `most`. `aligned`: a position's arithmetic is the same in every check."""
+        k, most = None if k is None else whole("k", k), whole("most", most)
         for label, value in (("k", k), ("most", most)):
             if value is not None and value < 1:
                 raise ValueError(f"{label}={value} must be at least 1: so many tokens are proposed in a round")
+        aligned = flag("aligned", aligned)
         if aligned and k is None:
             raise ValueError("aligned checks need a fixed k")
         self.k, self.most, self.aligned = k, most, aligned
@@ -89,8 +90,8 @@ class Proposer:
         """A generation by rounds; ValueError, with the numbers, for what cannot be."""
         needed = check(target, prompts, max_new_tokens)
         room = target.config.max_context - needed
-        if cache is not None and not isinstance(cache, GrowingCache):
-            room = min(room, cache.length - needed)
+        if cache is not None and cache.capacity is not None:
+            room = min(room, cache.capacity - needed)
         self.fits(target, needed)
         if self.k is None and target.device.type == "cuda":
             room = min(room, max(1, CHEAP_ROWS // len(prompts) - 1))
@@ -120,7 +121,8 @@ class Proposer:
         )
         kind = rounds.choose.code
         rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length, kind), Costs(agreement(target)))
-        rounds.rehearsal = self.is_new(cache, kind) and not isinstance(target.plan.compiler, Eager)
+        compiler = target.plan.compiler
+        rounds.rehearsal = self.is_new(cache, kind) and (compiler.compiles_each_shape or compiler.records_addresses)
         if (
             not fixed and target.device.type == "cuda"
         ):  # up to eight rows cost a GPU the same, another shape costs kernels
@@ -163,15 +165,12 @@ class Draft(Proposer):
 
     def __init__(self, runner: Runner, k: int | None = None, most: int = AUTOMATIC[-1], aligned: bool = False):
         super().__init__(k, most, aligned)
-        self.runner = runner
+        self.runner = made("runner", runner, "a Runner, as build() makes one", "start", "step", "allocate")
         self._cache: dict[int, KVCache] = {}
 
     @property
     def held_bytes(self) -> int:
-        slots = {
-            id(t): t.nbytes for cache in self._cache.values() for layer in cache.layers for t in (layer.k, layer.v)
-        }
-        return int(stored_bytes(self.runner.model) + sum(slots.values()))
+        return stored_bytes(self.runner.model) + sum(cache.nbytes for cache in self._cache.values())
 
     def read_bytes(self, statistics: Statistics) -> float:
         return float(statistics.proposed * weight_bytes_per_step(self.runner.model))
@@ -201,7 +200,7 @@ class Draft(Proposer):
     def cache(self, batch: int, needed: int) -> KVCache:
         """The draft's cache for `batch` rows: the last one, if it is long enough."""
         kept = self._cache.get(batch)
-        if kept is None or isinstance(kept, GrowingCache) or kept.length < needed:
+        if kept is None or kept.capacity is None or kept.capacity < needed:
             kept = self._cache[batch] = self.runner.allocate(batch, needed)
         return kept
 
@@ -279,8 +278,9 @@ class Ngram(Proposer):
     ):
         """Looks for the last `longest` tokens, then for fewer, down to `shortest`; of equal matches the latest counts."""
         super().__init__(k, most, aligned)
+        longest, shortest = whole("longest", longest), whole("shortest", shortest)
         if not 1 <= shortest <= longest:
-            raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none")
+            raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none: 1 <= shortest <= longest")
         self.longest, self.shortest = longest, shortest
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
@@ -320,7 +320,7 @@ class Padded(Proposer):
     """Plain decoding through aligned checks of k tokens: what speculation with these equals bit for bit."""
 
     def __init__(self, k: int):
-        super().__init__(k, k, aligned=True)
+        super().__init__(whole("k", k), whole("k", k), aligned=True)
 
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         return PaddedSource()

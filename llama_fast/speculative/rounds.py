@@ -25,7 +25,6 @@ from llama_fast.engine.generate import Readback, pad
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Chooser, Sampling
 from llama_fast.engine.speculation import Statistics
-from llama_fast.parallel.alone import Whole
 from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, Costs, Pace
 from llama_fast.speculative.verification import State, aligned, finish, within
 
@@ -111,7 +110,7 @@ class Clock:
 
 def agreement(runner: Runner) -> Callable[[float], float]:
     """How the processes of a group come to one number: its sum. Alone, the number itself."""
-    if isinstance(runner.plan.shard, Whole):
+    if runner.plan.shard.all_reduce.alone:
         return lambda seconds: seconds
     return lambda seconds: float(
         runner.plan.shard.all_reduce(torch.full((8,), seconds, dtype=torch.float32, device=runner.device))[0]

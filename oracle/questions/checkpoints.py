@@ -21,10 +21,10 @@ from llama_fast.plan import Plan
 from llama_fast.weights import encoded
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from llama_ref.tokenizer import Tokenizer, load_tokenizer
+from oracle.questions.cases import random_row
 from oracle.questions.localise import judge_weights
 from oracle.questions.tokens import TEXTS, Encode, judge_tokens, judge_writer
 from oracle.statistics.budget import ORDERS
-from oracle.statistics.cases import random_row
 from oracle.statistics.compare import Check, Verdict, compare_logits, empty, unit_roundoff
 from oracle.subjects.adapters import RefSubject, Weights, Yardstick
 from oracle.subjects.fast import FastSubject

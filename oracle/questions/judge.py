@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from llama_ref.arguments import made, shown
+from oracle.questions.cases import Case
 from oracle.statistics.budget import Factors
-from oracle.statistics.cases import Case
 from oracle.statistics.compare import Check, Curve, Verdict, compare_logits, curves, empty, unit_roundoff
 from oracle.statistics.greedy import Continuation, compare_greedy, not_as_asked
 from oracle.subjects.subject import ManyRoutes, Route, Subject
@@ -93,6 +94,14 @@ class Bench:
 
 def judge(subject: Subject, bench: Bench, case: Case) -> Verdict:
     """All that a case asks of a subject. Fewer rows, tokens or positions than asked are DIFFER, none at all EMPTY."""
+    made("subject", subject, "a Subject", "prefill_logits", "decode_logits", "greedy")
+    made("bench", bench, "a Bench: truth and yardstick", "prefill", "decode", "route")
+    if not isinstance(case, Case):
+        raise TypeError(f"case={shown(case)} must be a Case")
+    vocabulary = bench.truth.vocab_size
+    for token in (token for row in (*case.rows, *case.prompts) for token in row):
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"case: token id {token} is outside the vocabulary of {vocabulary}")
     verdict = bench.prefill(subject, case.rows).named("prefill")
     for split in case.splits:
         cut = bench.decode(subject, case.rows, split.starts, split.ends)

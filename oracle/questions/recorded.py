@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from oracle.questions.cases import Case
 from oracle.questions.judge import Bench
-from oracle.statistics.cases import Case
 from oracle.statistics.compare import Check, Verdict, compare_logits, empty
 from oracle.statistics.greedy import Continuation, compare_greedy
 from oracle.subjects.subject import Trace

@@ -21,9 +21,9 @@ from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Chooser, Sampling
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
+from oracle.questions.cases import random_row
 from oracle.questions.checkpoints import first_blocks, references
 from oracle.questions.judge import Bench
-from oracle.statistics.cases import random_row
 from oracle.statistics.compare import Check, Verdict, empty
 from oracle.subjects.adapters import Rows
 from oracle.subjects.fast import FastSubject, Recorder

@@ -17,10 +17,10 @@ from llama_fast.engine.speculation import Speculation
 from llama_fast.speculative.acceptance import accept, accept_greedy
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
+from oracle.questions.cases import random_row
 from oracle.questions.checkpoints import references
 from oracle.questions.generation import judge_stopping
 from oracle.questions.judge import Bench
-from oracle.statistics.cases import random_row
 from oracle.statistics.compare import Check, Verdict, empty
 from oracle.statistics.rejection import Accept, Tables, worst_error
 from oracle.subjects.speculative import SpeculativeSubject

@@ -20,8 +20,8 @@ from llama_fast.compilers.eager import Eager
 from llama_fast.parallel.tensor_parallel import OverGroup, TensorParallel
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
+from oracle.questions.cases import standard_case
 from oracle.questions.judge import Bench, judge
-from oracle.statistics.cases import standard_case
 from oracle.statistics.compare import Check, Verdict
 from oracle.subjects.adapters import Rows
 from oracle.subjects.fast import FastSubject

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from llama_ref.arguments import floating, place, shown, whole
 from llama_ref.checkpoint import TensorSource
 from llama_ref.config import LlamaConfig
 from llama_ref.model import PARTS, amplitude, attend, inverse_frequencies, island, project, rms_norm, rotate, rotations
@@ -74,11 +75,16 @@ class RefSubject:
         model: Callable[[Tensor], Tensor] | None = None,
     ):
         """`model` replaces the reference's own forward pass: tests plant faults there."""
+        if not isinstance(config, LlamaConfig):
+            raise TypeError(f"config={shown(config)} must be a LlamaConfig")
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"weights={shown(weights)} must be a mapping of names to tensors, as Checkpoint.weights")
+        dtype, device = floating("dtype", dtype), place("device", device)
         self.name = name
         self.config = config
         self.vocab_size = config.vocab_size
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = device
         self._weights = weights
         self._model = model or Reference(config, weights, dtype)
 
@@ -194,7 +200,7 @@ class Yardstick(RefSubject):
         orders: int = ORDERS,
     ):
         super().__init__(config, weights, dtype, device, "yardstick")
-        self.orders = orders
+        self.orders = whole("orders", orders, 1)
 
     def prefill_logits(self, rows: Rows) -> list[Tensor]:
         several = []

@@ -23,6 +23,18 @@ def target(rung: RungResult, gpu: str) -> tuple[float, str]:
     entry = TARGETS.get(gpu, {})
     if rung.name in entry.get("tokens_per_second", {}) and rung.ranks in (1, 4):
         return entry["tokens_per_second"][rung.name], f"published for {rung.ranks} x {gpu}"
-    shares = entry.get("share", {})
-    share = shares.get(rung.name, TARGETS["generic"]["share"][rung.name])
-    return share * rung.floor_tokens_per_second, f"{share:.0%} of the floor"
+    generic = TARGETS["generic"]["share"]
+    if rung.name not in generic:
+        raise ValueError(f"targets.toml: [generic.share] says nothing of the rung {rung.name}")
+    own = entry.get("share", {})
+    share = own.get(rung.name, generic[rung.name])
+    whose = "" if rung.name in own else f", as for any GPU: targets.toml has no share of its own for {gpu}"
+    return share * rung.floor_tokens_per_second, f"{share:.0%} of the floor{whose}"
+
+
+def bar(name: str, gpu: str) -> float:
+    """The memory wall's bar of that name for `gpu`; the generic one where it has none."""
+    generic = TARGETS["generic"]["wall"]
+    if name not in generic:
+        raise ValueError(f"targets.toml: [generic.wall] says nothing of {name}")
+    return float(TARGETS.get(gpu, {}).get("wall", {}).get(name, generic[name]))

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from llama_fast.compilers.compiled import Compiled
-from llama_fast.compilers.graphed import Fused
+from llama_fast.compilers.graphed import Graphed
 from llama_fast.engine.runner import Runner
 from llama_fast.kernels import tuning
 from llama_fast.ladder.bench import bench
@@ -87,7 +87,7 @@ class Silent(OverGroup):
 
 def plan_named(name: str, encoding: str, shard: Any) -> Plan:
     plan = fused(encoding_named(encoding)) if name == "fused" else optimised(encoding_named(encoding), compile=True)
-    assert isinstance(plan.compiler, Fused if name == "fused" else Compiled)
+    assert isinstance(plan.compiler, Graphed if name == "fused" else Compiled)
     return dataclasses.replace(plan, shard=shard)
 
 

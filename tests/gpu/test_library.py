@@ -16,8 +16,8 @@ from llama_fast.engine.sampling import Sampling
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import RandomTokenizer
+from oracle.questions.cases import random_row
 from oracle.questions.judge import Bench
-from oracle.statistics.cases import random_row
 from oracle.statistics.compare import Outcome
 from oracle.subjects.fast import FastSubject
 from oracle.verify import references

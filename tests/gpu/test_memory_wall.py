@@ -24,7 +24,7 @@ from llama_fast.ladder.bandwidth import read_bandwidth_gb_per_s
 from llama_fast.model.roofline import GB, cache_bytes_per_step, floor_steps_per_second, weight_bytes_per_step
 from llama_fast.recipes import fused
 from llama_ref.models import open_model
-from tests.gpu.targets import TARGETS
+from tests.gpu import targets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 CUDA = torch.device("cuda")
@@ -32,8 +32,7 @@ CUDA = torch.device("cuda")
 
 def bar(name: str) -> float:
     """The wall's bar of that name for this GPU."""
-    generic: float = TARGETS["generic"]["wall"][name]
-    return float(TARGETS.get(torch.cuda.get_device_name(), {}).get("wall", {}).get(name, generic))
+    return targets.bar(name, torch.cuda.get_device_name())
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,14 @@ import torch.nn.functional as F
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from llama_fast.arithmetic.triton import matrix_of
 from llama_fast.build import build
-from llama_fast.compilers.graphed import FusedStep, matrix
+from llama_fast.compilers.graphed import first_block_of
 from llama_fast.contracts import KVCache
-from llama_fast.kernels import tuning
+from llama_fast.kernels import ops, tuning
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.tuning import Tile, next_power_of_2
+from llama_fast.model.llama import Llama
 from llama_fast.parallel.alone import Whole
 from llama_fast.parallel.ranks import tensor_parallel
 from llama_fast.parallel.tensor_parallel import OverNvlink, TensorParallel
@@ -92,19 +94,19 @@ def card() -> str:
     return found
 
 
-def matrices(step: FusedStep) -> dict[str, Key]:
-    """Table keys of a step's matrices: (GPU, epilogue, rows, columns, bytes per weight)."""
-    block: Any = step.model.blocks[0]
-    alone = isinstance(block.all_reduce, type(Whole().all_reduce))
-    total = "add" if alone else "plain" if block.all_reduce.apart else "send"
+def matrices(model: Llama) -> dict[str, Key]:
+    """Table keys of a model's matrices: (GPU, epilogue, rows, columns, bytes per weight)."""
+    block: Any = model.blocks[0]
+    all_reduce: Any = block.operations.all_reduce
+    total = "add" if all_reduce.alone else "plain" if all_reduce.apart else "send"
     modules = {
         "out": (total, block.wo),
         "down": (total, block.w2),
         "qkv": ("rope", block.qkv),
         "gated": ("gated", block.gate_up),
-        "head": ("plain", step.model.head),
+        "head": ("plain", model.head),
     }
-    weights = {name: (kind, matrix(module)[0]) for name, (kind, module) in modules.items()}
+    weights = {name: (kind, matrix_of(module)[0]) for name, (kind, module) in modules.items()}
     return {name: (card(), kind, *w.shape, w.element_size()) for name, (kind, w) in weights.items()}
 
 
@@ -144,20 +146,20 @@ def as_if_more(shard: Any, parts: int, device: torch.device, apart: bool) -> Ten
 class Timer:
     """Whole steps with one tile or another."""
 
-    def __init__(self, step: FusedStep, cache: KVCache, ranks: int):
-        self.step, self.cache, self.ranks = step, cache, ranks
-        device = step.cos.device
+    def __init__(self, model: Llama, cache: KVCache, ranks: int):
+        self.model, self.cache, self.ranks = model, cache, ranks
+        device = model.rope_table.device
         self.tokens, self.start = torch.tensor([[5]], device=device), torch.tensor([POSITION], device=device)
 
     def run(self) -> Any:
-        return self.step.run(self.tokens, self.start, self.cache)
+        return ops.likeliest(self.model(self.tokens, self.start, self.cache)[:, -1])
 
     def compile(self, rank: int, pairs: list[tuple[Key, Tile]]) -> None:
         """Each rank a share of the tiles; then all find them in Triton's cache."""
         with compiled_together():
             for key, tile in pairs[rank :: self.ranks]:
                 with tile_for(key, tile):
-                    self.step.run(self.tokens, self.start, self.cache, blocks=1)
+                    ops.likeliest(first_block_of(self.model)(self.tokens, self.start, self.cache)[:, -1])
         self.meet()
 
     def meet(self) -> None:
@@ -244,9 +246,8 @@ def choose(model: str, encoding: str, shard: Any, options: argparse.Namespace) -
         checkpoint = first_blocks(checkpoint, options.layers)
     plan = dataclasses.replace(fused(encoding_named(encoding)), shard=shard)
     runner = build(checkpoint, plan, device, torch.bfloat16)
-    step, cache = FusedStep(runner.model), runner.allocate(1, SLOTS)
-    timer = Timer(step, cache, ranks)
-    keys = matrices(step)
+    timer = Timer(runner.model, runner.allocate(1, SLOTS), ranks)
+    keys = matrices(runner.model)
     chosen = {name: keys[name] for name in options.kinds.split(",")}
     tiles = {}
     for name, (_, kind, n, k, itemsize) in chosen.items():

@@ -1,4 +1,5 @@
-"""Every kernel of a step, compiled for a Hopper GPU on a machine that has none. Run by test_for_hopper.py in its own process.
+"""Every kernel of a step, compiled for a GPU on a machine that has none. Run by test_for_hopper.py in its own process, with the
+compute capability: 90 for all kernels with a Hopper's own tiles, another, as 86 or 89, for every tile that such a GPU can get.
 
 Triton's driver is replaced by one that knows the chip and cannot launch: whatever tried to would fail here.
 """
@@ -44,12 +45,11 @@ KERNELS = (
 )
 
 
-SHARED = 101_376
-"""Bytes of shared memory that a program may have on a GPU of compute capability 8.6 or 8.9; others have more."""
-
-
 class Absent:
-    """A Hopper GPU that answers questions."""
+    """A GPU that answers questions."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
 
     def get_current_device(self) -> int:
         return 0
@@ -58,7 +58,7 @@ class Absent:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
 def ready() -> dict[str, int]:
@@ -67,7 +67,9 @@ def ready() -> dict[str, int]:
     for kernel in KERNELS:
         variants = [*kernel.device_caches[0][0].values()]
         assert all(type(variant) is triton.compiler.CompiledKernel for variant in variants), variants
-        assert all(variant.metadata.shared <= SHARED for variant in variants), "more shared memory than some GPUs have"
+        assert all(variant.metadata.shared <= tuning.SHARED_BYTES for variant in variants), (
+            "more shared memory than some GPUs have"
+        )
         found[kernel.fn.__name__] = len(variants)
     return found
 
@@ -84,6 +86,43 @@ def over_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> No
         for sent in (False, True):
             one.sum(part, part.bfloat16(), sent)
         one.gather(torch.zeros(3, 1000 * 2 // size - 1000 // size), 1000)
+
+
+def general(gpu: str) -> None:
+    """Every tile that a GPU gets which the tables do not know: by matrix, type of weights, number of rows; and attention's."""
+    assert tuning.card(gpu) is None
+    ops.machine = lambda device: ops.Machine(gpu, False)  # type: ignore[assignment]
+    wide, narrow, seen = torch.float32, torch.bfloat16, set()
+    caches = {dtype: torch.zeros(1, 1, 64, 64, dtype=dtype) for dtype in (wide, narrow)}
+    table, start_B = torch.zeros(64, 32), torch.zeros(8, dtype=torch.int64)
+    with compiled_together():
+        for n, k, m, x_type, w_type, epilogue in itertools.product(
+            (512, tuning.MANY_ROWS), (2048, 2 * tuning.LONG_ROW), (1, 8), (narrow, wide), (torch.int8, narrow, wide),
+            ("plain", "gated", "rope"),
+        ):  # fmt: skip
+            if w_type not in (torch.int8, x_type):
+                continue
+            tile = tuning.linear_tile(gpu, epilogue, n, k, m, w_type.itemsize, x_type.itemsize)
+            if (tile, x_type, w_type, epilogue) in seen:
+                continue
+            seen.add((tile, x_type, w_type, epilogue))
+            x, weight = torch.ones(m, k, dtype=x_type), torch.ones(1, 1, dtype=w_type).expand(n, k)
+            scale = torch.ones(n, 1, dtype=x_type) if w_type is torch.int8 else None
+            if epilogue == "plain":
+                ops.linear(x, weight, scale)
+            elif epilogue == "gated":
+                ops.gated(x, x[0], 1e-5, weight, scale)
+            else:
+                cache = caches[x_type].expand(m, -1, -1, -1)
+                rope = ops.Rope(table, table, start_B[:m], cache, cache, n // 64 - 2)
+                ops.qkv(x, x[0], 1e-5, weight, scale, rope)
+        for slots, rows, dtype, width in itertools.product((256, 512, 4096), (1, 8), (narrow, wide), (128, 256)):
+            keys = torch.zeros(1, 1, slots, width, dtype=dtype)
+            scratch = ops.AttentionScratch.of(8, 1, 1, width, keys.device)
+            ops.attention(torch.zeros(rows, width, dtype=dtype), keys, keys.clone(), start_B[:1], scratch)
+    found = ready()
+    assert found["_on_tensor_cores"] + found["_in_registers"] >= len(seen)
+    print("; ".join(f"{name} {count}" for name, count in found.items()))
 
 
 def main() -> None:
@@ -129,18 +168,19 @@ def main() -> None:
             over_ranks(two[:1], weight, scale)
         after = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "nothing was to be launched"
+    found = ready()  # before one fails, of which some versions of Triton keep a promise
     try:
         with compiled_together():
             ops.linear(two, weight, scale, tile=tuning.Tile(3, 64, 1, vector=True))  # no power of two
         raise AssertionError("an error of the compiler was lost")
     except triton.CompilationError:
         pass
-    print("; ".join(f"{name} {count}" for name, count in ready().items()))
+    print("; ".join(f"{name} {count}" for name, count in found.items()))
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as directory, triton.knobs.cache.scope():
         triton.knobs.cache.dir = directory
-        triton.runtime.driver.set_active(Absent())  # type: ignore[arg-type]
-        main()
+        triton.runtime.driver.set_active(Absent(int(sys.argv[1])))  # type: ignore[arg-type]
+        main() if sys.argv[1] == "90" else general("NVIDIA L4")
     sys.exit()

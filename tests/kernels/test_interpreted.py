@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,10 @@ ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "P
 def unable() -> str:
     """Why the interpreter cannot run here, or nothing."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton==3.6.0 'numpy<2.4')"
-    import numpy
-
-    if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
-        return f"Triton's interpreter needs numpy < 2.4, here is {numpy.__version__}"
+        return "triton is not installed (pip install triton)"
+    numpy, triton = (tuple(map(int, version(name).split(".")[:2])) for name in ("numpy", "triton"))
+    if numpy >= (2, 4) and triton < (3, 7):
+        return f"the interpreter of Triton {version('triton')} needs numpy < 2.4, here is {version('numpy')}"
     return ""
 
 

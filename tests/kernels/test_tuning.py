@@ -1,10 +1,15 @@
 """Whatever the shape, the chosen tiles are ones the kernels can be compiled for."""
 
 import itertools
+import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from llama_fast.kernels.tuning import ONE_ROW, attention_tile, linear_tile, next_power_of_2
+from llama_fast.arithmetic.triton import check_card
+from llama_fast.kernels.tuning import ONE_ROW, attention_tile, linear_tile, next_power_of_2, untuned
+from tests.gpu.targets import TARGETS, bar, target
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "some other GPU"])
@@ -38,3 +43,46 @@ def test_attention_splits_fit_the_scratch() -> None:
             tile = attention_tile(pairs, rows, slots, key_bytes)
             assert 1 <= tile.splits <= 16 and tile.slots == next_power_of_2(tile.slots) <= tile.least
             assert 2 * tile.slots * tile.stages * key_bytes <= 65_536  # keys and values in shared memory
+
+
+UNNAMED = ("NVIDIA L4", "NVIDIA L40S", "NVIDIA A10", "NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-40GB")
+
+
+@pytest.mark.parametrize("gpu", UNNAMED)
+def test_a_card_that_nobody_measured_has_general_tiles_and_one_line_says_so_once(gpu: str) -> None:
+    assert linear_tile(gpu, "add", 4096, 4096, 1, 2) == linear_tile("some other GPU", "add", 4096, 4096, 1, 2)
+    properties = SimpleNamespace(name=gpu, major=8, minor=9)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            check_card(properties)
+    (one,) = told
+    assert str(one.message) == untuned(gpu) and gpu in str(one.message) and "\n" not in str(one.message)
+
+
+def test_a_measured_card_needs_no_word() -> None:
+    for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA GH200 480GB"):
+        assert untuned(gpu) is None
+        check_card(SimpleNamespace(name=gpu, major=9, minor=0))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "major", "minor"), [("Tesla T4", 7, 5), ("Tesla V100-SXM2-16GB", 7, 0), ("Tesla P100", 6, 0)]
+)
+def test_a_card_older_than_the_kernels_is_refused_by_name(gpu: str, major: int, minor: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"compute capability 8.0 or more, and {gpu} has {major}.{minor}: take Compiled"
+    ):
+        check_card(SimpleNamespace(name=gpu, major=major, minor=minor))
+
+
+def test_targets_of_a_card_that_nobody_named_are_the_general_ones_and_say_so() -> None:
+    rung: Any = SimpleNamespace(name="fused", ranks=1, floor_tokens_per_second=100.0)
+    goal, source = target(rung, "NVIDIA L4")
+    assert goal == 100 * TARGETS["generic"]["share"]["fused"] and "no share of its own for NVIDIA L4" in source
+    assert "of its own" not in target(rung, "NVIDIA H100 80GB HBM3")[1]
+    assert bar("cold_seconds", "NVIDIA L4") == TARGETS["generic"]["wall"]["cold_seconds"]
+    assert bar("cold_seconds", "NVIDIA H100 80GB HBM3") < bar("cold_seconds", "NVIDIA L4")
+    for ask in (lambda: target(SimpleNamespace(name="warp", ranks=1), "NVIDIA L4"), lambda: bar("warp", "NVIDIA L4")):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"targets.toml: .* says nothing of .*warp"):
+            ask()

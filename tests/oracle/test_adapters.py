@@ -14,10 +14,10 @@ from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.generate import greedy
 from llama_ref.model import Llama
+from oracle.questions.cases import Case, random_row, standard_case, text_rows
 from oracle.questions.generation import judge_stopping
 from oracle.questions.judge import Bench, judge
 from oracle.questions.localise import first_beyond, judge_stages, judge_weights
-from oracle.statistics.cases import Case, random_row, standard_case, text_rows
 from oracle.statistics.compare import Outcome
 from oracle.subjects.adapters import RefSubject, Weights
 from oracle.subjects.fast import FastSubject

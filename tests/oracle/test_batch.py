@@ -11,8 +11,8 @@ from llama_fast.build import build
 from llama_fast.recipes import encoding_named, optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
+from oracle.questions.cases import random_row
 from oracle.questions.judge import Bench
-from oracle.statistics.cases import random_row
 from oracle.statistics.compare import Outcome
 from oracle.subjects.fast import FastSubject
 from oracle.verify import references

@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_fast.model.matvec import library_product
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.model import Llama
-from oracle.statistics.cases import random_row
+from oracle.questions.cases import random_row
 from oracle.statistics.orders import Order
 from oracle.subjects.adapters import RefSubject, Yardstick
 

@@ -14,8 +14,8 @@ from llama_fast.build import build
 from llama_fast.engine.logprobs import Logprobs
 from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint
+from oracle.questions.cases import random_row
 from oracle.questions.requests import NEW, penalised_check, told_check, told_logprobs
-from oracle.statistics.cases import random_row
 from oracle.statistics.compare import Outcome, Verdict
 
 ROWS = [random_row(257, 9, 1), random_row(257, 4, 2)]

@@ -18,9 +18,9 @@ from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint, open_checkpoint
 from llama_ref.generate import greedy
 from llama_ref.model import Llama
+from oracle.questions.cases import Case, standard_case
 from oracle.questions.judge import Bench, judge
 from oracle.questions.localise import first_beyond, judge_rope_table, judge_stages
-from oracle.statistics.cases import Case, standard_case
 from oracle.statistics.compare import Outcome, unit_roundoff
 from oracle.subjects.adapters import RefSubject, angles
 from oracle.subjects.fast import FastSubject

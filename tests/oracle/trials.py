@@ -17,6 +17,7 @@ from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizer import JsonTokenizer
+from oracle.questions.cases import TEXT, Case, random_row, standard_case
 from oracle.questions.checkpoints import judge_repetition, judge_round_trip, judge_text, judge_window, references
 from oracle.questions.generation import judge_draws, judge_stopping
 from oracle.questions.judge import Bench, judge
@@ -26,7 +27,6 @@ from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
 from oracle.questions.speculation import judge_acceptance, judge_speculation
 from oracle.questions.threads import judge_ranks
-from oracle.statistics.cases import TEXT, Case, random_row, standard_case
 from oracle.statistics.compare import Verdict
 from oracle.subjects.adapters import angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject

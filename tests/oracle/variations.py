@@ -24,11 +24,11 @@ from llama_fast.encodings import dense
 from llama_fast.model import llama as fast
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
+from oracle.questions.cases import Split, standard_case
 from oracle.questions.checkpoints import references
 from oracle.questions.judge import Bench, judge
 from oracle.questions.localise import summary
 from oracle.questions.threads import RankedSubject
-from oracle.statistics.cases import Split, standard_case
 from oracle.statistics.orders import Order
 from oracle.subjects.adapters import RefSubject, Weights
 from oracle.subjects.fast import FastSubject

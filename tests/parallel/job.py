@@ -31,8 +31,8 @@ from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.models import resolve
+from oracle.questions.cases import standard_case
 from oracle.questions.judge import Bench, judge
-from oracle.statistics.cases import standard_case
 from oracle.subjects.fast import FastSubject
 from oracle.verify import judge_runner, references
 

@@ -18,6 +18,8 @@ from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.tokenizer import RandomTokenizer
 
 Run = Callable[..., tuple[int, str, str]]
+PYTORCHS_OWN = re.compile(r"[VIWE]\d{4} [\d:.]+ \d+ torch/")
+"""How a line of PyTorch's log begins: a build with CUDA says there that it sees no GPU."""
 
 
 @pytest.fixture
@@ -160,7 +162,8 @@ def test_a_stored_encoding_has_a_ladder_of_its_own(run: Run, model: Path, tmp_pa
     code, out, err = run(
         "bench", "--model", stored, "--out", tmp_path, "--prompt", "a", "--samples", 1, "--new-tokens", 4
     )
-    assert (code, err) == (0, ""), err
+    ours = [line for line in err.splitlines() if not PYTORCHS_OWN.match(line)]
+    assert (code, ours) == (0, []), err
     (rung,) = json.loads((tmp_path / "ladder.json").read_text())["rungs"]
     assert (rung["name"], rung["verdict"]) == ("int8", "AGREE") and "int8" in out
 

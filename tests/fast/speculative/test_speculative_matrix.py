@@ -20,9 +20,9 @@ from llama_fast.speculative.proposers import Draft, Ngram, Padded, Proposer
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.models import resolve
+from oracle.questions.cases import random_row, text_rows
 from oracle.questions.judge import Bench
 from oracle.questions.speculation import judge_speculation
-from oracle.statistics.cases import random_row, text_rows
 from oracle.subjects.speculative import SpeculativeSubject
 from oracle.verify import references
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_ref.arguments import row_of_ids, rows_of_ids, several, shown, whole
+
 TEXT = Path(__file__).parents[1] / "data" / "alice.txt"
 """Public-domain prose; its source stands in data/README.md."""
 
@@ -18,6 +20,15 @@ class Split:
     starts: tuple[int, ...]
     ends: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("starts", "ends"):
+            object.__setattr__(self, name, tuple(row_of_ids(name, getattr(self, name))))
+        if len(self.starts) != len(self.ends):
+            raise ValueError(f"starts has {len(self.starts)} entries, ends {len(self.ends)}: one of each for every row")
+        for start, end in zip(self.starts, self.ends):
+            if not 1 <= start <= end:
+                raise ValueError(f"starts holds {start} where ends holds {end}: 1 <= start <= end")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -28,6 +39,20 @@ class Case:
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int
 
+    def __post_init__(self) -> None:
+        for name in ("rows", "prompts"):
+            object.__setattr__(self, name, tuple(map(tuple, rows_of_ids(name, getattr(self, name)))))
+        object.__setattr__(self, "splits", tuple(several("splits", self.splits, "several Splits")))
+        object.__setattr__(self, "new_tokens", whole("new_tokens", self.new_tokens, 0))
+        for split in self.splits:
+            if not isinstance(split, Split):
+                raise TypeError(f"splits holds {shown(split)}: each must be a Split")
+            if len(split.starts) != len(self.rows):
+                raise ValueError(f"splits holds one for {len(split.starts)} rows, and rows has {len(self.rows)}")
+            for end, row in zip(split.ends, self.rows):
+                if end > len(row):
+                    raise ValueError(f"splits: a row ends at {end}, and has {len(row)} tokens")
+
     @property
     def longest(self) -> int:
         """Positions that a cache must hold for all of it."""
@@ -36,7 +61,7 @@ class Case:
 
 def random_row(vocab_size: int, length: int, seed: int) -> tuple[int, ...]:
     """Uniform tokens, the same in every process."""
-    draw = random.Random(seed)
+    draw = random.Random(whole("seed", seed))
     return tuple(draw.randrange(vocab_size) for _ in range(length))
 
 
@@ -61,6 +86,7 @@ def standard_case(
 
     Decoding starts in the middle; after one token; and near the end, where prefill is long and decode short.
     """
+    vocab_size, max_context = whole("vocab_size", vocab_size, 1), whole("max_context", max_context, 4)
     long = min(129, max_context)
     short = max(2, long * 3 // 4)
     if encode is not None:
