@@ -38,6 +38,7 @@ OF_LAYER = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}  # ggml type -> stored as it is
+INTEGERS = ("I8", "I16", "I32", "I64")
 RECENT = {39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}  # types that an older gguf package cannot name
 
 
@@ -159,9 +160,8 @@ def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTe
             raise CheckpointError(f"{path}: {name} has {called}, which gguf {version('gguf')} does not know")
         kind = GGMLQuantizationType(place.ggml_type)
         if not _decodes(kind, sizes[place.ggml_type][1]):
-            raise CheckpointError(
-                f"{path}: {name} is stored as {kind.name}, which gguf {version('gguf')} cannot decode"
-            )
+            why = "not as floats" if kind.name in INTEGERS else f"which gguf {version('gguf')} cannot decode"
+            raise CheckpointError(f"{path}: {name} is stored as {kind.name}, {why}")
         block_columns, block_bytes = sizes[place.ggml_type]
         rows, columns = (1, 1, *place.shape)[-2:]
         if len(place.shape) not in (1, 2) or columns % block_columns:

@@ -25,6 +25,8 @@ from llama_ref.tokenizer_files import (
     refuse_undecodable,
 )
 
+UNREADABLE = f"not a readable {JSON_FILE}"
+
 
 class JsonTokenizer:
     """BOS leads where tokenizer_config.json's `add_bos_token` or, if it is silent, tokenizer.json says so."""
@@ -91,12 +93,12 @@ class JsonTokenizer:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         refuse_undecodable(text)
-        with _in_our_words(self._where):
+        with _in_our_words(self._where, "the tokenizers library cannot encode this text"):
             ids = self._backend.encode(text, add_special_tokens=False).ids
         return [*self._lead, *ids] if bos else list(ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        with _in_our_words(self._where):
+        with _in_our_words(self._where, "the tokenizers library cannot decode these ids"):
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -131,11 +133,9 @@ def _backend(text: str, where: object) -> Any:
     from tokenizers import Tokenizer as Backend
 
     model = read_json_object(text, where).get("model")
-    if isinstance(model, dict) and model.get("continuing_subword_prefix"):
-        # no Llama has one, and the library trusts it: a merge without the prefix ends the process
-        raise TokenizerError(
-            f"{where}: continuing_subword_prefix={model['continuing_subword_prefix']!r:.40} is not read"
-        )
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) and "merges" in model else None
+    if prefix:  # no Llama has one, and the library trusts it: a merge without the prefix ends the process
+        raise TokenizerError(f"{where}: continuing_subword_prefix={prefix!r:.40} is not supported beside merges")
     with _in_our_words(where):
         return Backend.from_str(text)
 
@@ -156,12 +156,13 @@ def _say_if_spaces_would_be_cleaned(settings: Mapping[str, Any], backend: Any, w
 
 
 @contextlib.contextmanager
-def _in_our_words(where: object) -> Iterator[None]:
-    """A damaged file makes the `tokenizers` library raise bare Exception, or panic, which is not even that."""
+def _in_our_words(where: object, failed: str = UNREADABLE) -> Iterator[None]:
+    """Make whatever the `tokenizers` library raises a TokenizerError of one line: it raises bare Exception, or panics,
+    which is not even that. A damaged file does it, and a few texts where added tokens want the same spaces."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         told = " ".join(str(error).split())[:200]
-        raise TokenizerError(f"{where}: not a readable tokenizer.json ({told})") from error
+        raise TokenizerError(f"{where}: {failed} ({told})") from error

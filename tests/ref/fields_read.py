@@ -40,11 +40,21 @@ def reads_of(folder: Path) -> list[Read]:
 def _constants(tree: ast.Module) -> dict[str, list[str]]:
     """The texts of a module's constants: of a text itself, of a tuple its entries, of a dictionary its keys."""
     found = {}
-    for node in tree.body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            found[target.id] = [text for text in _entries(node.value) if isinstance(text, str)]
+    for name, value in _named(tree):
+        found[name] = [text for text in _entries(value) if isinstance(text, str)]
     return {name: texts for name, texts in found.items() if texts}
+
+
+def _named(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """Each constant with its value, also of `A, B = "a", "b"`."""
+    for node in tree.body:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        pairs = [(target, node.value)]
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs = list(zip(target.elts, node.value.elts))
+        yield from ((name.id, value) for name, value in pairs if isinstance(name, ast.Name))
 
 
 def _entries(value: ast.expr) -> list[object]:

@@ -52,6 +52,7 @@ def write_seeds(root: Path) -> None:
     convert(root / "saved", root / "hf", "hf", shard_bytes=1 << 30)
     convert(root / "saved", root / "sharded", "hf", shard_bytes=4_000)
     convert(root / "saved", root / "meta", "meta")
+    (root / "meta" / "config.json").unlink()  # which would be read in place of params.json
     shutil.copytree(root / "hf", root / "pickled")
     state = {name: tensor.clone() for name, tensor in _state(root / "hf").items()}
     (root / "pickled" / "model.safetensors").unlink()
@@ -189,8 +190,33 @@ def _write_tokenizers(root: Path) -> None:
         minloglevel=2,
     )
     tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" c", b" ca"]
+    _write_companions(root, {"json": backend.get_vocab_size(), "sentencepiece": 330})
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
     (root / "tiktoken" / "tokenizer.model").write_text("\n".join(lines) + "\n")
+
+
+def _write_companions(root: Path, sizes: dict[str, int]) -> None:
+    """Every file that may stand beside a vocabulary; a class that cuts words in its own way; tokens listed by id."""
+    named = {"additional_special_tokens": ["<|x|>"], "image_token": "<|i|>", "add_bos_token": True}
+    mapped = {"eos_token": {"content": "</s>", "lstrip": True}, "pad_token": "<pad>"}
+    for name, size in sizes.items():
+        directory = root / f"{name}-companions"
+        shutil.copytree(root / name, directory)
+        (directory / "tokenizer_config.json").write_text(json.dumps(named))
+        (directory / "special_tokens_map.json").write_text(json.dumps(mapped))
+        (directory / "added_tokens.json").write_text(json.dumps({"<|x|>": size, "<pad>": size + 1}))
+    (root / "class").mkdir()
+    vocabulary = {text: index for index, text in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "▁a", "l", "m"])}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [["▁", "a"]], "unk_token": "<unk>", "fuse_unk": True}
+    added = [{"id": 1, "content": "<s>", "special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip"), False)}]
+    added[0]["normalized"] = False
+    content = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": None, "model": model}
+    (root / "class" / "tokenizer.json").write_text(json.dumps(content))
+    listed = {"8": {"content": "<|x|>", "special": True, "rstrip": True}, "1": {"content": "<s>", "special": True}}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": True, "eos_token": "</s>"}
+    settings |= {"added_tokens_decoder": listed, "split_special_tokens": False, "model_max_length": 10**30}
+    settings |= {"chat_template": [{"name": "default", "template": "{{ messages[0]['content'] }}"}]}
+    (root / "class" / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -209,8 +235,14 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "json": ("tokenizer.json", "tokenizer_config.json"),
     "sentencepiece": ("tokenizer.model", "tokenizer_config.json"),
     "tiktoken": ("tokenizer.model",),
+    "json-companions": ("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"),
+    "sentencepiece-companions": ("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"),
+    "class": ("tokenizer_config.json", "tokenizer.json"),
 }
-TOKENIZERS = ("json", "sentencepiece", "tiktoken", "words", "pieces")
+TOKENIZERS = (
+    *("json", "sentencepiece", "tiktoken", "words", "pieces"),
+    *("json-companions", "sentencepiece-companions", "class"),
+)
 
 
 # --- mutations ------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ GGUF = "GGUF"
 FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it reads
     "added_tokens": ("tokenizer_config.json", "special_tokens_map.json"),
     "chat_templates": ("tokenizer_config.json",),
-    "companions": ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "companions": ("tokenizer_config.json", "special_tokens_map.json"),
     "convert": ("config.json",),
+    "gguf_byte_pair": (GGUF,),
     "gguf_config": (GGUF,),
     "gguf_file": (GGUF,),
     "gguf_header": (GGUF,),
-    "gguf_byte_pair": (GGUF,),
     "gguf_rope": (GGUF,),
     "gguf_sentencepiece": (GGUF,),
     "gguf_tokenizer": (GGUF,),
@@ -35,19 +35,18 @@ FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it 
     "saved": ("config.json",),
     "sentencepiece_tokenizer": ("tokenizer_config.json",),
     "sharded_files": ("*.index.json",),
-    "tiktoken_file": ("tokenizer_config.json",),
     "tokenizer": ("random_tokenizer.json",),
     "tokenizer_class": ("tokenizer_config.json", "config.json", "tokenizer.json"),
 }
 NO_READERS = {  # modules that read no field of a file
-    *("__init__", "cache_folder", "chat", "checkpoint", "gguf_pretokenizers", "sentencepiece_model", "tokenizer_files"),
-    *("checkpoint", "command", "config", "fields", "generate", "meta_layout", "model"),
-    *("models", "packaged_model", "random_weights", "rope_scaling", "safetensors_files", "tied_tables"),
+    *("__init__", "arguments", "cache_folder", "chat", "checkpoint", "command", "config", "fields", "generate"),
+    *("gguf_pretokenizers", "interrupts", "meta_layout", "model", "models", "packaged_model", "random_weights"),
+    *("rope_scaling", "safetensors_files", "sentencepiece_model", "tied_tables", "tiktoken_file", "tokenizer_files"),
     *("weight_files", "weights"),
 }
 NO_FIELDS = {  # what is asked for something else than a field of a file
     *("files", "message", "named", "stored", "tensors", "checkpoint.weights", "name", "shard", "OF_MODEL"),
-    "_HF_CONTEXT",
+    *("_HF_CONTEXT", "DEFAULTS[name]", "self.chat_templates", "files.get(JSON_FILE, '')"),
 }
 
 
@@ -107,6 +106,7 @@ def test_every_row_is_a_field_that_is_read() -> None:
         ("A = 'a'\ndef f(x): return x.get(A)", "a"),
         ("def f(x):\n    for n in ('a', 'b'):\n        x.get(n)\n    return [x[n] for n in ('c',)]", "abc"),
         ("def f(x): return [x.get(n, d) for n, d in (('a', 1), ('b', 2))]", "ab"),
+        ("A, B = 'a', 'b'\ndef f(x): return x.get(A), B in x", "ab"),
         ("K = {'a': 1}\ndef f(x): return [x.get(n) for n, v in K.items()]", "a"),
         ("def f(x, y): x['a'] = 1; g(y, 'b'); return 'c'", ""),
     ],

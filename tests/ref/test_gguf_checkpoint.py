@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llama_ref.checkpoint import CheckpointError, open_checkpoint
 from llama_ref.config import RopeScaling
+from llama_ref.gguf_file import INTEGERS
 from llama_ref.gguf_rope import llama3_rope_factors
 from llama_ref.tokenizer import has_tokenizer, load_tokenizer
 from tests.ref.gguf_files import byte_pair, tensors_of, with_tokens, write_gguf
@@ -157,7 +158,8 @@ def test_a_type_is_read_as_the_gguf_package_decodes_it_or_refused_by_name(
         try:
             expected = torch.from_numpy(gguf.quants.dequantize(stored, kind))
         except NotImplementedError:
-            refused(path, f"blk.0.ffn_up.weight is stored as {kind.name}, which gguf", "cannot decode")
+            why = ("not as floats",) if kind.name in INTEGERS else ("which gguf", "cannot decode")
+            refused(path, f"blk.0.ffn_up.weight is stored as {kind.name}, ", *why)
             return
     found = open_checkpoint(path).weights["layers.0.feed_forward.w3.weight"][:]
     assert torch.equal(found.double(), expected.double())

@@ -195,6 +195,60 @@ def test_absent_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> None
     refused("not readable as JSON")
 
 
+@pytest.mark.parametrize("prefix", ["##", "@", "", None])
+def test_a_prefix_inside_words_is_refused_by_its_name(prefix: str | None, tmp_path: Path) -> None:
+    """In a vocabulary of merges, as BERT's cut marks them; the file is valid, and the tokenizers library reads it."""
+    from tokenizers import Tokenizer as Backend
+
+    model = {"type": "BPE", "vocab": {"a": 0, f"{prefix or ''}b": 1, "ab": 2}, "merges": [["a", f"{prefix or ''}b"]]}
+    text = json.dumps({"version": "1.0", "added_tokens": [], "model": model | {"continuing_subword_prefix": prefix}})
+    assert Backend.from_str(text).encode("ab").ids == [2]
+    write(tmp_path, {"tokenizer.json": text})
+    if not prefix:
+        assert load_tokenizer(tmp_path).encode("ab") == [2]
+        return
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer(tmp_path)
+    told = f"{tmp_path / 'tokenizer.json'}: continuing_subword_prefix={prefix!r} is not supported beside merges"
+    assert str(caught.value) == told
+
+
+class PanicException(BaseException):
+    """Named as what the tokenizers library raises when its Rust code panics, which cannot be imported."""
+
+
+class Failing:
+    """A backend that fails at every text, as the library's own does at a few."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def encode(self, text: str, add_special_tokens: bool) -> None:
+        raise self.error
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [PanicException("out of\nrange"), Exception("out of\nrange")])
+def test_a_text_that_the_library_fails_at_does_not_accuse_the_file(
+    error: BaseException, json_tokenizer: JsonTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_tokenizer, "_backend", Failing(error))
+    with pytest.raises(TokenizerError) as caught:
+        json_tokenizer.encode("Hello")
+    assert str(caught.value) == "tokenizer.json: the tokenizers library cannot encode this text (out of range)"
+    with pytest.raises(TokenizerError) as caught:
+        json_tokenizer.decode([5])
+    assert str(caught.value) == "tokenizer.json: the tokenizers library cannot decode these ids (out of range)"
+
+
+def test_an_interrupt_in_the_library_stays_one(json_tokenizer: JsonTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_tokenizer, "_backend", Failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        json_tokenizer.encode("Hello")
+
+
 @pytest.mark.parametrize(
     ("metadata", "adds_bos"),
     [

@@ -432,7 +432,7 @@ def test_a_token_beyond_the_models_table_is_refused_when_it_is_used(
     llama = Llama.from_pretrained(str(directory), device="cpu", dtype=torch.float32)
     assert llama.tokenizer.encode("<pad>", bos=False) == [300]
     assert llama.generate("hello", 2).ids
-    with pytest.raises(ValueError, match=r"^token id 300 is outside the vocabulary of 300$"):
+    with pytest.raises(ValueError, match=r"^a prompt's token id 300 is outside the vocabulary of 300$"):
         llama.generate("hello<pad>", 2)
 
 

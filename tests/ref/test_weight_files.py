@@ -487,37 +487,37 @@ def test_weights_saved_without_their_numbers_are_refused(tiny: Any) -> None:
 # --- what we write --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
-def test_every_file_that_is_written_has_the_mode_of_the_users_umask(tiny: Any, tmp_path: Path, umask: int) -> None:
-    """In a process of its own, as the umask is the process's."""
-    code = f"""
+WRITES = """
 import os, sys
-os.umask({umask})
 from pathlib import Path
 from llama_ref.checkpoint import open_checkpoint, save_checkpoint
 from llama_ref.convert import convert
 from llama_ref.gguf_tokenizer import store
 from llama_ref.tokenizer import RandomTokenizer
-source, to = Path(sys.argv[1]), Path(sys.argv[2])
-checkpoint = open_checkpoint(source)
-save_checkpoint(to / "saved", checkpoint.config, checkpoint.weights, tokenizer=RandomTokenizer(101, None, ()))
-convert(source, to / "hf", "hf")
-convert(source, to / "sharded", "hf", shard_bytes=20_000)
-convert(source, to / "meta", "meta")
-store(to / "cache" / "key", {{"tokenizer.json": "x"}})
+source = Path(sys.argv[1])
+for to in map(Path, sys.argv[2:]):
+    os.umask(int(to.name, 8))
+    checkpoint = open_checkpoint(source)
+    save_checkpoint(to / "saved", checkpoint.config, checkpoint.weights, tokenizer=RandomTokenizer(101, None, ()))
+    convert(source, to / "hf", "hf")
+    convert(source, to / "sharded", "hf", shard_bytes=20_000)
+    convert(source, to / "meta", "meta")
+    store(to / "cache" / "key", {"tokenizer.json": "x"})
 """
-    to = tmp_path / "to"
-    subprocess.run(
-        [sys.executable, "-c", code, str(tiny.directory), str(to)],
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    found = {path: stat.S_IMODE(path.stat().st_mode) for path in to.rglob("*")}
-    assert len([path for path in found if path.suffix in (".safetensors", ".pth")]) > 4
-    wrong = {
-        str(path): oct(mode) for path, mode in found.items() if mode != (0o777 if path.is_dir() else 0o666) & ~umask
-    }
-    assert not wrong
+
+
+def test_every_file_that_is_written_has_the_mode_of_the_users_umask(tiny: Any, tmp_path: Path) -> None:
+    """In a process of its own, as the umask is the process's."""
+    targets = {umask: tmp_path / f"{umask:o}" for umask in (0o022, 0o027, 0o077, 0o002)}
+    command = [sys.executable, "-c", WRITES, str(tiny.directory), *map(str, targets.values())]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for umask, to in targets.items():
+        found = {path: stat.S_IMODE(path.stat().st_mode) for path in to.rglob("*")}
+        assert len([path for path in found if path.suffix in (".safetensors", ".pth")]) > 4
+        wrong = {
+            str(path): oct(mode) for path, mode in found.items() if mode != (0o777 if path.is_dir() else 0o666) & ~umask
+        }
+        assert not wrong
 
 
 def test_an_empty_directory_keeps_its_own_mode(tiny: Any, tmp_path: Path) -> None:
