@@ -1,40 +1,66 @@
-"""Words to Plans: the encodings by name, and the plans that the command line, the ladder and the oracle all mean."""
+"""Words to Plans: the encodings by name, and the plans that the command line, the ladder and the oracle all mean.
+
+Leaves are imported where a plan asks for them, so that one that is not there is missed by nobody else.
+"""
 
 from __future__ import annotations
 
-from llama_fast.arithmetic.triton import Triton
-from llama_fast.caches.static import Static
-from llama_fast.compilers.compiled import Compiled
-from llama_fast.compilers.eager import Eager
-from llama_fast.compilers.graphed import Graphed
+import pkgutil
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+
+import llama_fast.encodings
 from llama_fast.contracts import Encoding
-from llama_fast.encodings.dense import Dense
-from llama_fast.encodings.int8 import Int8
 from llama_fast.plan import Plan
 from llama_ref.arguments import text
 
-ENCODINGS: dict[str, Encoding] = {kind.name: kind for kind in (Dense(), Int8())}
+
+@cache
+def encodings() -> dict[str, Encoding]:
+    """The encodings by name: one of every file of `encodings` that names its own, as `ENCODING = Int8()`."""
+    files = (import_module(f"{llama_fast.encodings.__name__}.{file.name}") for file in _files())
+    return {file.ENCODING.name: file.ENCODING for file in files if hasattr(file, "ENCODING")}
+
+
+def _files() -> list[pkgutil.ModuleInfo]:
+    return sorted(pkgutil.iter_modules(llama_fast.encodings.__path__), key=lambda file: file.name)
 
 
 def encoding_named(name: str) -> Encoding:
     """ "int8" -> Int8(); ValueError that lists the known names."""
-    if text("encoding", name) not in ENCODINGS:
-        raise ValueError(f"unknown encoding {name!r} (known: {', '.join(ENCODINGS)})")
-    return ENCODINGS[name]
+    if text("encoding", name) not in encodings():
+        raise ValueError(f"unknown encoding {name!r} (known: {', '.join(encodings())})")
+    return encodings()[name]
 
 
 def plan_named(name: str) -> Plan:
     """ "int8" -> the optimised plan with int8 weights; ValueError that lists the known names."""
-    if name not in ENCODINGS:
-        raise ValueError(f"plan={name!r} is no preset (known: {', '.join(ENCODINGS)}): for others write a Plan")
-    return optimised(ENCODINGS[name])
+    if name not in encodings():
+        raise ValueError(f"plan={name!r} is no preset (known: {', '.join(encodings())}): for others write a Plan")
+    return optimised(encodings()[name])
 
 
-def optimised(encoding: Encoding = Dense(), compile: bool = False) -> Plan:
-    """The static cache and joined projections, with this encoding, compiled or not."""
-    return Plan(encoding, cache=Static(), compiler=Compiled() if compile else Eager(), fuse_projections=True)
+def optimised(encoding: Encoding | None = None, compile: bool = False) -> Plan:
+    """The static cache and joined projections, with this encoding (dense by default), compiled or not."""
+    from llama_fast.caches.static import Static
+
+    plan = with_encoding(Plan(cache=Static(), fuse_projections=True), encoding)
+    if not compile:
+        return plan
+    from llama_fast.compilers.compiled import Compiled
+
+    return replace(plan, compiler=Compiled())
 
 
-def fused(encoding: Encoding = Dense()) -> Plan:
+def fused(encoding: Encoding | None = None) -> Plan:
     """The static cache and our own kernels, replayed as a CUDA graph; needs a CUDA device."""
-    return Plan(encoding, cache=Static(), compiler=Graphed(), arithmetic=Triton(), fuse_projections=True)
+    from llama_fast.arithmetic.triton import Triton
+    from llama_fast.compilers.graphed import Graphed
+
+    return replace(optimised(encoding), compiler=Graphed(), arithmetic=Triton())
+
+
+def with_encoding(plan: Plan, encoding: Encoding | None) -> Plan:
+    """The plan with another encoding, or as it is."""
+    return plan if encoding is None else replace(plan, encoding=encoding)

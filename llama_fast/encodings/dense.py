@@ -37,3 +37,6 @@ class Dense:
 
     def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, parts["weight"])
+
+
+ENCODING = Dense()

@@ -57,6 +57,9 @@ class Int8:
         return parts["weight"][ids].to(dtype) * parts["scale"][ids].to(dtype)
 
 
+ENCODING = Int8()
+
+
 def ceil_bf16(x: Tensor) -> Tensor:
     """The smallest bf16 number that is not below positive float32 x: 1.001 -> 1.0078125."""
     bits = x.view(torch.int32)
