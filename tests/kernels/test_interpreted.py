@@ -24,9 +24,10 @@ def unable() -> str:
 
 
 @pytest.mark.skipif(bool(unable()), reason=unable())
-@pytest.mark.parametrize("group", ["attention", "qkv", "step", "linear", "ends", "choosing"])
+@pytest.mark.parametrize("group", ["attention", "qkv", "step", "linear", "ends", "choosing", "faults"])
 def test_kernels_agree_with_float64(group: str) -> None:
-    script = Path(__file__).with_name("interpreted_step.py" if group == "step" else "interpreted.py")
+    own = {"step": "interpreted_step.py", "faults": "interpreted_faults.py"}
+    script = Path(__file__).with_name(own.get(group, "interpreted.py"))
     done = subprocess.run(
         [sys.executable, str(script), group], env=ENVIRONMENT, capture_output=True, text=True, timeout=590
     )

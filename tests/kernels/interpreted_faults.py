@@ -1,0 +1,102 @@
+"""Faults planted in the kernels' calls, judged by the oracle's stages of the pass that runs, in Triton's interpreter.
+
+Run by test_interpreted.py with TRITON_INTERPRET=1.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fast.build import build
+from llama_fast.compilers.eager import Eager
+from llama_fast.encodings.int8 import Int8
+from llama_fast.kernels import ops
+from llama_fast.recipes import fused
+from llama_ref.checkpoint import random_checkpoint
+from llama_ref.config import LlamaConfig
+from oracle.questions.localise import first_beyond
+from oracle.subjects.fast import FastSubject
+from oracle.verify import references, stage_reports
+
+CONFIG = LlamaConfig(
+    dim=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=80, vocab_size=61, max_context=96
+)
+ROWS = [[(7 * i + 3) % 61 for i in range(26)], [(5 * i * i + 1) % 61 for i in range(19)]]
+Calls = list[int]
+
+
+@contextmanager
+def changed(name: str, change: Callable[..., Any]) -> Iterator[None]:
+    """ops.NAME called as change(original, number of the call in its pass, *arguments): two calls a pass and kind, one a block."""
+    original, count = getattr(ops, name), [0]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        count[0] += 1
+        return change(original, count[0] - 1, *arguments, **options)
+
+    setattr(ops, name, call)
+    try:
+        yield
+    finally:
+        setattr(ops, name, original)
+
+
+def late_position(original: Any, number: int, qkv: Tensor, rope: Any) -> Tensor:
+    """The second block turns every token of many rows by the position after its own."""
+    if number % 2:
+        rope = rope._replace(cos=rope.cos.roll(-1, 0), sin=rope.sin.roll(-1, 0))
+    return original(qkv, rope)  # type: ignore[no-any-return]
+
+
+def late_step(
+    original: Any, number: int, x: Tensor, gain: Tensor, eps: float, weight: Any, scale: Any, rope: Any, **options: Any
+) -> Tensor:
+    if number % 2 == 0:
+        rope = rope._replace(cos=rope.cos.roll(-1, 0), sin=rope.sin.roll(-1, 0))
+    return original(x, gain, eps, weight, scale, rope, **options)  # type: ignore[no-any-return]
+
+
+def wrong_scale(
+    original: Any, number: int, a: Tensor, weight: Tensor, scale: Tensor, x: Tensor, **options: Any
+) -> Tensor:
+    """The last product of the second block: four calls a pass, of which it is the last."""
+    return original(a, weight, scale * 1.02 if number % 4 == 3 else scale, x, **options)  # type: ignore[no-any-return]
+
+
+def early_slots(
+    original: Any, number: int, q: Tensor, k: Tensor, v: Tensor, start: Tensor, *rest: Any, **options: Any
+) -> Tensor:
+    """Of a step of one token, the first block does not see the newest slot."""
+    first = number % 2 == 0 and q.shape[0] == len(start)
+    return original(q, k, v, (start - 1).clamp(min=0) if first else start, *rest, **options)  # type: ignore[no-any-return]
+
+
+def found(runner: Any) -> str:
+    truth, yardstick = references(runner, runner.checkpoint)
+    first = first_beyond(stage_reports(FastSubject(runner), truth, yardstick, ROWS))
+    return "nothing" if first is None else first.name
+
+
+def main() -> None:
+    checkpoint = random_checkpoint(CONFIG, 1, "cpu", torch.float32)
+    runner = build(checkpoint, dataclasses.replace(fused(Int8()), compiler=Eager()), "cpu")
+    assert found(runner) == "nothing"
+    planted = (
+        ("turn_and_store", late_position, "layers.1.q_rope"),
+        ("qkv", late_step, "layers.0.q_rope"),
+        ("linear_add", wrong_scale, "layers.1"),
+        ("attention", early_slots, "layers.0.attention"),
+    )
+    for name, change, where in planted:
+        with changed(name, change):
+            seen = found(runner)
+        assert seen == where, f"{change.__name__}: found at {seen}, planted at {where}"
+    print(f"faults: {len(planted)} results agree")
+
+
+if __name__ == "__main__":
+    main()
