@@ -19,7 +19,7 @@ from llama_fast.caches.static import Static
 from llama_fast.chat import Chat
 from llama_fast.compilers.compiled import Compiled
 from llama_fast.encodings.int8 import Int8
-from llama_fast.engine import generate
+from llama_fast.engine.generate import generate
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.recipes import optimised
 from llama_fast.speculative.proposers import Draft, Ngram, Padded
@@ -50,7 +50,7 @@ class Letters(RandomTokenizer):
     def encode(self, text: str, bos: bool = True) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
 
