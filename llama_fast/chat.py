@@ -15,7 +15,7 @@ from llama_fast.engine.sampling import Sampling
 from llama_fast.llama import Llama, Row
 from llama_ref.arguments import made, shown, texts, whole
 from llama_ref.arguments import text as checked_text
-from llama_ref.chat import last_words, may_go_on, with_words
+from llama_ref.tokenizers.chat import last_words, may_go_on, with_words
 
 
 class Chat:

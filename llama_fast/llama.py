@@ -30,10 +30,10 @@ from llama_fast.engine.text import TextStream
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named, optimised, plan_named
 from llama_ref.arguments import floating, made, named, rows_of_ids, shown, texts, whole
-from llama_ref.chat import chat_text, may_go_on
-from llama_ref.chat_templates import template_named
 from llama_ref.models import DEFAULT_MODEL, resolve
-from llama_ref.tokenizer import Tokenizer
+from llama_ref.tokenizers.chat import chat_text, may_go_on
+from llama_ref.tokenizers.chat_templates import template_named
+from llama_ref.tokenizers.contract import Tokenizer
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Tensor

@@ -26,10 +26,10 @@ from llama_fast.build import build, default_dtype, where
 from llama_fast.llama import Llama, Output
 from llama_fast.lm_eval_settings import LOG, check_arguments, generation_options, without_stops
 from llama_fast.recipes import encoding_named, optimised
-from llama_ref.chat import chat_text
-from llama_ref.chat_templates import template_named
 from llama_ref.models import resolve
-from llama_ref.tokenizer import TokenizerError
+from llama_ref.tokenizers.chat import chat_text
+from llama_ref.tokenizers.chat_templates import template_named
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 MOST_ROWS = 64
 """Rows of a batch to begin with where the harness is told to find out (`--batch_size auto`)."""

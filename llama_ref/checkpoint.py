@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama_ref.arguments import named
+from llama_ref.formats.saved import is_saved, open_saved, save_checkpoint
 from llama_ref.random_weights import random_checkpoint
-from llama_ref.saved import is_saved, open_saved, save_checkpoint
 from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, expected_shapes
 
 __all__ = [
@@ -31,8 +31,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config.json is there. A single file may be named instead of its directory. Only headers are read here; a tensor's
     bytes are read when it is sliced. Raises CheckpointError.
     """
-    from llama_ref import gguf_file, huggingface, meta_layout
-    from llama_ref.gguf_header import gguf_files
+    from llama_ref.formats import gguf_file, huggingface, meta_layout
+    from llama_ref.formats.gguf_header import gguf_files
 
     path = Path(named("path", path)).expanduser()
     if path.is_file():

@@ -16,25 +16,19 @@ from typing import Any
 
 import torch
 
-from llama_ref import safetensors_files
 from llama_ref.arguments import named
-from llama_ref.chat_templates import template_files
 from llama_ref.checkpoint import open_checkpoint
 from llama_ref.config import LlamaConfig
-from llama_ref.hf_config import to_hf
-from llama_ref.huggingface import halve, huggingface_name, is_rotary
-from llama_ref.meta_config import from_meta, to_meta
-from llama_ref.meta_layout import FIRST_SHARD, PARAMS, is_meta
-from llama_ref.saved import appears_whole, is_saved, unshared
-from llama_ref.tokenizer import (
-    COMPANIONS,
-    JSON_FILE,
-    RANDOM_FILE,
-    SENTENCEPIECE_FILE,
-    has_tokenizer,
-    load_tokenizer,
-)
-from llama_ref.weight_files import NAMED
+from llama_ref.formats import safetensors_files
+from llama_ref.formats.hf_config import to_hf
+from llama_ref.formats.huggingface import halve, huggingface_name, is_rotary
+from llama_ref.formats.meta_config import from_meta, to_meta
+from llama_ref.formats.meta_layout import FIRST_SHARD, PARAMS, is_meta
+from llama_ref.formats.saved import appears_whole, is_saved, unshared
+from llama_ref.formats.weight_files import NAMED
+from llama_ref.tokenizers.chat_templates import template_files
+from llama_ref.tokenizers.tokenizer import has_tokenizer, load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import COMPANIONS, JSON_FILE, RANDOM_FILE, SENTENCEPIECE_FILE
 from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, expected_shapes
 
 CONFIG = "config.json"

@@ -16,7 +16,8 @@ from llama_ref.arguments import named
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from llama_ref.config import NAMED
 from llama_ref.packaged_model import SMOLLM2_135M, ModelError, fetch
-from llama_ref.tokenizer import RandomTokenizer, Tokenizer, has_tokenizer, load_tokenizer
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer, has_tokenizer, load_tokenizer
 
 __all__ = ["DEFAULT_MODEL", "Model", "ModelError", "open_model", "resolve"]
 

@@ -19,8 +19,8 @@ from llama_fast.compilers.eager import Eager
 from llama_fast.engine.runner import Runner
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
-from llama_ref.hf_config import from_hf, to_hf
-from llama_ref.tokenizer import Tokenizer
+from llama_ref.formats.hf_config import from_hf, to_hf
+from llama_ref.tokenizers.contract import Tokenizer
 from oracle.questions.cases import Case, random_row, standard_case, text_rows
 from oracle.questions.checkpoints import (
     OtherProcess,

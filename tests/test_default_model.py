@@ -12,7 +12,7 @@ import torch
 
 from llama_fast.ladder import cli
 from llama_ref.models import DEFAULT_MODEL, resolve
-from llama_ref.tokenizer import DEFAULT_PROMPT
+from llama_ref.tokenizers.tokenizer import DEFAULT_PROMPT
 
 pytestmark = [
     pytest.mark.usefixtures("two_threads"),

@@ -11,7 +11,7 @@ import pytest
 from llama_fast import Llama
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 PYTHON = re.compile(r"```python\n(.*?)```", re.S)

@@ -29,7 +29,7 @@ from llama_fast.speculative.proposers import Draft, Ngram
 from llama_fast.weights import named_tensors
 from llama_ref.command import complain, is_foreseen, one_line, run, writable
 from llama_ref.models import DEFAULT_MODEL, resolve
-from llama_ref.tokenizer import DEFAULT_PROMPT
+from llama_ref.tokenizers.tokenizer import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
     from llama_fast.chat import Chat
@@ -235,7 +235,7 @@ def quantize(
     device: DeviceFlag = None,
 ) -> None:
     """Encode a checkpoint once and save it: a directory that loads again without the original."""
-    from llama_ref.saved import check_can_write, save_checkpoint
+    from llama_ref.formats.saved import check_can_write, save_checkpoint
 
     kind = encoding_named(encoding)
     if kind.name == "dense":
@@ -260,7 +260,7 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint in Hugging Face's or Meta's layout, number for number."""
     from llama_ref.convert import convert as rewrite
-    from llama_ref.saved import check_can_write
+    from llama_ref.formats.saved import check_can_write
 
     check_can_write(target)
     found = resolve(source)

@@ -20,7 +20,8 @@ from llama_fast.engine.text import UNFINISHED, TextStream
 from llama_fast.plan import Plan
 from llama_fast.weights import named_tensors
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from llama_ref.tokenizer import Tokenizer, load_tokenizer
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.tokenizer import load_tokenizer
 from oracle.questions.cases import random_row
 from oracle.questions.localise import judge_weights
 from oracle.questions.tokens import TEXTS, Encode, judge_tokens, judge_writer

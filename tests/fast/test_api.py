@@ -24,10 +24,10 @@ from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.sampling import Chooser
 from llama_fast.recipes import optimised
 from llama_fast.speculative.proposers import Ngram
-from llama_ref.chat import chat_ids
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.chat import chat_ids
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 
 CONFIG = LlamaConfig(48, 2, 6, 2, 10, 72, 259, 512, eos_ids=(7,))
 TEXTS = ["one", "another text", "3"]

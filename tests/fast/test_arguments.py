@@ -28,7 +28,7 @@ from llama_ref.config import LlamaConfig
 from llama_ref.generate import greedy, sample
 from llama_ref.model import Llama as Reference
 from llama_ref.models import resolve
-from llama_ref.tokenizer import RandomTokenizer, load_tokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer, load_tokenizer
 from oracle.questions.cases import Case, Split, random_row, standard_case
 from oracle.questions.judge import Bench, judge
 from oracle.subjects.adapters import RefSubject, Yardstick

@@ -14,7 +14,7 @@ import pytest
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.interrupts import is_command
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 
 MODEL = ["--model", "random:smollm2-135m", "--device", "cpu"]
 SCRIPT = "import sys; sys.argv[0] = '/some/bin/{name}'; from {module} import main; main()"

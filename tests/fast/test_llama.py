@@ -12,7 +12,7 @@ import torch
 from llama_fast import Llama, Plan
 from llama_fast.encodings.int8 import Int8
 from llama_ref.checkpoint import Checkpoint, save_checkpoint
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from llama_fast.engine.logprobs import Logprobs
 from llama_fast.engine.sampling import Sampling
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 from oracle.questions.cases import random_row
 from oracle.questions.judge import Bench
 from oracle.statistics.compare import Outcome

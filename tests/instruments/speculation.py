@@ -29,7 +29,7 @@ from llama_fast.engine.sampling import Sampling
 from llama_fast.recipes import optimised
 from llama_fast.speculative.proposers import Ngram
 from llama_ref.models import resolve
-from llama_ref.tokenizer import Tokenizer
+from llama_ref.tokenizers.contract import Tokenizer
 
 PASSAGE = (
     "The lighthouse at Carrow Point was built in 1841 by the engineer Elias Thornbury, who had lost two brothers to the "

@@ -31,8 +31,9 @@ from llama_fast.recipes import encoding_named, optimised
 from llama_fast.speculative import acceptance, rounds
 from llama_fast.speculative import proposers as speculative
 from llama_fast.speculative import verification as checks
-from llama_ref import huggingface, saved, tokenizer
 from llama_ref.checkpoint import Checkpoint
+from llama_ref.formats import huggingface, saved
+from llama_ref.tokenizers import tokenizer
 
 Patch = pytest.MonkeyPatch
 DENSE, INT8 = optimised(), optimised(encoding_named("int8"))

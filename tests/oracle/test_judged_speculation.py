@@ -17,7 +17,7 @@ from llama_fast.speculative import verification as checks
 from llama_fast.speculative.proposers import Draft
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 from oracle import cli
 from oracle.questions import speculation
 

@@ -16,7 +16,7 @@ from llama_fast.plan import Plan
 from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from llama_ref.config import LlamaConfig
-from llama_ref.tokenizer import JsonTokenizer
+from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
 from oracle.questions.cases import TEXT, Case, random_row, standard_case
 from oracle.questions.checkpoints import judge_repetition, judge_round_trip, judge_text, judge_window, references
 from oracle.questions.generation import judge_draws, judge_stopping

@@ -17,7 +17,7 @@ import torch
 from llama_fast.parallel import ranks
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 from tests.parallel.launched import JOB, Launched, environment, errors
 
 CONFIG = LlamaConfig(

@@ -19,7 +19,7 @@ from llama_fast.ladder.rungs import RUNGS, Rung, rungs_of
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 from tests.parallel.launched import Launched, environment, errors
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ class Read:
 
 def reads_of(folder: Path) -> list[Read]:
     """Every read of every module of a folder."""
-    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))}
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.py"))}
     everywhere: dict[str, list[str]] = {}
     for tree in trees.values():
         everywhere |= _constants(tree)

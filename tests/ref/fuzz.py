@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 
-from llama_ref.chat import chat_text
 from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig, RopeScaling
 from llama_ref.convert import convert
-from llama_ref.tokenizer import TokenizerError, load_tokenizer
+from llama_ref.tokenizers.chat import chat_text
+from llama_ref.tokenizers.tokenizer import load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 SECONDS = 20.0
 MEMORY_BYTES = 200_000_000
@@ -114,7 +115,7 @@ def _state(directory: Path) -> dict[str, torch.Tensor]:
 def _write_gguf(directory: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    from llama_ref.gguf_file import gguf_name
+    from llama_ref.formats.gguf_file import gguf_name
 
     directory.mkdir()
     writer = GGUFWriter(directory / "model.gguf", "llama")
@@ -305,7 +306,7 @@ ODD_NAMES = (
 
 def _odd_gguf(data: bytes, draw: random.Random) -> bytes:
     """Other values in the metadata, or in one of its arrays; what stands behind it stays in order."""
-    from llama_ref.gguf_header import _Cursor
+    from llama_ref.formats.gguf_header import _Cursor
 
     cursor: Any = _Cursor(data, 8)  # type: ignore[arg-type]
     n_tensors, n_entries = cursor.number("Q"), cursor.number("Q")

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from llama_ref.chat import chat_ids, chat_text
-from llama_ref.chat_templates import LLAMA_2, LLAMA_3, templates_of
 from llama_ref.models import Model
-from llama_ref.tokenizer import JsonTokenizer, RandomTokenizer, TokenizerError, load_tokenizer
+from llama_ref.tokenizers.chat import chat_ids, chat_text
+from llama_ref.tokenizers.chat_templates import LLAMA_2, LLAMA_3, templates_of
+from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer, load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
 {%- endfor %}
@@ -318,7 +320,7 @@ def test_templates_that_are_none_are_refused() -> None:
 
 
 def test_a_gguf_names_templates_as_llama_cpp_does() -> None:
-    from llama_ref.gguf_tokenizer import settings_of
+    from llama_ref.tokenizers.gguf_tokenizer import settings_of
 
     facts: dict[str, Any] = {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "gpt2"}
     facts |= {"tokenizer.chat_template.rag": REPEATS, "tokenizer.chat_templates": ["rag"]}

@@ -30,12 +30,12 @@ from llama_ref.checkpoint import (
     save_checkpoint,
 )
 from llama_ref.config import LlamaConfig, RopeScaling
-from llama_ref.gguf_header import read_header
-from llama_ref.hf_config import to_hf
-from llama_ref.huggingface import InterleavedRows, huggingface_name, interleave
+from llama_ref.formats.gguf_header import read_header
+from llama_ref.formats.hf_config import to_hf
+from llama_ref.formats.huggingface import InterleavedRows, huggingface_name, interleave
+from llama_ref.formats.saved import appears_whole, check_can_write
 from llama_ref.models import Model
 from llama_ref.random_weights import stable_seed
-from llama_ref.saved import appears_whole, check_can_write
 from llama_ref.weights import spans
 
 SMALL = LlamaConfig(32, 2, 4, 2, 8, 48, 101, 256, bos_id=1, eos_ids=(2,))
@@ -371,7 +371,7 @@ def test_a_slice_of_a_huge_gguf_file_reads_only_itself(tmp_path: Path) -> None:
     info = struct.pack("<Q", 1) + b"w" + struct.pack("<IQQIQ", 2, COLUMNS, ROWS, 0, 0)
     header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + info
     header += b"\0" * (-len(header) % 32)
-    tail = "\nfrom llama_ref.gguf_file import _map_tensors\n"
+    tail = "\nfrom llama_ref.formats.gguf_file import _map_tensors\n"
     tail += "tensor = _map_tensors(pathlib.Path(sys.argv[1]), tensor.tensors)['w']"
     run_on_sparse_file(tmp_path / "w.gguf", header, "gguf_header", "read_header", tail)
 
@@ -390,7 +390,7 @@ def write_gguf(path: Path, config: LlamaConfig = GGUF_CONFIG, **changes: Any) ->
     from gguf.constants import GGMLQuantizationType as Kind
     from gguf.quants import dequantize, quantize
 
-    from llama_ref.gguf_file import gguf_name
+    from llama_ref.formats.gguf_file import gguf_name
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_embedding_length(config.dim)
@@ -477,7 +477,7 @@ def test_tied_and_llama3_scaled_ggufs(tmp_path: Path) -> None:
     assert tied.config.tie_embeddings
     assert "output.weight" not in tied.weights
     scaling = RopeScaling("llama3", 8.0)
-    from llama_ref.gguf_rope import llama3_rope_factors
+    from llama_ref.formats.gguf_rope import llama3_rope_factors
 
     write_gguf(tmp_path / "scaled.gguf", rope_factors=llama3_rope_factors(scaling, 10000.0, 16))
     assert open_checkpoint(tmp_path / "scaled.gguf").config.rope_scaling == scaling

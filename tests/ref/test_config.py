@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from llama_ref.checkpoint import expected_shapes
 from llama_ref.config import NAMED, LlamaConfig, RopeScaling
-from llama_ref.gguf_config import from_gguf
-from llama_ref.gguf_rope import llama3_rope_factors
-from llama_ref.hf_config import from_hf, to_hf
-from llama_ref.meta_config import from_meta, meta_ffn_dim
+from llama_ref.formats.gguf_config import from_gguf
+from llama_ref.formats.gguf_rope import llama3_rope_factors
+from llama_ref.formats.hf_config import from_hf, to_hf
+from llama_ref.formats.meta_config import from_meta, meta_ffn_dim
 
 PUBLISHED_PARAMETERS = {
     "llama-2-7b": 6_738_415_616,

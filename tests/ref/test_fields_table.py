@@ -39,7 +39,18 @@ FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it 
     "tokenizer_class": ("tokenizer_config.json", "config.json", "tokenizer.json"),
 }
 NO_READERS = {  # modules that read no field of a file
-    *("__init__", "arguments", "cache_folder", "chat", "checkpoint", "command", "config", "fields", "generate"),
+    *(
+        "__init__",
+        "arguments",
+        "cache_folder",
+        "chat",
+        "checkpoint",
+        "command",
+        "config",
+        "contract",
+        "fields",
+        "generate",
+    ),
     *("gguf_pretokenizers", "interrupts", "meta_layout", "model", "models", "packaged_model", "random_weights"),
     *("rope_scaling", "safetensors_files", "sentencepiece_model", "tied_tables", "tiktoken_file", "tokenizer_files"),
     *("weight_files", "weights"),
@@ -71,7 +82,7 @@ def rows() -> set[tuple[str, str]]:
 
 
 def test_every_module_says_which_files_it_reads() -> None:
-    modules = {path.stem for path in (ROOT / "llama_ref").glob("*.py")}
+    modules = {path.stem for path in (ROOT / "llama_ref").rglob("*.py")}
     unknown = sorted(modules - FILES_OF.keys() - NO_READERS)
     assert not unknown, f"say in FILES_OF whose fields llama_ref/{unknown[0]}.py reads, or name it in NO_READERS"
     assert FILES_OF.keys() | NO_READERS <= modules and not FILES_OF.keys() & NO_READERS

@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 from llama_ref.checkpoint import Checkpoint, CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig, RopeScaling
 from llama_ref.convert import convert
-from llama_ref.gguf_file import gguf_name
-from llama_ref.gguf_header import read_header
-from llama_ref.hf_config import to_hf
-from llama_ref.meta_config import from_meta, to_meta
-from llama_ref.meta_layout import Merged
+from llama_ref.formats.gguf_file import gguf_name
+from llama_ref.formats.gguf_header import read_header
+from llama_ref.formats.hf_config import to_hf
+from llama_ref.formats.meta_config import from_meta, to_meta
+from llama_ref.formats.meta_layout import Merged
 from llama_ref.models import Model, resolve
-from llama_ref.tokenizer import RandomTokenizer, TokenizerError, has_tokenizer, load_tokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer, has_tokenizer, load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 REPOSITORY = Path(__file__).parents[2]
 

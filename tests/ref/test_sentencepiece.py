@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
-from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
-from llama_ref.tokenizer import JsonTokenizer, Tokenizer, TokenizerError, load_tokenizer
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
+from llama_ref.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from llama_ref.tokenizers.tokenizer import load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 CORPUS = [
     "Hello my name is over there",

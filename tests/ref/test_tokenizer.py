@@ -10,19 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_ref import gguf_tokenizer
-from llama_ref.gguf_tokenizer import settings_of
 from llama_ref.models import Model, resolve
-from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
-from llama_ref.tokenizer import (
-    DEFAULT_PROMPT,
-    JsonTokenizer,
-    RandomTokenizer,
-    Tokenizer,
-    TokenizerError,
-    has_tokenizer,
-    load_tokenizer,
-)
+from llama_ref.tokenizers import gguf_tokenizer
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.gguf_tokenizer import settings_of
+from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
+from llama_ref.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from llama_ref.tokenizers.tokenizer import DEFAULT_PROMPT, RandomTokenizer, has_tokenizer, load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 CORPUS = ["Hello, my name is Lama.", "the cat sat on the mat, 42 times", "naïve café: é ü ß"] * 20
 TEXTS = st.text(max_size=40)

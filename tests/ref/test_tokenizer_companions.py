@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_ref.json_tokenizer import JsonTokenizer
-from llama_ref.tokenizer import TokenizerError, load_tokenizer
+from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
+from llama_ref.tokenizers.tokenizer import load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 CORPUS = ["hello world, how are you", "over the lazy dog 42 times", "naïve café"] * 9

@@ -21,8 +21,10 @@ import pytest
 
 from llama_fast.engine.text import TextStream
 from llama_ref.models import Model
-from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
-from llama_ref.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from llama_ref.tokenizers.tokenizer import load_tokenizer
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 STRINGS = 2000
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from llama_ref.checkpoint import Checkpoint, CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.convert import convert
-from llama_ref.gguf_file import gguf_name
+from llama_ref.formats.gguf_file import gguf_name
+from llama_ref.formats.weight_files import ORDER
 from llama_ref.model import Llama
-from llama_ref.weight_files import ORDER
 
 SINGLE, INDEX, PICKLE, PICKLE_INDEX = ORDER
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -492,8 +492,8 @@ import os, sys
 from pathlib import Path
 from llama_ref.checkpoint import open_checkpoint, save_checkpoint
 from llama_ref.convert import convert
-from llama_ref.gguf_tokenizer import store
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.gguf_tokenizer import store
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 source = Path(sys.argv[1])
 for to in map(Path, sys.argv[2:]):
     os.umask(int(to.name, 8))

@@ -15,7 +15,7 @@ import torch
 from llama_fast import Llama
 from llama_fast.ladder import cli
 from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
-from llama_ref.tokenizer import RandomTokenizer
+from llama_ref.tokenizers.tokenizer import RandomTokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 PYTORCHS_OWN = re.compile(r"[VIWE]\d{4} [\d:.]+ \d+ torch/")

@@ -12,7 +12,16 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from llama_ref.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, role_id
+from llama_ref.formats.gguf_vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    role_id,
+)
 
 BPE = 2  # TrainerSpec.model_type
 A_BYTE = re.compile(r"<0x[0-9A-F]{2}>")

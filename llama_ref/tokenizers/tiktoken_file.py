@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.cache_folder import cache_folder
-from llama_ref.chat_templates import template_files
-from llama_ref.tokenizer_files import (
+from llama_ref.tokenizers.chat_templates import template_files
+from llama_ref.tokenizers.tokenizer_files import (
     COMPANIONS,
     JSON_FILE,
     SETTINGS_FILE,
@@ -56,7 +56,7 @@ def files_of_tiktoken(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError):
         import contextlib
 
-        from llama_ref.gguf_tokenizer import store
+        from llama_ref.tokenizers.gguf_tokenizer import store
 
         text = _backend(_ranks(content, path)).to_str()
         with contextlib.suppress(OSError):  # a cache that cannot be written costs seconds, not the answer

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from llama_ref.gguf_config import from_gguf
-from llama_ref.gguf_header import PART, TensorPlace, first_part, read_header
+from llama_ref.formats.gguf_config import from_gguf
+from llama_ref.formats.gguf_header import PART, TensorPlace, first_part, read_header
 from llama_ref.weights import Checkpoint, CheckpointError, Key, check_shapes, expected_shapes, spans
 
 OF_MODEL = {

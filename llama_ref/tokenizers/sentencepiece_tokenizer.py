@@ -12,12 +12,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_ref.added_tokens import AddedToken, AddedTokens
-from llama_ref.chat_templates import DEFAULT, template_files, templates_of
-from llama_ref.companions import Companions, read_companions
-from llama_ref.sentencepiece_model import SentencePieceModel
-from llama_ref.tokenizer_class import GENERIC, SPACE, class_of, prefixes_every_stretch, with_class
-from llama_ref.tokenizer_files import (
+from llama_ref.tokenizers.added_tokens import AddedToken, AddedTokens
+from llama_ref.tokenizers.chat_templates import DEFAULT, template_files, templates_of
+from llama_ref.tokenizers.companions import Companions, read_companions
+from llama_ref.tokenizers.sentencepiece_model import SentencePieceModel
+from llama_ref.tokenizers.tokenizer_class import GENERIC, SPACE, class_of, prefixes_every_stretch, with_class
+from llama_ref.tokenizers.tokenizer_files import (
     COMPANIONS,
     SENTENCEPIECE_FILE,
     SETTINGS_FILE,

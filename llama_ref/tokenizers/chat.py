@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from llama_ref.chat_templates import BUILT_IN, template_named
-from llama_ref.tokenizer import Tokenizer, TokenizerError
+from llama_ref.tokenizers.chat_templates import BUILT_IN, template_named
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant", "content": text}; a template may know more."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_ref import pickled_files, safetensors_files
-from llama_ref.sharded_files import open_shards
+from llama_ref.formats import pickled_files, safetensors_files
+from llama_ref.formats.sharded_files import open_shards
 from llama_ref.weights import CheckpointError, TensorSource
 
 NAMED = "transformers_weights"

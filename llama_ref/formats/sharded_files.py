@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from llama_ref.safetensors_files import read_json
+from llama_ref.formats.safetensors_files import read_json
 from llama_ref.weights import CheckpointError, TensorSource
 
 

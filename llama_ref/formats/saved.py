@@ -19,10 +19,10 @@ from typing import Protocol
 import torch
 
 from llama_ref.config import LlamaConfig
-from llama_ref.hf_config import from_hf, to_hf
-from llama_ref.safetensors_files import SINGLE, read_json, write_file
-from llama_ref.tied_tables import settle_tables
-from llama_ref.weight_files import open_weights
+from llama_ref.formats.hf_config import from_hf, to_hf
+from llama_ref.formats.safetensors_files import SINGLE, read_json, write_file
+from llama_ref.formats.tied_tables import settle_tables
+from llama_ref.formats.weight_files import open_weights
 from llama_ref.weights import FLOATS, Checkpoint, CheckpointError, TensorSource, check_shapes, expected_shapes
 
 FORMAT = 1

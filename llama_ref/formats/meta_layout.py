@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from llama_ref import huggingface, pickled_files
 from llama_ref.config import LlamaConfig
-from llama_ref.meta_config import from_meta
-from llama_ref.safetensors_files import read_json
-from llama_ref.tied_tables import settle_tables
+from llama_ref.formats import huggingface, pickled_files
+from llama_ref.formats.meta_config import from_meta
+from llama_ref.formats.safetensors_files import read_json
+from llama_ref.formats.tied_tables import settle_tables
 from llama_ref.weights import (
     Checkpoint,
     CheckpointError,

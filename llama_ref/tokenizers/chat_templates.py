@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_ref.tokenizer import Tokenizer
-from llama_ref.tokenizer_files import TEMPLATE_FILE, TokenizerError, read_text
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.tokenizer_files import TEMPLATE_FILE, TokenizerError, read_text
 
 DEFAULT = "default"
 FOLDER = "additional_chat_templates"

@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.cache_folder import cache_folder
-from llama_ref.gguf_byte_pair import PRE, byte_pair_json, pretokenizer_of
-from llama_ref.gguf_header import Header, first_part, read_header
-from llama_ref.gguf_sentencepiece import added_tokens, adds_space, sentencepiece_model
-from llama_ref.gguf_vocabulary import BYTE_PAIR, SENTENCEPIECE, TOKENS, read_vocabulary, role_id, warn_of_ids
-from llama_ref.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, JsonTokenizer, Tokenizer, TokenizerError
+from llama_ref.formats.gguf_header import Header, first_part, read_header
+from llama_ref.formats.gguf_vocabulary import BYTE_PAIR, SENTENCEPIECE, TOKENS, read_vocabulary, role_id, warn_of_ids
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.gguf_byte_pair import PRE, byte_pair_json, pretokenizer_of
+from llama_ref.tokenizers.gguf_sentencepiece import added_tokens, adds_space, sentencepiece_model
+from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
+from llama_ref.tokenizers.tokenizer_files import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, TokenizerError
 
 CONVERSION = 4  # part of the key: raise it when what is derived changes
 MODEL = "tokenizer.ggml.model"
-NAMED = "tokenizer.chat_template."  # and a name: a template besides the one meant without a name
+TEMPLATE_OF_NAME = "tokenizer.chat_template."  # and a name: a template besides the one meant without a name
 
 
 def has_vocabulary(path: Path) -> bool:
@@ -43,7 +45,7 @@ def tokenizer_of_gguf(path: Path) -> Tokenizer:
             return JsonTokenizer({name: content.decode() for name, content in files.items()}, path)
         except ImportError as error:
             raise TokenizerError(f"{path}: a byte-pair vocabulary needs `pip install tokenizers`") from error
-    from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
+    from llama_ref.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
     folder = Path(tempfile.mkdtemp(prefix="llama-gguf-"))  # the library reads a file, and the cache may be taken away
     for name, content in files.items():
@@ -102,7 +104,11 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         token = role_id(metadata, role, len(tokens))
         if token is not None:
             settings[f"{role}_token"] = tokens[token]
-    named = {name.removeprefix(NAMED): text for name, text in metadata.items() if name.startswith(NAMED)}
+    named = {
+        name.removeprefix(TEMPLATE_OF_NAME): text
+        for name, text in metadata.items()
+        if name.startswith(TEMPLATE_OF_NAME)
+    }
     if template := metadata.get("tokenizer.chat_template"):
         settings["chat_template"] = {"default": template} | named if named else template
     elif named:

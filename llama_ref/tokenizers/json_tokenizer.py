@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_ref.added_tokens import AddedToken
-from llama_ref.companions import read_companions
-from llama_ref.tokenizer_class import DEFAULTS, as_the_class_reads, class_of, with_class
-from llama_ref.tokenizer_files import (
+from llama_ref.tokenizers.added_tokens import AddedToken
+from llama_ref.tokenizers.companions import read_companions
+from llama_ref.tokenizers.tokenizer_class import DEFAULTS, as_the_class_reads, class_of, with_class
+from llama_ref.tokenizers.tokenizer_files import (
     COMPANIONS,
     JSON_FILE,
     SETTINGS_FILE,
@@ -34,7 +34,7 @@ class JsonTokenizer:
     def __init__(self, files: Mapping[str, str], where: object = JSON_FILE, kind: str | None = None) -> None:
         """`files` maps file names to their text: tokenizer.json and, if there are any, its companions. `kind` is the
         tokenizer's class, if more than these files decides it."""
-        from llama_ref.chat_templates import DEFAULT, templates_of
+        from llama_ref.tokenizers.chat_templates import DEFAULT, templates_of
 
         kind = kind or class_of(files, {}, where)
         self._where = where
@@ -80,7 +80,7 @@ class JsonTokenizer:
     @classmethod
     def from_directory(cls, directory: Path) -> JsonTokenizer:
         where = directory / JSON_FILE
-        from llama_ref.chat_templates import template_files
+        from llama_ref.tokenizers.chat_templates import template_files
 
         files = read_texts(directory, (JSON_FILE, *COMPANIONS)) | template_files(directory)
         config = directory / "config.json"

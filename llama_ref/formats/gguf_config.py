@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_ref.config import LlamaConfig
-from llama_ref.fields import even_share, required, stated
-from llama_ref.gguf_rope import gguf_rope_scaling
-from llama_ref.gguf_vocabulary import TOKENS, end_ids, role_id, warn_of_ids
+from llama_ref.formats.fields import even_share, required, stated
+from llama_ref.formats.gguf_rope import gguf_rope_scaling
+from llama_ref.formats.gguf_vocabulary import TOKENS, end_ids, role_id, warn_of_ids
 
 REFUSED = ("llama.expert_count", "llama.attention.sliding_window", "llama.attention.clamp_kqv")
 SCALES = ("llama.logit_scale", "llama.residual_scale", "llama.embedding_scale", "llama.attention.scale")

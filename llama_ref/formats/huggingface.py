@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from llama_ref.config import LlamaConfig
-from llama_ref.fields import as_ids
-from llama_ref.hf_config import from_hf
-from llama_ref.safetensors_files import read_json
-from llama_ref.tied_tables import settle_tables
-from llama_ref.weight_files import NAMED, holds_weights, open_weights
+from llama_ref.formats.fields import as_ids
+from llama_ref.formats.hf_config import from_hf
+from llama_ref.formats.safetensors_files import read_json
+from llama_ref.formats.tied_tables import settle_tables
+from llama_ref.formats.weight_files import NAMED, holds_weights, open_weights
 from llama_ref.weights import (
     Checkpoint,
     CheckpointError,

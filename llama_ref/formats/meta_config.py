@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_ref.config import LlamaConfig
-from llama_ref.fields import even_share, flag, number, stated, whole
+from llama_ref.formats.fields import even_share, flag, number, stated, whole
 from llama_ref.rope_scaling import RopeScaling
 
 LLAMA_3_VOCABULARY = 128256

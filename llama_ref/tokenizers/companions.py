@@ -14,8 +14,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama_ref.added_tokens import AddedToken, token_as_stated
-from llama_ref.tokenizer_files import ADDED_FILE, MAP_FILE, SETTINGS_FILE, TokenizerError, beside, read_json_object
+from llama_ref.tokenizers.added_tokens import AddedToken, token_as_stated
+from llama_ref.tokenizers.tokenizer_files import (
+    ADDED_FILE,
+    MAP_FILE,
+    SETTINGS_FILE,
+    TokenizerError,
+    beside,
+    read_json_object,
+)
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA, OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"

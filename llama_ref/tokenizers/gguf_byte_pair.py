@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llama_ref.gguf_pretokenizers import DIGIT, PRETOKENIZERS, Pretokenizer
-from llama_ref.gguf_vocabulary import FOUND, USER_DEFINED, Vocabulary
+from llama_ref.formats.gguf_vocabulary import FOUND, USER_DEFINED, Vocabulary
+from llama_ref.tokenizers.gguf_pretokenizers import DIGIT, PRETOKENIZERS, Pretokenizer
 
 PRE = "tokenizer.ggml.pre"
 MERGES = "tokenizer.ggml.merges"

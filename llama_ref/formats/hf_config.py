@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_ref.config import LlamaConfig
-from llama_ref.fields import as_ids, even_share, flag, number, whole
-from llama_ref.hf_rope import hf_rope, hf_rope_spelling
+from llama_ref.formats.fields import as_ids, even_share, flag, number, whole
+from llama_ref.formats.hf_rope import hf_rope, hf_rope_spelling
 
 _HF_CONTEXT = {"llama": 2048, "mistral": 131072}  # model_type -> max_position_embeddings where a file does not say
 MISTRAL_WINDOW = 4096

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_ref.tiktoken_file import PATTERN as LLAMA_3
+from llama_ref.tokenizers.tiktoken_file import PATTERN as LLAMA_3
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"  # GPT-2's
 DIGIT = r"\p{N}"

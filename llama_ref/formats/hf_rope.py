@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from llama_ref.fields import flag, number, whole
+from llama_ref.formats.fields import flag, number, whole
 from llama_ref.rope_scaling import KINDS, RopeScaling
 
 OF_EVERY_KIND = ("rope_type", "type", "rope_theta", "partial_rotary_factor")

@@ -1,91 +1,27 @@
-"""Tokenizers: text to ids and back, from the files that stand beside the weights.
-
-Whether a text starts with BOS is what those files say: Llama 2 does, SmolLM2 does not. `encode(text, bos=False)` is
-for text that continues another.
-"""
+"""The tokenizer of a model's directory or file, and that of models which have no language."""
 
 from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llama_ref.arguments import named
-from llama_ref.json_tokenizer import JsonTokenizer
-from llama_ref.tokenizer_files import (
-    COMPANIONS,
+from llama_ref.tokenizers.contract import Tokenizer
+from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
+from llama_ref.tokenizers.tokenizer_files import (
     JSON_FILE,
     RANDOM_FILE,
     SENTENCEPIECE_FILE,
-    SETTINGS_FILE,
-    TEMPLATE_FILE,
     TokenizerError,
     read_json_object,
     read_text,
 )
 
-__all__ = [
-    "COMPANIONS",
-    "DEFAULT_PROMPT",
-    "DEFAULT_PROMPT_LLAMA_IDS",
-    "JSON_FILE",
-    "RANDOM_FILE",
-    "SENTENCEPIECE_FILE",
-    "SETTINGS_FILE",
-    "TEMPLATE_FILE",
-    "JsonTokenizer",
-    "RandomTokenizer",
-    "Tokenizer",
-    "TokenizerError",
-    "has_tokenizer",
-    "load_tokenizer",
-    "read_json_object",
-    "read_text",
-]
-
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_PROMPT_LLAMA_IDS = (1, 15043, 29892, 590, 1024, 338)
-
-
-class Tokenizer(Protocol):
-    """`eos_ids` are those the tokenizer's files name; a checkpoint's config may name more, and rules."""
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def chat_template(self) -> str | None:
-        """The checkpoint's Jinja template for conversations, if its files hold one that is meant without being named."""
-
-    @property
-    def chat_templates(self) -> Mapping[str, str]:
-        """All of them by name: {"default": ..., "tool_use": ...}."""
-        ...
-
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """What a chat template may name: {"bos_token": "<s>", "eos_token": "</s>", ...}."""
-        ...
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text; with `bos`, led by BOS if the model's texts start with one."""
-        ...
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some ids, without the text of special tokens unless that is asked for."""
-        ...
-
-    def save(self, directory: Path) -> None:
-        """Write the files from which load_tokenizer(directory) gives an equal tokenizer."""
-        ...
 
 
 class RandomTokenizer:
@@ -119,7 +55,7 @@ class RandomTokenizer:
 
 def has_tokenizer(path: Path) -> bool:
     """Whether load_tokenizer would find a tokenizer of a language at `path`."""
-    from llama_ref.gguf_tokenizer import has_vocabulary
+    from llama_ref.tokenizers.gguf_tokenizer import has_vocabulary
 
     path = _place(path)
     if path.is_file():
@@ -172,25 +108,25 @@ def _random(data: dict[str, Any], where: Path) -> RandomTokenizer:
 
 def _from_model_file(path: Path) -> Tokenizer:
     """`tokenizer.model` is sentencepiece's, or in a Llama-3 directory of Meta's tiktoken's."""
-    from llama_ref.tiktoken_file import files_of_tiktoken, is_tiktoken
+    from llama_ref.tokenizers.tiktoken_file import files_of_tiktoken, is_tiktoken
 
     if is_tiktoken(path):
         try:
             return JsonTokenizer(files_of_tiktoken(path), path)
         except ImportError as error:
             raise TokenizerError(f"{path}: reading a tiktoken file needs `pip install tokenizers`") from error
-    from llama_ref.sentencepiece_tokenizer import SentencePieceTokenizer
+    from llama_ref.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
     return SentencePieceTokenizer(path)
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from llama_ref.gguf_tokenizer import tokenizer_of_gguf
+    from llama_ref.tokenizers.gguf_tokenizer import tokenizer_of_gguf
 
     return tokenizer_of_gguf(path)
 
 
 def _ggufs(directory: Path) -> list[Path]:
-    from llama_ref.gguf_header import gguf_files
+    from llama_ref.formats.gguf_header import gguf_files
 
     return gguf_files(directory)

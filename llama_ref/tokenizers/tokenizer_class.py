@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llama_ref.tokenizer_files import JSON_FILE, SETTINGS_FILE, beside, read_json_object
+from llama_ref.tokenizers.tokenizer_files import JSON_FILE, SETTINGS_FILE, beside, read_json_object
 
 GENERIC = "PreTrainedTokenizerFast"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's mark for a space

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llama_ref.tokenizer_files import TokenizerError
+from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 # A message of protobuf's may be followed by fields that replace earlier ones: normalizer_spec { add_dummy_prefix: ... },
 # fields 3 and 3 of sentencepiece_model.proto.

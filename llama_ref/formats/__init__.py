@@ -1,0 +1,1 @@
+"""Checkpoints in files: one reader a layout, and what they share."""

@@ -1,0 +1,1 @@
+"""Tokenizers and conversations, from the files that stand beside the weights."""
