@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
-import uuid
 import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_ref.cache_folder import cache_folder
+from llama_ref.cache_folder import cache_folder, store
 from llama_ref.formats.gguf_header import Header, first_part, read_header
 from llama_ref.formats.gguf_vocabulary import BYTE_PAIR, SENTENCEPIECE, TOKENS, read_vocabulary, role_id, warn_of_ids
 from llama_ref.tokenizers.contract import Tokenizer
@@ -152,17 +150,3 @@ def _convert(path: Path) -> str | bytes:
 
 def _not_converted(path: Path, reason: str) -> TokenizerError:
     return TokenizerError(f"{path}: its tokenizer could not be converted ({' '.join(reason.split())[:200]})")
-
-
-def store(directory: Path, files: Mapping[str, str | bytes]) -> None:
-    """Write a directory that appears whole; of two processes that do so at once, one wins and both are content."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = directory.with_name(f".{directory.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        draft.mkdir()
-        for name, content in files.items():
-            (draft / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        shutil.rmtree(directory, ignore_errors=True)  # half of an older one
-        os.replace(draft, directory)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama_ref.cache_folder import cache_folder
+from llama_ref.cache_folder import cache_folder, store
 from llama_ref.tokenizers.chat_templates import template_files
 from llama_ref.tokenizers.tokenizer_files import (
     COMPANIONS,
@@ -55,8 +55,6 @@ def files_of_tiktoken(path: Path) -> dict[str, str]:
         return {JSON_FILE: (cached / JSON_FILE).read_text(encoding="utf-8"), **files}
     except (OSError, UnicodeDecodeError):
         import contextlib
-
-        from llama_ref.tokenizers.gguf_tokenizer import store
 
         text = _backend(_ranks(content, path)).to_str()
         with contextlib.suppress(OSError):  # a cache that cannot be written costs seconds, not the answer

@@ -492,7 +492,7 @@ import os, sys
 from pathlib import Path
 from llama_ref.checkpoint import open_checkpoint, save_checkpoint
 from llama_ref.convert import convert
-from llama_ref.tokenizers.gguf_tokenizer import store
+from llama_ref.cache_folder import store
 from llama_ref.tokenizers.tokenizer import RandomTokenizer
 source = Path(sys.argv[1])
 for to in map(Path, sys.argv[2:]):
