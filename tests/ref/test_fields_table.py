@@ -40,14 +40,14 @@ FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it 
     "tokenizer_class": ("tokenizer_config.json", "config.json", "tokenizer.json"),
 }
 NO_READERS = {  # modules that read no field of a file
-    *("__init__", "cache_folder", "chat", "checkpoint", "gguf_pretokenizers", "sentencepiece_model", "tokenizer_files"),
-    *("checkpoint", "command", "config", "fields", "generate", "meta_layout", "model"),
+    *("__init__", "arguments", "cache_folder", "chat", "checkpoint", "command", "config", "fields", "generate"),
+    *("gguf_pretokenizers", "interrupts", "lfs_pointers", "meta_layout", "model"),
     *("models", "packaged_model", "random_weights", "rope_scaling", "safetensors_files", "tied_tables"),
-    *("weight_files", "weights"),
+    *("sentencepiece_model", "tokenizer_files", "weight_files", "weights"),
 }
 NO_FIELDS = {  # what is asked for something else than a field of a file
     *("files", "message", "named", "stored", "tensors", "checkpoint.weights", "name", "shard", "OF_MODEL"),
-    "_HF_CONTEXT",
+    *("_HF_CONTEXT", "DEFAULTS[name]", "self.chat_templates", "files.get(JSON_FILE, '')"),
 }
 
 
