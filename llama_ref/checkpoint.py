@@ -33,6 +33,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     from llama_ref.formats import gguf_file, huggingface, meta_layout
     from llama_ref.formats.gguf_header import gguf_files
+    from llama_ref.formats.weight_files import told_instead
 
     path = Path(named("path", path)).expanduser()
     if path.is_file():
@@ -45,15 +46,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such file or directory")
     if is_saved(path):
         return open_saved(path)
-    if (path / "config.json").is_file() and not meta_layout.is_meta(path):
-        return huggingface.open_huggingface(path)
     if meta_layout.is_meta(path):
         return meta_layout.open_meta(path)
     found = gguf_files(path)
+    if (path / "config.json").is_file():
+        if found and not huggingface.is_huggingface(path):
+            names = ", ".join(file.name for file in found[:3])
+            raise CheckpointError(f"{path}: config.json has no weights beside it but in {names}: name the .gguf file")
+        return huggingface.open_huggingface(path)
     if len(found) == 1:
         return gguf_file.open_gguf(found[0])
     if found:
         raise CheckpointError(f"{path}: holds {len(found)} .gguf files; name one of them")
+    instead = told_instead(path)
     if (path / meta_layout.PARAMS).is_file():
-        raise CheckpointError(f"{path}: {meta_layout.PARAMS}, but neither {meta_layout.FIRST_SHARD} nor model.pth")
-    raise CheckpointError(f"{path}: no config.json, params.json or .gguf file in this directory")
+        raise CheckpointError(
+            f"{path}: {meta_layout.PARAMS}, but neither {meta_layout.FIRST_SHARD} nor model.pth{instead}"
+        )
+    raise CheckpointError(f"{path}: no config.json, params.json or .gguf file in this directory{instead}")

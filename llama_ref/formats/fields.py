@@ -7,16 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def required(data: Mapping[str, Any], name: str) -> Any:
-    """A number that the file must state."""
-    value = data.get(name)
-    if value is None:
-        raise ValueError(f"{name} is missing")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r:.80} must be a number")
-    return value
-
-
 def whole(data: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """A count: a positive whole number. `null` is as good as absent; without a default the file must state it."""
     value = data.get(name)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_ref.formats import lfs_pointers
 from llama_ref.weights import CheckpointError
 
 MAGIC = b"GGUF"
@@ -56,6 +57,8 @@ def read_header(path: Path) -> Header:
 
 
 def _parse(content: mmap.mmap) -> Header:
+    if content[: len(lfs_pointers.START)] == lfs_pointers.START:
+        raise CheckpointError(lfs_pointers.TOLD)
     if content[:4] != MAGIC:
         raise CheckpointError("not a GGUF file")
     cursor = _Cursor(content, position=4)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 TOKENS = "tokenizer.ggml.tokens"
+SCORES = "tokenizer.ggml.scores"
+KINDS = "tokenizer.ggml.token_type"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 FOUND = (UNKNOWN, CONTROL, USER_DEFINED)  # before anything else of a text is cut
 SENTENCEPIECE, BYTE_PAIR = "llama", "gpt2"  # tokenizer.ggml.model
@@ -60,10 +62,10 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     for token, text in enumerate(tokens):
         if ids.setdefault(text, token) != token:
             raise ValueError(f"{TOKENS} holds {text!r} twice, as {ids[text]} and as {token}")
-    kinds = _listed(metadata, "tokenizer.ggml.token_type", int, len(tokens), NORMAL)
-    scores = [float(score) for score in _listed(metadata, "tokenizer.ggml.scores", float, len(tokens), 0.0)]
+    kinds = _listed(metadata, KINDS, int, len(tokens), NORMAL)
+    scores = [float(score) for score in _listed(metadata, SCORES, float, len(tokens), 0.0)]
     if not all(math.isfinite(score) for score in scores):
-        raise ValueError("tokenizer.ggml.scores holds what is no number")
+        raise ValueError(f"{SCORES} holds what is no number")
     for text in (*ENDS, *INFILL_MARKS, *(text for texts in INFILL_ENDS.values() for text in texts)):
         if text in ids:
             kinds[ids[text]] = CONTROL

@@ -10,6 +10,7 @@ from llama_ref.config import LlamaConfig
 from llama_ref.formats.fields import as_ids, even_share, flag, number, whole
 from llama_ref.formats.hf_rope import hf_rope, hf_rope_spelling
 
+QUANTIZED = ("quantization_config", "compression_config", "quantization")  # by transformers, its plug-ins, and MLX
 _HF_CONTEXT = {"llama": 2048, "mistral": 131072}  # model_type -> max_position_embeddings where a file does not say
 MISTRAL_WINDOW = 4096
 
@@ -27,6 +28,7 @@ def from_hf(data: Mapping[str, Any], where: object = "config.json") -> LlamaConf
     window = _hf_window(data, where)
     # null means as many as heads; absence means the family's own default
     kv_heads = 8 if data["model_type"] == "mistral" and "num_key_value_heads" not in data else n_heads
+    vocab_size = whole(data, "vocab_size")
     head_dim = data.get("head_dim")
     if head_dim is None:
         head_dim = even_share(dim, n_heads, "hidden_size", "num_attention_heads")
@@ -37,14 +39,14 @@ def from_hf(data: Mapping[str, Any], where: object = "config.json") -> LlamaConf
         n_kv_heads=whole(data, "num_key_value_heads", kv_heads),
         head_dim=whole(data, "head_dim", head_dim),
         ffn_dim=whole(data, "intermediate_size"),
-        vocab_size=whole(data, "vocab_size"),
+        vocab_size=vocab_size,
         max_context=max_context,
         norm_eps=number(data, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=flag(data, "tie_word_embeddings"),
-        bos_id=_bos_id(data),
-        eos_ids=as_ids(data.get("eos_token_id", 2)),
+        bos_id=_bos_id(data, vocab_size, where),
+        eos_ids=ids_within(as_ids(data.get("eos_token_id", 2)), "eos_token_id", vocab_size, where),
         attention_bias=flag(data, "attention_bias"),
         mlp_bias=flag(data, "mlp_bias"),
         window=None if window is None or window >= max_context else window,
@@ -85,8 +87,12 @@ def _refuse_unsupported_hf(data: Mapping[str, Any]) -> None:
         raise ValueError(f"model_type={model_type!r:.80} is not a Llama (supported: {', '.join(_HF_CONTEXT)})")
     if data.get("hidden_act") not in (None, "silu", "swish"):
         raise ValueError(f"hidden_act={data['hidden_act']!r:.80} is not supported")
-    if data.get("quantization_config") is not None:
-        raise ValueError(f"quantization_config={data['quantization_config']!r:.80} is not supported")
+    for name in QUANTIZED:
+        stated = data.get(name)
+        if stated is not None:
+            if isinstance(stated, Mapping) and "quant_method" in stated:  # the first to be seen where the line ends
+                stated = {"quant_method": stated["quant_method"], **stated}
+            raise ValueError(f"{name}={stated!r:.80} is not supported")
     for name in ("attention_bias", "mlp_bias"):
         if flag(data, name) and model_type == "mistral":
             raise ValueError(f"{name}=True is not supported in a mistral")
@@ -121,8 +127,17 @@ def _hf_window(data: Mapping[str, Any], where: object) -> int | None:
     return None
 
 
-def _bos_id(data: Mapping[str, Any]) -> int | None:
+def ids_within(ids: tuple[int, ...], name: str, size: int, where: object) -> tuple[int, ...]:
+    """The ids of a vocabulary of `size` tokens; others, as -1 for none, no model can produce, and a warning names them."""
+    outside = [token for token in ids if not 0 <= token < size]
+    if outside:
+        warnings.warn(f"{where}: {name} {outside[0]} is outside the vocabulary of {size}: ignored", stacklevel=3)
+    return tuple(token for token in ids if token not in outside)
+
+
+def _bos_id(data: Mapping[str, Any], size: int, where: object) -> int | None:
     ids = as_ids(data.get("bos_token_id", 1), "bos_token_id")
     if len(ids) > 1 or isinstance(data.get("bos_token_id"), list):
         raise ValueError(f"bos_token_id={data['bos_token_id']!r:.80} must be one token id")
+    ids = ids_within(ids, "bos_token_id", size, where)
     return ids[0] if ids else None

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from llama_ref.config import LlamaConfig
-from llama_ref.formats.fields import as_ids
-from llama_ref.formats.hf_config import from_hf
+from llama_ref.formats.fields import as_ids, whole
+from llama_ref.formats.hf_config import from_hf, ids_within
 from llama_ref.formats.safetensors_files import read_json
 from llama_ref.formats.tied_tables import settle_tables
 from llama_ref.formats.weight_files import NAMED, holds_weights, open_weights
@@ -160,12 +160,12 @@ def read_config(directory: Path) -> LlamaConfig:
     config, generation = directory / "config.json", directory / "generation_config.json"
     data = read_json(config)
     ends = _stated_ends(data, config)
-    if generation.is_file():  # it, not config.json, is where chat models name all their stop tokens
-        more = _stated_ends(read_json(generation), generation)
-        ends = more if ends is None else ends + (more or ())
-    if ends is not None:  # else the published default: it is not joined to what a file states
-        data["eos_token_id"] = list(ends)
+    more = _stated_ends(read_json(generation), generation) if generation.is_file() else None
     try:
+        if more is not None:  # it, not config.json, is where chat models name all their stop tokens
+            ends = (ends or ()) + ids_within(more, "eos_token_id", whole(data, "vocab_size"), generation)
+        if ends is not None:  # else the published default: it is not joined to what a file states
+            data["eos_token_id"] = list(ends)
         return from_hf(data, config)
     except CheckpointError:
         raise

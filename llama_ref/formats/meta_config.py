@@ -10,6 +10,7 @@ from llama_ref.formats.fields import even_share, flag, number, stated, whole
 from llama_ref.rope_scaling import RopeScaling
 
 LLAMA_3_VOCABULARY = 128256
+LLAMA_3_2 = ((2048, 16), (3072, 28))  # dim and n_layers of its models of 1B and 3B
 _META_FIELDS = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"),
     *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len", "max_batch_size"),
@@ -42,8 +43,9 @@ def from_meta(
         vocab = vocab_size
     vocab = whole({"vocab_size": vocab}, "vocab_size")
     scaling = None
-    if flag(params, "use_scaled_rope"):  # factor 8 is what Meta's code has where the file does not say
-        factor, high = number(params, "rope_scaling_factor", 8.0), number(params, "rope_high_freq_factor", 4.0)
+    if flag(params, "use_scaled_rope"):
+        factor = number(params, "rope_scaling_factor", _rope_factor(dim, whole(params, "n_layers")))
+        high = number(params, "rope_high_freq_factor", 4.0)
         scaling = RopeScaling("llama3", factor, high_freq_factor=high)
     llama3 = vocab >= LLAMA_3_VOCABULARY  # params.json names no ids; the Llama-3 family is told by its vocabulary
     context = stated(max_context, whole(params, "max_seq_len", _meta_context(params, vocab)))
@@ -101,6 +103,12 @@ def to_meta(config: LlamaConfig) -> dict[str, Any]:
     if config.window is not None:
         params["sliding_window"] = config.window
     return params
+
+
+def _rope_factor(dim: int, n_layers: int) -> float:
+    """The factor where a file does not say: 8, as in Meta's code; but Llama 3.2's two small models were trained with 32,
+    as their config.json says (github.com/meta-llama/llama-models/issues/166)."""
+    return 32.0 if (dim, n_layers) in LLAMA_3_2 else 8.0
 
 
 def meta_ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:

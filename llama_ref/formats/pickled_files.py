@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from llama_ref.formats import lfs_pointers
 from llama_ref.weights import CheckpointError
 
 INDEX = "pytorch_model.bin.index.json"
@@ -21,10 +22,14 @@ SINGLE = "pytorch_model.bin"
 def open_file(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of one file by its stored name. A file that holds anything else is a CheckpointError."""
     try:
+        if lfs_pointers.is_pointer(path):
+            raise CheckpointError(f"{path}: {lfs_pointers.TOLD}")
         _check_size(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's, about storages of old files: nothing a user can act on
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
@@ -57,4 +62,5 @@ def _check_size(path: Path) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    told = " ".join(str(error).split())
+    return told.rpartition("WeightsUnpickler error: ")[2][:200]  # before it torch advises to trust the file

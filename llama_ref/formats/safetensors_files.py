@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llama_ref.formats import lfs_pointers
 from llama_ref.weights import CheckpointError, Key, spans
 
 INDEX = "model.safetensors.index.json"
@@ -53,6 +54,8 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if lfs_pointers.is_pointer(path):
+            raise CheckpointError(f"{path}: {lfs_pointers.TOLD}")
         file: Any = safe_open(path, framework="pt")
         tensors = {}
         for name in file.keys():  # noqa: SIM118 - not a dict: older safetensors cannot be iterated over

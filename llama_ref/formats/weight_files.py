@@ -16,6 +16,7 @@ from llama_ref.formats.sharded_files import open_shards
 from llama_ref.weights import CheckpointError, TensorSource
 
 NAMED = "transformers_weights"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # of PEFT: changes to a model, which are not read
 ORDER = (safetensors_files.SINGLE, safetensors_files.INDEX, pickled_files.SINGLE, pickled_files.INDEX)
 
 
@@ -31,11 +32,12 @@ def open_weights(directory: Path, named: Any = None) -> Mapping[str, TensorSourc
     found = [name for name in ORDER if (directory / name).is_file()]
     if not found:
         wanted = f"neither {safetensors_files.SINGLE} nor {safetensors_files.INDEX}"
-        raise CheckpointError(f"{directory}: {wanted}{_hint(directory)}")
+        raise CheckpointError(f"{directory}: {wanted}{told_instead(directory)}")
     if not pickled(found[0]) and not any(directory.glob("pytorch_model*.bin")):
         found = [name for name in found if not pickled(name)]  # the hub gives every .json, also the index of no files
-    if found[1:]:
-        warnings.warn(f"{directory}: {found[0]} is read; {', '.join(found[1:])} left out", stacklevel=2)
+    left_out = found[1:] + [name for name in ADAPTERS if (directory / name).is_file()]
+    if left_out:
+        warnings.warn(f"{directory}: {found[0]} is read; {', '.join(left_out)} left out", stacklevel=2)
     return _open(directory, found[0])
 
 
@@ -59,7 +61,7 @@ def _checked(named: Any, directory: Path) -> str:
     return named
 
 
-def _hint(directory: Path) -> str:
+def told_instead(directory: Path) -> str:
     """What stands there instead: a link whose file is gone, as of a cache that was emptied, or other names."""
     gone = [name for name in ORDER if (directory / name).is_symlink()]
     if gone:

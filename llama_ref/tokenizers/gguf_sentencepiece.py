@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from llama_ref.formats.fields import flag
 from llama_ref.formats.gguf_vocabulary import (
     BYTE,
     CONTROL,
@@ -44,13 +45,13 @@ def sentencepiece_model(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> 
     trainer += _text(46, named["bos"]) + _text(47, named["eos"]) + _text(48, ABSENT)
     normalizer = _text(1, "gguf") + _bytes(2, _charsmap(metadata))
     normalizer += _number(3, adds_space(metadata)) + _number(5, True)
-    normalizer += _number(4, bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)))
+    normalizer += _number(4, flag(metadata, "tokenizer.ggml.remove_extra_whitespaces"))
     return pieces + _bytes(2, trainer) + _bytes(3, normalizer)
 
 
 def adds_space(metadata: Mapping[str, Any]) -> bool:
     """Whether a text gets a leading space before it is cut, which llama.cpp does unless the file says otherwise."""
-    return bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return flag(metadata, "tokenizer.ggml.add_space_prefix", True)
 
 
 def added_tokens(vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:

@@ -17,17 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.cache_folder import cache_folder, store
+from llama_ref.formats.fields import flag
 from llama_ref.formats.gguf_header import Header, first_part, read_header
-from llama_ref.formats.gguf_vocabulary import BYTE_PAIR, SENTENCEPIECE, TOKENS, read_vocabulary, role_id, warn_of_ids
+from llama_ref.formats.gguf_vocabulary import (
+    BYTE_PAIR,
+    KINDS,
+    SCORES,
+    SENTENCEPIECE,
+    TOKENS,
+    read_vocabulary,
+    role_id,
+    warn_of_ids,
+)
 from llama_ref.tokenizers.contract import Tokenizer
 from llama_ref.tokenizers.gguf_byte_pair import PRE, byte_pair_json, pretokenizer_of
 from llama_ref.tokenizers.gguf_sentencepiece import added_tokens, adds_space, sentencepiece_model
 from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
 from llama_ref.tokenizers.tokenizer_files import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, TokenizerError
 
-CONVERSION = 4  # part of the key: raise it when what is derived changes
+CONVERSION = 5  # part of the key: raise it when what is derived changes
 MODEL = "tokenizer.ggml.model"
-TEMPLATE_OF_NAME = "tokenizer.chat_template."  # and a name: a template besides the one meant without a name
+TEMPLATE = "tokenizer.chat_template"
+TEMPLATE_OF_NAME = f"{TEMPLATE}."  # and a name: a template besides the one meant without a name
 
 
 def has_vocabulary(path: Path) -> bool:
@@ -107,7 +118,14 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for name, text in metadata.items()
         if name.startswith(TEMPLATE_OF_NAME)
     }
-    if template := metadata.get("tokenizer.chat_template"):
+    template = metadata.get(TEMPLATE)
+    for name, text in {
+        TEMPLATE: template or "",
+        **{f"{TEMPLATE_OF_NAME}{name}": text for name, text in named.items()},
+    }.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is no text")
+    if template:
         settings["chat_template"] = {"default": template} | named if named else template
     elif named:
         settings["chat_template"] = named
@@ -121,9 +139,15 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _warn(metadata: Mapping[str, Any]) -> None:
     """Warn of what the file leaves open, and of what it asks for in vain."""
     warn_of_ids(metadata, len(metadata[TOKENS]))
+    if metadata.get(MODEL) == SENTENCEPIECE and metadata.get(SCORES) is None:
+        warnings.warn(
+            f"{SCORES} is missing: pieces are joined from the left, which may not suit the model", stacklevel=2
+        )
+    if metadata.get(KINDS) is None:
+        warnings.warn(f"{KINDS} is missing: only tokens that are known by their text are special", stacklevel=2)
     if metadata.get(MODEL) == BYTE_PAIR and not metadata.get(PRE):
         warnings.warn(f"{PRE} is missing: texts are cut as by 'default', which may not suit the model", stacklevel=2)
-    if metadata.get("tokenizer.ggml.add_eos_token"):
+    if flag(metadata, "tokenizer.ggml.add_eos_token"):
         warnings.warn("tokenizer.ggml.add_eos_token is ignored: EOS behind a prompt would end it", stacklevel=2)
 
 
@@ -132,7 +156,7 @@ def _adds_bos(metadata: Mapping[str, Any]) -> bool:
     usual = metadata.get(MODEL) == SENTENCEPIECE
     if metadata.get(MODEL) == BYTE_PAIR:
         usual = pretokenizer_of(metadata).adds_bos
-    return bool(metadata.get("tokenizer.ggml.add_bos_token", usual))
+    return flag(metadata, "tokenizer.ggml.add_bos_token", usual)
 
 
 def _convert(path: Path) -> str | bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llama_ref.formats import lfs_pointers
 from llama_ref.tokenizers.tokenizer_files import TokenizerError
 
 # A message of protobuf's may be followed by fields that replace earlier ones: normalizer_spec { add_dummy_prefix: ... },
@@ -52,4 +53,6 @@ def _reader(content: bytes, where: Path) -> Any:
     try:
         return SentencePieceProcessor(model_proto=content)
     except (RuntimeError, OSError, TypeError, UnicodeDecodeError) as error:
+        if content.startswith(lfs_pointers.START):
+            raise TokenizerError(f"{where}: {lfs_pointers.TOLD}") from error
         raise TokenizerError(f"{where}: neither a sentencepiece model nor a tiktoken file") from error

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llama_ref.formats import lfs_pointers
+
 JSON_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 RANDOM_FILE = "random_tokenizer.json"
@@ -42,6 +44,8 @@ def read_json_object(text: str, where: object) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if text.startswith(lfs_pointers.START.decode()):
+            raise TokenizerError(f"{where}: {lfs_pointers.TOLD}") from error
         raise TokenizerError(f"{where}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
         raise TokenizerError(f"{where}: holds no JSON object")

@@ -161,6 +161,29 @@ def test_an_eos_that_is_no_id_names_the_file(tiny: Any, name: str, value: Any) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "field", "value", "ends"),
+    [
+        ("config.json", "eos_token_id", -1, ()),
+        ("config.json", "eos_token_id", [101, 7, -1], (7,)),
+        ("generation_config.json", "eos_token_id", [7, 32000], (7,)),
+        ("config.json", "bos_token_id", -1, ()),
+        ("config.json", "bos_token_id", 128000, ()),
+    ],
+)
+def test_an_id_outside_the_vocabulary_is_left_out_and_said(
+    tiny: Any, file: str, field: str, value: Any, ends: tuple[int, ...]
+) -> None:
+    """transformers opens such a directory, and no model can produce such an id."""
+    edit_json(tiny.directory / "config.json", eos_token_id=None, bos_token_id=None)
+    (tiny.directory / "generation_config.json").write_text("{}")
+    edit_json(tiny.directory / file, **{field: value})
+    with pytest.warns(UserWarning, match=rf"/{file}: {field} -?\d+ is outside the vocabulary of 101: ignored") as told:
+        config = open_checkpoint(tiny.directory).config
+    assert len(told) == 1
+    assert (config.eos_ids, config.bos_id) == (ends, None)
+
+
 def test_harmless_extras_and_a_duplicate_tied_table_are_dropped(save_tiny: Any) -> None:
     tied = save_tiny(tie_word_embeddings=True)
 
@@ -250,6 +273,9 @@ def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     refused(lambda: open_checkpoint(tmp_path), "holds 2 .gguf files")
     (tmp_path / "config.json").write_text(json.dumps(to_hf(SMALL)))
+    refused(lambda: open_checkpoint(tmp_path), "no weights beside it but in a.gguf, b.gguf")
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).unlink()
     (tmp_path / "other.safetensors").write_bytes(b"")
     refused(lambda: open_checkpoint(tmp_path), "neither model.safetensors nor", "other.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")

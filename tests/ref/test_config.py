@@ -252,6 +252,14 @@ def test_biases_are_read() -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"quantization_config": {}}, r"quantization_config=\{\} is not supported"),
+        ({"quantization_config": "int8"}, "quantization_config='int8' is not supported"),
+        (
+            {"quantization_config": {"modules": ["x"] * 40, "quant_method": "awq"}},
+            r"=\{'quant_method': 'awq', 'modules'",
+        ),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"compression_config=\{'quant_method': 'comp"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantization=\{'group_size': 64, 'bits': 4\} is not"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type='longrope'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
@@ -310,6 +318,29 @@ def test_meta_params_of_llama_3() -> None:
     assert scaled.rope_scaling == RopeScaling("llama3", 8.0)
 
 
+@pytest.mark.parametrize(
+    ("shape", "factor"),
+    [
+        ({"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "multiple_of": 256}, 32.0),
+        ({"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0, "multiple_of": 256}, 32.0),
+        ({"dim": 4096, "n_layers": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024}, 8.0),
+        ({"dim": 2048, "n_layers": 16, "multiple_of": 256, "rope_scaling_factor": 8.0}, 8.0),
+    ],
+)
+def test_the_small_models_of_llama_3_2_have_their_own_rope_factor(shape: dict[str, Any], factor: float) -> None:
+    """Neither their params.json nor Meta's first code says so; their config.json does."""
+    common = {"n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
+    read = from_meta(common | shape | {"use_scaled_rope": True}, tie_embeddings=True)
+    assert read.rope_scaling == RopeScaling("llama3", factor)
+    if shape["dim"] == 2048 and factor == 32:
+        published = NAMED["llama-3.2-1b"]
+        assert (read.ffn_dim, read.rope_scaling, read.max_context) == (
+            published.ffn_dim,
+            published.rope_scaling,
+            published.max_context,
+        )
+
+
 def test_meta_params_without_a_vocabulary_ask_for_it() -> None:
     with pytest.raises(ValueError, match="vocab_size=-1"):
         from_meta({"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": -1})
@@ -361,6 +392,22 @@ def test_gguf_metadata() -> None:
         ({"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}, "rope.dimension_count=8 differs"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.attention.head_count": None}, "llama.attention.head_count is missing"),
+        ({"llama.attention.head_count": 4.0}, r"llama\.attention\.head_count=4\.0 must be a positive whole number"),
+        ({"llama.attention.head_count_kv": "22"}, r"llama\.attention\.head_count_kv='22' must be a number"),
+        (
+            {"llama.attention.head_count_kv": [2.5, 2.5]},
+            r"llama\.attention\.head_count_kv=2\.5 must be a positive whole",
+        ),
+        ({"llama.attention.head_count_kv": ["2", "2"]}, r"llama\.attention\.head_count_kv='2' must be a number"),
+        ({"llama.attention.head_count_kv": [[2], [2]]}, r"llama\.attention\.head_count_kv=\[2\] must be a number"),
+        ({"llama.attention.head_count_kv": []}, "llama.attention.head_count_kv differs between layers"),
+        ({"llama.attention.head_count_kv": 0}, r"llama\.attention\.head_count_kv=0 must be a positive whole number"),
+        ({"llama.attention.key_length": 16.0}, r"llama\.attention\.key_length=16\.0 must be a positive whole number"),
+        ({"llama.feed_forward_length": None}, "llama.feed_forward_length is missing"),
+        ({"llama.rope.freq_base": "far"}, r"llama\.rope\.freq_base='far' must be a number"),
+        ({"llama.vocab_size": "many"}, r"llama\.vocab_size='many' must be a number"),
+        ({"tokenizer.ggml.tokens": "abc"}, r"tokenizer\.ggml\.tokens='abc' must be an array"),
+        ({"tokenizer.ggml.tokens": 5}, r"tokenizer\.ggml\.tokens=5 must be an array"),
     ],
 )
 def test_gguf_metadata_of_no_plain_llama_names_the_field(changes: dict[str, Any], message: str) -> None:

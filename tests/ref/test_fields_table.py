@@ -51,7 +51,16 @@ NO_READERS = {  # modules that read no field of a file
         "fields",
         "generate",
     ),
-    *("gguf_pretokenizers", "interrupts", "meta_layout", "model", "models", "packaged_model", "random_weights"),
+    *(
+        "gguf_pretokenizers",
+        "interrupts",
+        "lfs_pointers",
+        "meta_layout",
+        "model",
+        "models",
+        "packaged_model",
+        "random_weights",
+    ),
     *("rope_scaling", "safetensors_files", "sentencepiece_model", "tied_tables", "tiktoken_file", "tokenizer_files"),
     *("weight_files", "weights"),
 }

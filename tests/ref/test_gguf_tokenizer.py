@@ -106,6 +106,15 @@ def test_an_unknown_name_is_refused_and_a_missing_one_is_said(name: str, words: 
             assert made(tmp_path, metadata).encode(text) == wanted
 
 
+def test_kinds_of_tokens_that_are_missing_are_said(words: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"tokenizer\.ggml\.token_type is missing: only tokens that are known by their"
+    ):
+        tokenizer = made(tmp_path, words | {"tokenizer.ggml.token_type": None})
+    assert len(tokenizer.encode("</s>", bos=False)) == 1  # by its text
+    assert len(tokenizer.encode("<s>", bos=False)) > 1
+
+
 def test_a_warning_comes_from_the_cache_too(words: dict[str, Any], tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.warns(UserWarning, match="pre is missing"):
@@ -290,7 +299,10 @@ def test_special_tokens_are_found_first_and_a_space_follows_each(model: Any, tmp
 
 def test_without_scores_and_kinds_the_pieces_are_read_by_their_text(model: Any, tmp_path: Path) -> None:
     metadata = {n: v for n, v in pieces(model).items() if not n.endswith(("token_type", "scores"))}
-    tokenizer = made(tmp_path, metadata)
+    with pytest.warns(UserWarning) as told:
+        tokenizer = made(tmp_path, metadata)
+    assert [str(one.message).split()[0] for one in told] == ["tokenizer.ggml.scores", "tokenizer.ggml.token_type"]
+    assert all("is missing" in str(one.message) for one in told)
     assert tokenizer.decode(tokenizer.encode("漢 over")) == "漢 over"  # byte tokens, merges from the left
     roles = {f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "unknown")}
     (tmp_path / "bare").mkdir()
@@ -441,6 +453,11 @@ def test_an_empty_token_has_a_place_and_no_text(words: dict[str, Any], tmp_path:
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens is no array of str"),
         ({"tokenizer.ggml.eos_token_id": "x"}, "tokenizer.ggml.eos_token_id='x' must be a token id"),
         ({"tokenizer.ggml.eot_token_id": 0.5}, "tokenizer.ggml.eot_token_id=0.5 must be a token id"),
+        ({"tokenizer.ggml.add_bos_token": "false"}, "tokenizer.ggml.add_bos_token='false' must be true or false"),
+        ({"tokenizer.ggml.add_bos_token": 1}, "tokenizer.ggml.add_bos_token=1 must be true or false"),
+        ({"tokenizer.ggml.add_eos_token": "no"}, "tokenizer.ggml.add_eos_token='no' must be true or false"),
+        ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is no text"),
+        ({"tokenizer.chat_template.rag": 3}, "tokenizer.chat_template.rag is no text"),
     ],
 )
 def test_a_vocabulary_that_is_none_is_refused_by_its_field(
@@ -458,6 +475,8 @@ def test_a_token_that_is_there_twice_is_refused(words: dict[str, Any], tmp_path:
     [
         ({"tokenizer.ggml.scores": [float("nan")] * 400}, "tokenizer.ggml.scores holds what is no number"),
         ({"tokenizer.ggml.scores": [0.0]}, "tokenizer.ggml.scores holds 1 values"),
+        ({"tokenizer.ggml.add_space_prefix": "false"}, "tokenizer.ggml.add_space_prefix='false' must be true or"),
+        ({"tokenizer.ggml.remove_extra_whitespaces": 1}, "tokenizer.ggml.remove_extra_whitespaces=1 must be true or"),
         ({"tokenizer.ggml.precompiled_charsmap": [1.5]}, "tokenizer.ggml.precompiled_charsmap is no array of bytes"),
     ],
 )

@@ -299,6 +299,7 @@ def test_a_damaged_cache_entry_is_derived_again(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "vocabulary.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_token_list(["<s>", "</s>"])
+    writer.add_token_types([3, 3])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -333,3 +334,10 @@ def test_a_gguf_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(TokenizerError, match=r"bare\.gguf: holds no tokenizer"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_pointer_that_git_lfs_left_is_told_as_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 499723\n")
+    with pytest.raises(TokenizerError, match=rf"/{name}: a Git LFS pointer, not the file itself; fetch that with `git"):
+        load_tokenizer(tmp_path)

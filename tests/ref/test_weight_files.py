@@ -144,6 +144,49 @@ def test_a_variant_alone_is_refused_by_its_name(tiny: Any) -> None:
         (tiny.directory / name).rename(tiny.directory / SINGLE)
 
 
+def test_an_adapter_beside_a_model_is_not_read_and_it_is_said(tiny: Any) -> None:
+    save_file(
+        {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}, tiny.directory / "adapter_model.safetensors"
+    )
+    said(tiny.directory, f"{SINGLE} is read; adapter_model.safetensors left out")
+    (tiny.directory / SINGLE).unlink()
+    refused(tiny.directory, "neither model.safetensors nor", "found adapter_model.safetensors")
+    (tiny.directory / "config.json").unlink()
+    refused(tiny.directory, "no config.json", "found adapter_model.safetensors")
+
+
+def test_a_gguf_beside_a_config_alone_is_asked_for_by_its_name(tiny: Any) -> None:
+    (tiny.directory / SINGLE).unlink()
+    (tiny.directory / "m.gguf").write_bytes(b"GGUF")
+    refused(tiny.directory, "no weights beside it but in m.gguf: name the .gguf file")
+    (tiny.directory / "config.json").write_text(json.dumps({"model_type": "llama"}))  # as repositories of GGUFs have it
+    refused(tiny.directory, "no weights beside it but in m.gguf: name the .gguf file")
+
+
+def test_mistrals_own_file_is_named_where_it_is_all_there_is(tiny: Any) -> None:
+    (tiny.directory / SINGLE).rename(tiny.directory / "consolidated.safetensors")
+    (tiny.directory / "config.json").rename(tiny.directory / "params.json")
+    refused(tiny.directory, "neither consolidated.00.pth nor model.pth", "found consolidated.safetensors")
+
+
+@pytest.mark.parametrize("name", [SINGLE, PICKLE, "m.gguf"])
+def test_a_pointer_that_git_lfs_left_is_told_as_one(tiny: Any, name: str) -> None:
+    (tiny.directory / SINGLE).unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+    (tiny.directory / name).write_text(pointer)
+    place = tiny.directory / name if name.endswith("gguf") else tiny.directory
+    refused(place, f"{name}: a Git LFS pointer, not the file itself", "`git lfs pull`")
+
+
+def test_a_pickle_that_is_refused_comes_with_no_advice_to_trust_it(tiny: Any) -> None:
+    (tiny.directory / SINGLE).unlink()
+    torch.save({"x": Path("x")}, tiny.directory / PICKLE)
+    refused(tiny.directory, f"{PICKLE}: refused, or not written by torch.save (Unsupported global: GLOBAL pathlib")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tiny.directory)
+    assert "Re-running" not in str(caught.value)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_config_may_name_the_file(tiny: Any, tmp_path: Path, sharded: bool) -> None:
     state = state_of(tiny.directory)
@@ -474,7 +517,7 @@ def test_integers_in_a_gguf_are_refused_by_name(tmp_path: Path, tiny: Any) -> No
     name = "layers.1.attention.wv.weight"
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
         write_gguf(tmp_path / "m.gguf", state | {name: state[name].to(dtype)})
-        refused(tmp_path / "m.gguf", f"blk.1.attn_v.weight is stored as I{8 * dtype.itemsize}, not as floats")
+        refused(tmp_path / "m.gguf", f"blk.1.attn_v.weight is stored as I{8 * dtype.itemsize}, which gguf")
 
 
 def test_weights_saved_without_their_numbers_are_refused(tiny: Any) -> None:
