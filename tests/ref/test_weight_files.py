@@ -517,7 +517,7 @@ def test_integers_in_a_gguf_are_refused_by_name(tmp_path: Path, tiny: Any) -> No
     name = "layers.1.attention.wv.weight"
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
         write_gguf(tmp_path / "m.gguf", state | {name: state[name].to(dtype)})
-        refused(tmp_path / "m.gguf", f"blk.1.attn_v.weight is stored as I{8 * dtype.itemsize}, which gguf")
+        refused(tmp_path / "m.gguf", f"blk.1.attn_v.weight is stored as I{8 * dtype.itemsize}, not as floats")
 
 
 def test_weights_saved_without_their_numbers_are_refused(tiny: Any) -> None:
