@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llama_ref.chat import chat_ids, chat_text
+from llama_ref.chat import MARK, chat_ids, chat_text
 from llama_ref.chat_templates import LLAMA_2, LLAMA_3, templates_of
 from llama_ref.models import Model
 from llama_ref.tokenizer import JsonTokenizer, RandomTokenizer, TokenizerError, load_tokenizer
@@ -168,7 +168,16 @@ OPEN_TEMPLATES = {
     "first": FIRST,
     "renamed": RENAMED,
 }
-LAST_WORDS: list[Any] = ["Yes", " Yes.", "Yes. \n", "", " ", "Hi", [{"type": "text", "text": "a "}, {"type": "image"}]]
+LAST_WORDS: list[Any] = [
+    "Yes",
+    " Yes.",
+    "Yes. \n",
+    "",
+    " ",
+    "Hi",
+    MARK.strip(),
+    [{"type": "text", "text": "a "}, {"type": "image"}],
+]
 
 
 @pytest.mark.parametrize("name", list(OPEN_TEMPLATES))
