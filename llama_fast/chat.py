@@ -12,8 +12,9 @@ from typing import Any
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import stream
 from llama_fast.engine.sampling import Sampling
+from llama_fast.engine.text import stop_strings
 from llama_fast.llama import Llama, Row
-from llama_ref.arguments import made, shown, texts, whole
+from llama_ref.arguments import made, shown, whole
 from llama_ref.arguments import text as checked_text
 from llama_ref.tokenizers.chat import last_words, may_go_on, with_words
 
@@ -36,7 +37,7 @@ class Chat:
             "llama", llama, "a Llama, as Llama.from_pretrained() opens one", "runner", "tokenizer", "writer"
         )
         self.max_new_tokens, self.sampling = whole("max_new_tokens", max_new_tokens, 1), sampling
-        self.stop = texts("stop", stop)
+        self.stop = stop_strings(stop)
         system = None if system is None else checked_text("system", system)
         self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self.reused_tokens = 0

@@ -22,14 +22,14 @@ from llama_fast.build import build, default_dtype, where
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import check, check_ids, pad, stream
 from llama_fast.engine.logprobs import Logprobs, TokenLogprob
-from llama_fast.engine.prompts import prompt_of, prompts_of
+from llama_fast.engine.prompts import conversation_of, prompt_of, prompts_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.speculation import Speculation, Statistics
-from llama_fast.engine.text import TextStream
+from llama_fast.engine.text import TextStream, stop_strings
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named, optimised, plan_named
-from llama_ref.arguments import floating, made, named, rows_of_ids, shown, texts, whole
+from llama_ref.arguments import floating, made, named, row_of_ids, rows_of_ids, shown, whole
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizers.chat import chat_text, may_go_on
 from llama_ref.tokenizers.chat_templates import template_named
@@ -263,16 +263,22 @@ class Llama:
 
     def chat_text(self, messages: Sequence[Message]) -> str:
         """A conversation as text, up to where a reply starts; last words of the assistant are left open."""
+        messages = conversation_of("messages", messages)
         goes_on = may_go_on(messages)
         return chat_text(self.tokenizer, messages, not goes_on, goes_on, self.chat_template)
 
     def writer(self, ids: Sequence[int], stop: str | Iterable[str] | None = ()) -> TextStream:
         """What makes text of the tokens that follow `ids`; an EOS id has none, whatever the tokenizer's files call it."""
         spelled = partial(self.tokenizer.decode, skip_special_tokens=False)
-        return TextStream(self.decode, texts("stop", stop), ids, spelled)
+        return TextStream(self._shown, stop_strings(stop), ids, spelled)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, without special tokens and EOS ids."""
+        ids = row_of_ids("ids", ids)
+        check_ids(ids, self.runner.config.vocab_size)
+        return self._shown(ids)
+
+    def _shown(self, ids: Sequence[int]) -> str:
         ends = {*self.runner.config.eos_ids, *self.tokenizer.eos_ids}
         return self.tokenizer.decode([token for token in ids if token not in ends])
 

@@ -24,8 +24,17 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llama_fast.build import build, default_dtype, where
 from llama_fast.llama import Llama, Output
-from llama_fast.lm_eval_settings import LOG, check_arguments, generation_options, without_stops
+from llama_fast.lm_eval_settings import (
+    LOG,
+    check_arguments,
+    checkpoint_settings,
+    generation_options,
+    has_empty_stop,
+    with_defaults,
+    without_stops,
+)
 from llama_fast.recipes import encoding_named, optimised
+from llama_ref.arguments import floating
 from llama_ref.models import resolve
 from llama_ref.tokenizers.chat import chat_text
 from llama_ref.tokenizers.chat_templates import template_named
@@ -83,7 +92,7 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self,
         pretrained: str = "smollm2-135m",
         device: str | None = None,
-        dtype: str | None = None,
+        dtype: torch.dtype | str | None = None,
         encoding: str | None = None,
         compile: bool = False,
         batch_size: int | str = 8,
@@ -108,15 +117,14 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
         check_arguments(others)
         self._talk = Talk(chat_template, chat_template_args or {}, enable_thinking, think_end_token)
         self.batch_size, self._adapts = rows_of(batch_size, max_batch_size)
-        to = where(device)
-        kind = default_dtype(to) if dtype in (None, "auto") else getattr(torch, str(dtype), None)
-        if not isinstance(kind, torch.dtype):
-            raise ValueError(f"unknown dtype {dtype!r}")
-        found = resolve(str(pretrained))
+        to = device_for(device)
+        kind = default_dtype(to) if dtype is None or dtype == "auto" else floating("dtype", dtype)
+        found = resolve(pretrained)
         checkpoint = found.open(to, kind)
         plan = optimised(encoding_named(encoding or checkpoint.encoding), bool(compile))
         words = (found if tokenizer is None else resolve(str(tokenizer))).tokenizer()
         self.llama = Llama(build(checkpoint, plan, to, kind), words, chat_template)
+        self._stated = checkpoint_settings(found.path)
         self.max_gen_toks, self.add_bos_token, self.prefix = max_gen_toks, add_bos_token, prefix_token_id
         context = self.llama.runner.config.max_context
         self.max_length = context if max_length is None else max_length
@@ -225,7 +233,7 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _continued(self, prompts: Sequence[str], settings: dict[str, Any]) -> list[str]:
         """What follows each prompt, under one request's settings."""
         whole_length = settings.pop("max_length", None)  # transformers' limit of prompt and answer together
-        options, new_tokens = generation_options(settings, self.max_gen_toks)
+        options, new_tokens = generation_options(with_defaults(settings, self._stated), self.max_gen_toks)
         room = self.max_length - new_tokens
         if room < 1:
             raise ValueError(f"max_gen_toks={new_tokens} leaves no room in a context of {self.max_length}")
@@ -233,6 +241,9 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
             options["stop"] = list(dict.fromkeys([*options["stop"], self._spelled(self.eot_token_id)]))
         rows = [self._prompt_ids(prompt)[-room:] for prompt in prompts]
         texts = [""] * len(rows)
+        if has_empty_stop(settings):
+            LOG.warning("until holds an empty text: an answer ends after its first token, as of the hf class")
+            new_tokens, whole_length = 1, None
         for limit, members in limits_of(rows, new_tokens, whole_length).items():
             ask = partial(self._generated, rows, members, limit, options)
             for batch, outputs in self._in_batches([rows[i] for i in members], ask):
@@ -313,10 +324,20 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
             left = left[len(batch) :]
 
 
-def rows_of(batch_size: int | str, most: int | None) -> tuple[int, bool]:
+def device_for(name: str | None) -> torch.device:
+    """The device of this name; without a GPU the CPU, as of the harness's `hf` class: the harness asks for cuda unasked."""
+    if name is not None and str(name).partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        LOG.warning("device=%s: this PyTorch sees no CUDA device, the CPU is taken", name)
+        return torch.device("cpu")
+    return where(name)
+
+
+def rows_of(batch_size: int | str, most: int | str | None) -> tuple[int, bool]:
     """Rows of a batch, and whether they may become fewer: (8, None) -> 8, False; ("auto:4", 32) -> 32, True."""
+    if most is not None and (not str(most).isdecimal() or int(most) < 1):
+        raise ValueError(f"max_batch_size={most}: a whole number of rows")
     if str(batch_size).partition(":")[0] == "auto":
-        return most or MOST_ROWS, True
+        return int(most or MOST_ROWS), True
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise ValueError(f"batch_size={batch_size}: a whole number of rows, or auto")
     return int(batch_size), False

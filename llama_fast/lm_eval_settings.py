@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from llama_ref.convert import GENERATION_FILE
+from llama_ref.tokenizers.tokenizer_files import read_json_object, read_text
 
 LOG = logging.getLogger(__name__)
 
@@ -43,10 +47,33 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "ignore_eos": (False,),
     "skip_special_tokens": (True,),
     "use_cache": (ANY,),
+    "guidance_scale": (1,),
     "pad_token_id": (ANY,),
 }
 # transformers drops these where nothing is drawn
 ONLY_OF_SAMPLING = (*FILTERS, "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+
+DEFAULTS: Mapping[str, Any] = {"top_k": 50}
+"""What transformers does where neither a request nor generation_config.json says anything."""
+
+# what the `hf` class takes from generation_config.json where a request does not say it; of the harness itself, or of
+# the files' ids, are the rest
+OF_CHECKPOINT = {
+    *FILTERS,
+    *ONLY_OF_SAMPLING,
+    *NEUTRAL_SETTINGS,
+    "repetition_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "stop_strings",
+    "watermarking_config",
+} - {"pad_token_id"}
 
 # arguments of the harness's `hf` model, and the values with which they change no answer
 NEUTRAL_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
@@ -84,6 +111,27 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"model argument {name}={value!r} is not supported")
 
 
+def checkpoint_settings(directory: Path | None) -> dict[str, Any]:
+    """What a checkpoint's generation_config.json says of all generations, beside the ids that end them.
+
+    {"repetition_penalty": 1.1, "temperature": 0.6, "eos_token_id": 2} -> {"top_k": 50, "repetition_penalty": 1.1}: the
+    harness says itself whether tokens are drawn, and how warm.
+    """
+    file = None if directory is None else directory / GENERATION_FILE
+    if file is None or not file.is_file():
+        return dict(DEFAULTS)
+    stated = read_json_object(read_text(file), file)
+    if stated.get("max_new_tokens") is not None:
+        LOG.warning("%s: max_new_tokens=%s is ignored, max_gen_toks rules", file, stated["max_new_tokens"])
+    kept = {name: value for name, value in stated.items() if name in OF_CHECKPOINT and value is not None}
+    return {**DEFAULTS, **kept}
+
+
+def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's settings, and what stands for those that it leaves out: ({"top_k": None}, {"top_k": 50}) -> {"top_k": 50}."""
+    return {**defaults, **{name: value for name, value in settings.items() if value is not None}}
+
+
 def generation_options(settings: Mapping[str, Any], most: int) -> tuple[dict[str, Any], int]:
     """The harness's words in ours, and the number of new tokens; ValueError for a word that would change the answer.
 
@@ -96,8 +144,15 @@ def generation_options(settings: Mapping[str, Any], most: int) -> tuple[dict[str
         LOG.warning("several limits of new tokens: %s; the first counts", limits)
     name, limit = next(iter(limits.items()), (TOKEN_LIMITS[0], most))
     tokens = number(name, limit, int)
-    temperature = number("temperature", left.pop("temperature", 1 if left.get("do_sample") else 0), float)
-    sampled = left.pop("do_sample", temperature > 0)
+    if tokens < 1:
+        raise ValueError(f"generation setting {name}={tokens} must be at least 1")
+    sampled = left.pop("do_sample", None)
+    if sampled not in (None, True, False):
+        raise ValueError(f"generation setting do_sample={sampled!r} must be True or False")
+    temperature = number("temperature", left.pop("temperature", 1 if sampled else 0), float)
+    if sampled and temperature == 0:
+        LOG.warning("do_sample=True with temperature=0: the likeliest token is taken, nothing is drawn")
+    sampled = temperature > 0 if sampled is None else sampled
     options["temperature"] = temperature if sampled else 0.0
     if not sampled:
         left = {name: value for name, value in left.items() if name not in ONLY_OF_SAMPLING}
@@ -114,7 +169,10 @@ def generation_options(settings: Mapping[str, Any], most: int) -> tuple[dict[str
         del options["top_k"]
     for name, value in sorted(left.items()):
         if not changes_nothing(name, value, NEUTRAL_SETTINGS):
-            raise ValueError(f"generation setting {name!r} is not supported with the value {value!r}")
+            raise ValueError(
+                f"generation setting {name!r} is not supported with the value {value!r} (of a task, --gen_kwargs, or "
+                f"the checkpoint's {GENERATION_FILE})"
+            )
     return options, tokens
 
 
@@ -126,11 +184,17 @@ def stop_strings(until: Any) -> list[str]:
     return [word for word in words if word]
 
 
+def has_empty_stop(settings: Mapping[str, Any]) -> bool:
+    """Whether one of the stop strings is empty, which the `hf` class finds in every text."""
+    until = settings.get("until")
+    return until == "" or (isinstance(until, (list, tuple)) and "" in until)
+
+
 def number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:
     """The value as a number of this kind; ValueError if it is none."""
     try:
         return kind(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"generation setting {name}={value!r}: not a number") from error
 
 

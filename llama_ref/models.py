@@ -6,6 +6,7 @@ A path that exists is always taken as that path. Otherwise `smollm2-135m` is fet
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def resolve(name: str | Path = DEFAULT_MODEL) -> Model:
     """
     name = named("model", name)
     local = Path(name).expanduser()
-    if name and local.exists():
+    if name and os.path.exists(local):  # which says no to a name that is too long, where Path.exists raises
         return Model(name, local)
     if name.startswith("random:"):
         return _random(name)
@@ -74,7 +75,7 @@ def resolve(name: str | Path = DEFAULT_MODEL) -> Model:
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith((".gguf", ".safetensors")):
         return Model(name, _from_hub(name))
     raise ModelError(
-        f"unknown model {name!r}: no such file or directory; otherwise {', '.join(PACKAGED)}, org/name on the "
+        f"unknown model {name!r:.300}: no such file or directory; otherwise {', '.join(PACKAGED)}, org/name on the "
         f"Hugging Face hub, or random:NAME[:SEED] with NAME one of {', '.join(NAMED)}"
     )
 

@@ -52,7 +52,7 @@ def verify(
         str | None, typer.Option(help="judge speculation too: a model with the same vocabulary, or ngram")
     ] = None,
     draft_encoding: Annotated[str | None, typer.Option(help="how the draft's weights are stored")] = None,
-    speculate: Annotated[int, typer.Option(help="tokens proposed in a round")] = 5,
+    speculate: Annotated[int | None, typer.Option(help="tokens proposed in a round; 5 by default")] = None,
     device: DeviceFlag = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16")] = None,
     text: Annotated[Path | None, typer.Option(help="measure drift on this text instead of the shipped one")] = None,
@@ -206,7 +206,7 @@ def other_named(name: str, found: Model, vocab_size: int, dtype: torch.dtype, de
 def proposers_named(
     draft: str | None,
     encoding: str | None,
-    k: int,
+    k: int | None,
     target: Plan,
     device: torch.device,
     config: LlamaConfig,
@@ -221,9 +221,10 @@ def proposers_named(
     from oracle.questions.speculation import check_draft
 
     if draft is None:
-        if encoding is not None:
-            raise ValueError("--draft-encoding says how proposals are computed: --draft must say by whom")
+        if encoding is not None or k is not None:
+            raise ValueError("--draft-encoding and --speculate say how tokens are proposed: --draft must say by whom")
         return None
+    k = 5 if k is None else k
     ngram = Ngram(k)  # raises where k < 1
     if draft == "ngram":
         return lambda dtype: [ngram]

@@ -22,6 +22,7 @@ from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Chooser, Sampling
 from llama_fast.engine.speculation import Speculation, Statistics
 from llama_ref.arguments import made, rows_of_ids, set_of_ids, shown, whole
+from llama_ref.config import LlamaConfig
 
 IN_FLIGHT = 4
 """Tokens that a GPU may be ahead of the host: enough to hide the launch of one, little to waste at the end of a text."""
@@ -160,16 +161,23 @@ def check(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int,
 
     `scoring`: no new tokens are wanted.
     """
+    return check_request(runner.config, prompts, max_new_tokens, scoring)
+
+
+def check_request(
+    config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, scoring: bool = False
+) -> int:
+    """As `check`, of a model that is not built yet."""
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0 if scoring else 1)
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty: there is nothing to continue")
     for prompt in prompts:
-        check_ids(prompt, runner.config.vocab_size)
+        check_ids(prompt, config.vocab_size)
     longest = max(len(prompt) for prompt in prompts)
-    if longest + max_new_tokens > runner.config.max_context:
+    if longest + max_new_tokens > config.max_context:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{runner.config.max_context}" + ("" if scoring else f" (max_new_tokens={max_new_tokens})")
+            f"{config.max_context}" + ("" if scoring else f" (max_new_tokens={max_new_tokens})")
         )
     return longest + max_new_tokens
 

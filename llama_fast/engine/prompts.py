@@ -34,13 +34,27 @@ def prompt_of(name: str, given: Any) -> str | list[int] | list[Mapping[str, Any]
     if getattr(given, "ndim", 1) == 2 or isinstance(given, Mapping):  # [1, T]: how other libraries hand over one text
         entries = entries[0] if len(entries) == 1 and isinstance(entries[0], list) else entries
     if entries and all(isinstance(entry, Mapping) for entry in entries):
-        for content in (entry.get("content") for entry in entries):
-            if isinstance(content, str):
-                text(name, content)
-        return entries
+        return conversation_of(name, entries)
     if not all(is_whole(entry) for entry in entries):
         raise ValueError(f"{name}: a prompt is {WANTED}, not {shown(given)}")
     return row_of_ids(name, entries)
+
+
+def conversation_of(name: str, given: Any) -> list[Mapping[str, Any]]:
+    """A conversation: messages, {"role": ..., "content": ...}; raises TypeError or ValueError that names the argument `name`.
+
+    A message's content may be None, or parts; which of them a template takes, it says itself.
+    """
+    messages = several(name, given, "messages, {'role': ..., 'content': ...}")
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise TypeError(f"{name}: a message must be {{'role': ..., 'content': ...}}, not {shown(message)}")
+        content = message.get("content")
+        if isinstance(content, str):
+            text(name, content)
+        elif isinstance(content, (bytes, bytearray, memoryview)):
+            raise TypeError(f"{name}: a message's content is {shown(content)}: it must be text, and bytes are none")
+    return messages
 
 
 def is_part_of_one(entry: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from llama_ref.arguments import texts
+
 UNFINISHED = "�"
 """What a decoder gives for the first bytes of a character whose last ones are in a later token."""
 
@@ -30,9 +32,7 @@ class TextStream:
     def __init__(
         self, decode: Decode, stop: Sequence[str] = (), before: Sequence[int] = (), spelled: Decode | None = None
     ):
-        if not all(stop):
-            raise ValueError("a stop string is empty: every text contains it")
-        self._stop = tuple(stop)
+        self._stop = stop_strings(stop)
         self._shown = Pieces(decode, before)
         self._spelled = Pieces(spelled, before) if stop and spelled is not None else None
         self._held: list[tuple[str, str]] = []  # what may be the beginning of a stop string: as spelled, and as shown
@@ -60,12 +60,12 @@ class TextStream:
     def _release(self, piece: tuple[str, str]) -> str:
         self._held.append(piece)
         text = "".join(spelled for spelled, _ in self._held)
-        cuts = [at for at in (text.find(word) for word in self._stop) if at >= 0]
-        if cuts:
+        cut = first_of(text, self._stop)
+        if cut is not None:
             self.stopped = True
             spelled, shown = self._held[-1]
             self._held[-1] = spelled, shown + self._shown.finish()  # half a character before a special token
-            shown, self._held = split(self._held, min(cuts))[0], []
+            shown, self._held = split(self._held, cut)[0], []
             return shown
         open_characters = max((overlap(text, word) for word in self._stop), default=0)
         if open_characters:
@@ -73,6 +73,14 @@ class TextStream:
         else:
             shown, self._held = "".join(shown for _, shown in self._held), []
         return shown
+
+
+def stop_strings(stop: object) -> tuple[str, ...]:
+    """One stop string, several or none: "END" -> ("END",); TypeError or ValueError for what can be none."""
+    found = texts("stop", stop)
+    if not all(found):
+        raise ValueError("a stop string is empty: every text contains it")
+    return found
 
 
 class Pieces:
@@ -123,14 +131,24 @@ def split(pieces: Sequence[tuple[str, str]], at: int) -> tuple[str, list[tuple[s
     """
     before = ""
     for number, (spelled, shown) in enumerate(pieces):
-        if at == 0:
+        late = max(0, len(shown) - len(spelled))  # half a character that was spelled before a special token
+        if at == 0 and not late:
             return before, list(pieces[number:])
         if at < len(spelled):
             # what is not shown stands before, or behind, the text that is
-            kept = at if spelled.startswith(shown) else max(0, at - max(0, len(spelled) - len(shown)))
+            kept = at if spelled.startswith(shown) else max(0, at - max(0, len(spelled) - len(shown))) + late
             return before + shown[:kept], [(spelled[at:], shown[kept:]), *pieces[number + 1 :]]
         before, at = before + shown, at - len(spelled)
     return before, []
+
+
+def first_of(text: str, words: Sequence[str]) -> int | None:
+    """Where the word that is complete first begins, of several the longest; None if there is none.
+
+    ("see END", ["END", "N"]) -> 5: so it is if the text comes letter by letter, and so it must be if it comes at once.
+    """
+    found = [(at + len(word), at) for word in words if (at := text.find(word)) >= 0]
+    return min(found)[1] if found else None
 
 
 def overlap(text: str, word: str) -> int:

@@ -22,7 +22,7 @@ import torch
 
 from llama_fast.build import build, rebuild
 from llama_fast.contracts import KVCache
-from llama_fast.engine.generate import Generation, generate
+from llama_fast.engine.generate import Generation, check_request, generate
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.speculation import Speculation, Statistics
 from llama_fast.ladder.bandwidth import Wall, synchronize
@@ -154,6 +154,7 @@ def bench(
     """
     if trace is not None:
         check_trace(trace)
+    check_request(checkpoint.config, [prompt], new_tokens)  # before a minute is spent on the bandwidth
     progress.say("measuring the read bandwidth")
     wall = Wall(device)
     waiting, left_out, results = deque(rungs), dict[str, str](), list[RungResult]()

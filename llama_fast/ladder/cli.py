@@ -17,9 +17,10 @@ import typer
 from llama_fast import recipes as presets
 from llama_fast.build import build, default_dtype, where
 from llama_fast.engine.sampling import Sampling
+from llama_fast.engine.text import stop_strings
 from llama_fast.ladder import jobs
 from llama_fast.ladder.report import Summary
-from llama_fast.llama import Llama
+from llama_fast.llama import Llama, Output
 from llama_fast.model.roofline import GB
 from llama_fast.parallel import ranks
 from llama_fast.parallel.tensor_parallel import TensorParallel
@@ -27,6 +28,7 @@ from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named
 from llama_fast.speculative.proposers import Draft, Ngram
 from llama_fast.weights import named_tensors
+from llama_ref.arguments import whole
 from llama_ref.command import complain, is_foreseen, one_line, run, writable
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizers.tokenizer import DEFAULT_PROMPT
@@ -92,6 +94,12 @@ def generate(
 ) -> None:
     """Continue a prompt; print the text, the speed, the bandwidth and the memory."""
     writable(json_file, profile)
+    whole("max_new_tokens", max_new_tokens, 1)
+    Sampling(
+        temperature, top_k, top_p, seed, min_p, repetition_penalty
+    )  # what is wrong is said before a model is sought
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options |= {"stop": stop_strings(stop), "min_p": min_p, "repetition_penalty": repetition_penalty}
     member = ranks.join(where(device))
     to, kind = member.device, dtype_named(dtype, member.device)
     found = ranks.one_after_another(lambda: resolve(model))
@@ -102,19 +110,14 @@ def generate(
     plan = replace(presets.fused(kept) if fused else presets.optimised(kept, compile), shard=member.shard)
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop or []}
-    options |= {"draft": proposer, "min_p": min_p, "repetition_penalty": repetition_penalty, "logprobs": logprobs}
+    options |= {"draft": proposer, "logprobs": logprobs}
     if compile or fused:
         warm_up(llama, prompt, max_new_tokens, options)
     if to.type == "cuda":
         torch.cuda.reset_peak_memory_stats(to)
     outputs = []
     for i in range(num_samples):
-        print(prompt, end="", flush=True)
-        show = (lambda _, piece: print(piece, end="", flush=True)) if stream else None
-        output = llama.generate(prompt, max_new_tokens, seed=seed + i, on_text=show, **options)
-        print("" if stream else output.text, flush=True)
-        outputs.append(output)
+        outputs.append(continued(llama, prompt, stream, max_new_tokens, {**options, "seed": (seed + i) % 2**64}))
     summary = Summary.of(llama, outputs, proposer)
     print("\n".join(summary.lines()))
     if json_file is not None and ranks.is_first():
@@ -126,6 +129,19 @@ def generate(
     if profile is not None:
         write_trace(profile, lambda: llama.generate(prompt, min(max_new_tokens, TRACED_TOKENS), seed=seed, **options))
     member.leave()
+
+
+def continued(llama: Llama, prompt: str, stream: bool, max_new_tokens: int, options: dict[str, Any]) -> Output:
+    """Print a prompt and what follows it, at the end or as it comes; nothing of a request that is refused."""
+    shown: list[str] = []
+
+    def show(_: int, piece: str) -> None:
+        print(piece if shown else prompt + piece, end="", flush=True)
+        shown.append(piece)
+
+    output = llama.generate(prompt, max_new_tokens, on_text=show if stream else None, **options)
+    print("" if shown else prompt + output.text, flush=True)
+    return output
 
 
 def warm_up(llama: Llama, prompt: str, max_new_tokens: int, options: dict[str, Any]) -> None:
@@ -171,13 +187,14 @@ def chat(
     """Talk to a model. Ctrl-C ends a reply, Ctrl-D all; /more continues a reply, /reset starts anew, /exit leaves."""
     from llama_fast.chat import Chat
 
+    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty=repetition_penalty)
+    ends = stop_strings(stop)
     found = resolve(model)
     to, kind = where(device), dtype_named(dtype, where(device))
     checkpoint = found.open(to, kind)
     plan = presets.optimised(encoding_named(encoding or checkpoint.encoding), compile)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
-    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty=repetition_penalty)
-    talk(Chat(llama, system, max_new_tokens, sampling, stop or ()), sys.stdin.isatty(), begin)
+    talk(Chat(llama, system, max_new_tokens, sampling, ends), sys.stdin.isatty(), begin)
 
 
 def talk(chat: Chat, shown: bool, begin: str = "") -> None:

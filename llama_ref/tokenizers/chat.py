@@ -104,15 +104,18 @@ def _left_open(template: str, plain: Mapping[str, Any], must: bool) -> str | Non
     words = last_words(last)
     if words is None:
         raise TokenizerError("the last message has no text to continue")
-    marked = [*earlier, with_words(last, words + MARK)]
+    mark = MARK
+    while mark.strip() in str(plain["messages"]):  # somebody talks of it
+        mark = f"X{mark}"
+    marked = [*earlier, with_words(last, words + mark)]
     text = _rendered(template, {**plain, "add_generation_prompt": False, "messages": marked})
-    end = text.rfind(MARK.strip())
+    end = text.rfind(mark.strip())
     if end < 0 and not must and (not words.strip() or words.strip() not in text):
         return None
     if end < 0 or words.strip() not in text or "content" not in template:
         raise TokenizerError("the chat template does not show the last message as it is, so it cannot be continued")
-    kept = text[:end] if text[end:].startswith(MARK) else text[:end].rstrip()
-    return kept.replace(MARK, "").replace(MARK.strip(), "")  # of templates that show the message twice
+    kept = text[:end] if text[end:].startswith(mark) else text[:end].rstrip()
+    return kept.replace(mark, "").replace(mark.strip(), "")  # of templates that show the message twice
 
 
 def _rendered(template: str, names: Mapping[str, Any]) -> str:

@@ -414,6 +414,34 @@ def test_a_message_that_is_none_is_refused_in_one_line(message: Any) -> None:
         assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LLAMA.chat_text("Hi"), "messages='Hi' must be messages"),
+        (lambda: LLAMA.chat_text({"role": "user", "content": "Hi"}), "must be messages"),
+        (lambda: LLAMA.chat_text(["Hi"]), "a message must be .*, not 'Hi'"),
+        (lambda: LLAMA.generate([{"role": "user", "content": b"Hi"}]), "content is b'Hi': it must be text"),
+        (lambda: LLAMA.decode(5), "ids=5 must be token ids"),
+        (lambda: LLAMA.decode(None), "ids=None must be token ids"),
+        (lambda: LLAMA.decode("ab"), "ids='ab' must be token ids"),
+        (lambda: LLAMA.decode([1.5]), "ids holds 1.5"),
+        (lambda: LLAMA.decode([5, 259]), "token id 259 is outside the vocabulary of 259"),
+        (lambda: LLAMA.decode([-1]), "token id -1 is outside"),
+        (lambda: Chat(LLAMA, stop=["x", ""]), "a stop string is empty"),
+        (lambda: Llama.from_pretrained("x" * 5000), "unknown model"),
+    ],
+)
+def test_what_no_model_could_take_is_refused_where_it_is_given(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        call()
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 800
+
+
+def test_ids_become_text_whatever_holds_them() -> None:
+    for ids in (np.array([72, 105]), torch.tensor([[72, 105]]), (token for token in (72, 105)), range(72, 106, 33)):
+        assert LLAMA.decode(ids) == "Hi"
+
+
 def test_the_helpers_take_and_refuse_as_they_say() -> None:
     assert whole("n", np.int8(3)) == 3 and real("x", np.float32(0.5)) == 0.5
     with pytest.raises(ValueError, match="n=3 must be at least 4"):

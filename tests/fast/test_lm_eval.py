@@ -333,6 +333,114 @@ def test_what_changes_nothing_is_accepted_and_what_would_change_answers_is_refus
             ours.generate_until(instances("generate_until", [("the cat sat", settings)]))
 
 
+@pytest.mark.parametrize("until", ["", [""], ["", "a"], ["e", ""]], ids=str)
+def test_an_empty_stop_string_ends_an_answer_where_the_hf_class_ends_it(
+    pair: Callable[..., Any], until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = pair()
+    prompts = [(text, {"until": until, "max_gen_toks": 8, "do_sample": False}) for text in TEXTS]
+    expected = theirs.generate_until(instances("generate_until", prompts), disable_tqdm=True)
+    logging.disable(logging.NOTSET)
+    assert ours.generate_until(instances("generate_until", prompts)) == expected
+    assert "until holds an empty text" in caplog.text
+
+
+def stating(save: Save, **settings: Any) -> Path:
+    """A checkpoint whose generation_config.json says more than ids."""
+    directory = save(True)
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"repetition_penalty": 1.5},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 20},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_what_generation_config_says_of_all_answers_holds(save: Save, quiet: None, stated: dict[str, Any]) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from llama_fast.lm_eval_model import LlamaFast
+
+    directory = str(stating(save, **stated))
+    ours = LlamaFast(directory, "cpu", batch_size=3)
+    theirs = HFLM(pretrained=directory, device="cpu", dtype="float32", batch_size=1)
+    ways: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": False, "repetition_penalty": 1.2}]
+    ways += [{"do_sample": True, "temperature": 1.5}] if "top_k" in stated else []  # nothing left to draw
+    for way in ways:
+        prompts = [(text, {"until": ["nowhere"], "max_gen_toks": 8, **way}) for text in TEXTS]
+        got, expected = (
+            model.generate_until(instances("generate_until", prompts), disable_tqdm=True) for model in (ours, theirs)
+        )
+        assert got == expected, way
+
+
+def test_what_generation_config_says_and_we_cannot_is_refused_by_name(
+    save: Save, caplog: pytest.LogCaptureFixture
+) -> None:
+    from llama_fast.lm_eval_model import LlamaFast
+
+    ours = LlamaFast(str(stating(save, min_length=5, num_beams=2)), "cpu")
+    asked = {"until": ["a"], "max_gen_toks": 4}
+    with pytest.raises(ValueError, match=r"'min_length' is not supported with the value 5 .*generation_config.json"):
+        ours.generate_until(instances("generate_until", [("the cat", asked)]))
+    ours.generate_until(instances("generate_until", [("the cat", asked | {"min_length": 0, "num_beams": 1})]))
+    ours.loglikelihood(instances("loglikelihood", [("the cat", " sat")]), disable_tqdm=True)
+    LlamaFast(str(stating(save, max_new_tokens=3)), "cpu")
+    assert "max_new_tokens=3 is ignored, max_gen_toks rules" in caplog.text
+
+
+def test_draws_are_among_the_fifty_likeliest_as_of_transformers(save: Save, quiet: None) -> None:
+    from llama_fast.lm_eval_model import LlamaFast
+
+    ours = LlamaFast(str(save(True)), "cpu", batch_size=64)
+    runner = ours.llama.runner
+    import torch
+
+    logits_V = runner.score(torch.tensor([ours.tok_encode("the cat")]))[0, -1]
+    likeliest = {ours.tok_decode(int(token)) for token in logits_V.topk(50).indices}
+    settings = {"until": [], "max_gen_toks": 1, "do_sample": True, "temperature": 50.0}
+    drawn = ours.generate_until(instances("generate_until", [("the cat", settings)] * 64))
+    assert set(drawn) <= likeliest
+    free = ours.generate_until(instances("generate_until", [("the cat", settings | {"top_k": 0})] * 64))
+    assert not set(free) <= likeliest
+
+
+def test_without_a_gpu_the_harness_own_choice_of_cuda_is_the_cpu(save: Save, caplog: pytest.LogCaptureFixture) -> None:
+    """The harness's command asks for cuda where nobody did; its hf class takes the CPU then, and so does ours, aloud."""
+    import torch
+
+    from llama_fast.lm_eval_model import device_for
+
+    if not torch.cuda.is_available():
+        for name in ("cuda", "cuda:0"):
+            assert device_for(name).type == "cpu" and f"device={name}: this PyTorch sees no CUDA" in caplog.text
+    assert device_for("cpu").type == "cpu"
+
+
+def test_arguments_may_be_values_of_python(save: Save, quiet: None) -> None:
+    """As a program hands them to the harness: a dtype, a path, numbers as text."""
+    import torch
+
+    from llama_fast.lm_eval_model import LlamaFast
+
+    directory = save(True)
+    for dtype in (torch.bfloat16, "bf16", "torch.bfloat16"):
+        assert LlamaFast(directory, "cpu", dtype).llama.runner.dtype is torch.bfloat16  # type: ignore[arg-type]
+    assert LlamaFast(str(directory), "cpu", batch_size="auto", max_batch_size="5").batch_size == 5  # type: ignore[arg-type]
+    for arguments, message in (
+        ({"dtype": "int8"}, "dtype: unknown dtype 'int8'"),
+        ({"max_batch_size": 0}, "max_batch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LlamaFast(str(directory), "cpu", **arguments)  # type: ignore[arg-type]
+
+
 def test_a_batch_that_does_not_fit_is_halved_where_the_harness_leaves_it_open(save: Save, quiet: None) -> None:
     import torch
 
@@ -381,6 +489,10 @@ def test_words_that_the_harness_uses_become_ours() -> None:
         ({"until": ["x", None]}, "a stop string is text"),
         ({"temperature": "warm"}, "temperature='warm': not a number"),
         ({"max_gen_toks": "many"}, "max_gen_toks='many': not a number"),
+        ({"max_gen_toks": float("inf")}, "max_gen_toks=inf: not a number"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0 must be at least 1"),
+        ({"max_new_tokens": -3}, "max_new_tokens=-3 must be at least 1"),
+        ({"do_sample": "false"}, "do_sample='false' must be True or False"),
     ):
         with pytest.raises(ValueError, match=message):
             generation_options(settings, 9)  # type: ignore[arg-type]

@@ -83,6 +83,7 @@ def test_mistakes_are_one_line_before_anything_is_judged(
         (("--draft", other), "the draft has a vocabulary of 103 tokens, the target one of 101"),
         (("--draft", short), "the draft's context of 79 is shorter than the 80 positions asked for"),
         (("--draft-encoding", "int8"), "--draft must say by whom"),
+        (("--speculate", "4"), "--draft must say by whom"),
         (("--draft", "nobody"), "unknown model 'nobody'"),
     ):
         assert run(monkeypatch, "--model", model, *arguments) == 2

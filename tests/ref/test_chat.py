@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama_ref.models import Model
-from llama_ref.tokenizers.chat import chat_ids, chat_text
+from llama_ref.tokenizers.chat import MARK, chat_ids, chat_text
 from llama_ref.tokenizers.chat_templates import LLAMA_2, LLAMA_3, templates_of
 from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
 from llama_ref.tokenizers.tokenizer import RandomTokenizer, load_tokenizer
@@ -170,7 +170,16 @@ OPEN_TEMPLATES = {
     "first": FIRST,
     "renamed": RENAMED,
 }
-LAST_WORDS: list[Any] = ["Yes", " Yes.", "Yes. \n", "", " ", "Hi", [{"type": "text", "text": "a "}, {"type": "image"}]]
+LAST_WORDS: list[Any] = [
+    "Yes",
+    " Yes.",
+    "Yes. \n",
+    "",
+    " ",
+    "Hi",
+    MARK.strip(),
+    [{"type": "text", "text": "a "}, {"type": "image"}],
+]
 
 
 @pytest.mark.parametrize("name", list(OPEN_TEMPLATES))

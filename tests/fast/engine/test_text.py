@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -36,6 +37,37 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) 
     complete = min(ends)  # the stop string that is complete first ends the text, where it begins
     begins = [text.find(word) for word in stop if word in text[:complete]]
     assert shown == text[: min(begins)] and writer.stopped
+
+
+@given(
+    st.text(alphabet="ab ", max_size=12),
+    st.lists(st.text(alphabet="ab ", min_size=1, max_size=4), max_size=3),
+    st.data(),
+)
+def test_where_a_text_ends_does_not_depend_on_how_it_is_cut_into_tokens(text: str, stop: list[str], data: Any) -> None:
+    """("see END", ["END", "N"]): letter by letter N is complete first, and so it is in one token."""
+    by_letters = TextStream(lambda ids: "".join(map(chr, ids)), stop)
+    expected = "".join(by_letters.push(ord(letter)) for letter in text) + by_letters.finish()
+    borders = sorted(data.draw(st.sets(st.integers(0, len(text))))) if text else []
+    words = [text[begin:end] for begin, end in zip([0, *borders], [*borders, len(text)], strict=True)]
+    writer = TextStream(lambda ids: "".join(words[i] for i in ids), stop)
+    assert "".join(map(writer.push, range(len(words)))) + writer.finish() == expected
+
+
+def test_half_a_character_before_a_special_token_is_not_lost_at_a_stop_string() -> None:
+    """Bytes, and 300 for <end>: what the half was to become is told only when the next text comes, which ends the row."""
+
+    def spelled(ids: list[int]) -> str:
+        runs = "".join(chr(i) for i in ids).split(chr(300))
+        return "<end>".join(bytes(map(ord, run)).decode(errors="replace") for run in runs)
+
+    def shown(ids: list[int]) -> str:
+        return bytes(i for i in ids if i != 300).decode(errors="replace")
+
+    for stop in (["J"], ["nowhere", "JK"]):
+        writer = TextStream(shown, stop, [0x41], spelled)
+        pieces = [writer.push(i) for i in (0x42, 0xC3, 300, 0x4A, 0x4B)]
+        assert "".join([*pieces, writer.finish()]) == "B�" and writer.stopped
 
 
 def decode_by_runs(ids: list[int]) -> str:

@@ -63,6 +63,17 @@ def test_streaming_shows_the_same_text(run: Run, model: Path) -> None:
     assert plain.splitlines()[0] == streamed.splitlines()[0] != ""
 
 
+def test_the_last_seed_is_followed_by_the_first(run: Run, model: Path, tmp_path: Path) -> None:
+    """As in a batch, whose row b draws with seed + b."""
+    told = []
+    for seed, samples in ((2**64 - 1, 2), (0, 1)):
+        file = tmp_path / "out.json"
+        words = ("--prompt", "ab", "--max-new-tokens", 6, "--seed", seed, "--num-samples", samples, "--json", file)
+        assert run("generate", "--model", model, *words)[0] == 0
+        told.append(json.loads(file.read_text())["samples"][-1]["tokens"])
+    assert told[0] == told[1]
+
+
 def test_drafts_change_the_speed_and_nothing_else(run: Run, model: Path, tmp_path: Path) -> None:
     arguments = ("generate", "--model", model, "--prompt", "ab", "--max-new-tokens", 20, "--temperature", 0)
     plain = run(*arguments)[1].splitlines()[0]
@@ -123,14 +134,26 @@ def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tm
         (("bench", "--new-tokens", 1), "Invalid value for '--new-tokens'"),
         (("generate", "--max-new-tokens", "many"), "Invalid value for '--max-new-tokens'"),
         (("generate", "--max-new-token", 3), "No such option: --max-new-token"),
+        (("generate", "--top-p", "nan"), "top_p=nan must lie in (0, 1]"),
+        (("generate", "--seed", -1), "seed=-1 must lie in"),
+        (("generate", "--prompt", b"\xff".decode(errors="surrogateescape")), "half a character, not text"),
+        (
+            ("generate", "--draft", "ngram", "--logprobs", 1, "--max-new-tokens", 9),
+            "logprobs are not told with a draft",
+        ),
+        (("chat", "--stop", ""), "a stop string is empty"),
+        (("chat", "--temperature", -1), "temperature=-1.0"),
+        (("bench", "--prompt", ""), "a prompt is empty"),
+        (("bench", "--new-tokens", 500), "exceed the model's context of 128"),
+        (("generate", "--model", "x" * 5000), "unknown model"),
         (("frobnicate",), "No such command 'frobnicate'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(
     run: Run, model: Path, arguments: tuple[object, ...], message: str
 ) -> None:
-    code, _, err = run(*arguments, "--model", model)
-    assert code == 2
+    code, out, err = run(*arguments, *(() if "--model" in arguments else ("--model", model)))
+    assert code == 2 and (arguments[0] == "bench" or not out), "a prompt before the error would stand on its line"
     assert message in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
 
 
