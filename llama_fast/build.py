@@ -41,9 +41,7 @@ def build(
     dtype = default_dtype(device) if dtype is None else floating("dtype", dtype)
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
-    if plan.compiler.records_addresses and not plan.cache.fixed_addresses:
-        kinds = type(plan.compiler).__name__, type(plan.cache).__name__
-        raise ValueError("{} needs a cache whose addresses stay: Static(), not {}()".format(*kinds))
+    check_addresses(plan)
     config = plan.shard.local_config(checkpoint.config)
     operations = plan.arithmetic.bind(config, plan, device)
     stored = dict(encoded(checkpoint, plan, dtype, device))
@@ -54,12 +52,21 @@ def build(
 def rebuild(runner: Runner, plan: Plan) -> Runner:
     """The runner's own model, its weights not copied, under a plan with another cache or compiler.
 
-    Raises ValueError where the plan wants other weights.
+    Raises ValueError where the plan wants other weights, or cannot be built.
     """
     if plan != replace(runner.plan, cache=plan.cache, compiler=plan.compiler):
         raise ValueError(f"the weights of {runner.plan} are not those of {plan}")
+    check_addresses(plan)
+    plan.arithmetic.bind(runner.config, plan, runner.device)  # refuses a cache that its kernels cannot write
     run_prefill, run_decode = plan.compiler.compile(prefill, decode, runner.model)
     return replace(runner, plan=plan, run_prefill=run_prefill, run_decode=run_decode)
+
+
+def check_addresses(plan: Plan) -> None:
+    """ValueError for a compiler that records addresses over a cache that does not keep them."""
+    if plan.compiler.records_addresses and not plan.cache.fixed_addresses:
+        kinds = type(plan.compiler).__name__, type(plan.cache).__name__
+        raise ValueError("{} needs a cache whose addresses stay: Static(), not {}()".format(*kinds))
 
 
 def where(device: torch.device | str | None) -> torch.device:

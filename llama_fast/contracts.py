@@ -130,6 +130,10 @@ class Operations(Protocol):
     """The five steps of a block, and the two ends of a model, as one model's `Arithmetic` computes them."""
 
     @property
+    def compilable(self) -> bool:
+        """Whether a compiler can read them: PyTorch's operators, and nothing that is launched by hand."""
+
+    @property
     def sampling_kernels(self) -> SamplingKernels | None:
         """Kernels that choose tokens, or None to sample with PyTorch."""
 
@@ -303,10 +307,10 @@ class SamplingKernels(Protocol):
     """Kernels that do in one launch each what `engine.sampling` writes as many operators."""
 
     MOST_VOCABULARY: int
-    """Tokens that `law` and `draw` take; `argmax` takes any number."""
+    """The largest vocabulary that `law` and `draw` take; `likeliest` takes any."""
 
     def law(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
-        """The distribution [M, V] of tokens with these logits."""
+        """The distribution [M, V] from which tokens with these logits are drawn."""
 
     def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
         """The tokens [M] at which the cumulative sums of p [M, V] pass the uniforms [M]."""

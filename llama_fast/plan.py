@@ -19,6 +19,21 @@ from llama_fast.encodings.dense import Dense
 from llama_fast.parallel.alone import Whole
 from llama_ref.arguments import flag, made
 
+SLOTS = {
+    "encoding": (
+        "an encoding, as Dense() or Int8()",
+        *("name", "row_scaled", "encode", "decode", "cut", "product", "rows"),
+    ),
+    "cache": ("a kind of cache, as Growing() or Static()", "plain_slots", "fixed_addresses", "allocate"),
+    "compiler": (
+        "a compiler, as Eager(), Compiled() or Graphed()",
+        *("records_addresses", "compiles_each_shape", "compile"),
+    ),
+    "shard": ("a shard, as Whole() or TensorParallel(rank, size)", "all_reduce", "local_config", "part", "head"),
+    "arithmetic": ("an arithmetic, as PyTorch() or Triton()", "name", "bind"),
+}
+"""What the value of each slot is, in words, and the members that it must have."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -33,19 +48,8 @@ class Plan:
     """q, k, v as one matrix and gate, up as another: fewer, larger products of the same numbers."""
 
     def __post_init__(self) -> None:
-        made(
-            "encoding", self.encoding, "an encoding, as Dense() or Int8()", "encode", "decode", "cut", "product", "rows"
-        )
-        made("cache", self.cache, "a kind of cache, as Growing() or Static()", "allocate")
-        made(
-            "compiler",
-            self.compiler,
-            "a compiler, as Eager(), Compiled() or Graphed()",
-            "compile",
-            "compiles_each_shape",
-        )
-        made("shard", self.shard, "a shard, as Whole() or TensorParallel(rank, size)", "local_config", "part", "head")
-        made("arithmetic", self.arithmetic, "an arithmetic, as PyTorch() or Triton()", "bind", "sampling_kernels")
+        for slot, (wanted, *parts) in SLOTS.items():
+            made(slot, getattr(self, slot), wanted, *parts)
         object.__setattr__(self, "fuse_projections", flag("fuse_projections", self.fuse_projections))
 
     def __str__(self) -> str:

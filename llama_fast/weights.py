@@ -46,7 +46,7 @@ def named_tensors(
 def encode_one(
     checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | None, device: torch.device
 ) -> Stored:
-    """One weight. Of rows only this process's are read; where columns are cut, whole rows, a stripe at a time."""
+    """One weight. Reads only this process's rows; where columns are cut, whole rows, one stripe at a time."""
     weights, config = checkpoint.weights, checkpoint.config
     source = weights[f"{stem}.weight"]
     encoding = plan.encoding if is_encoded(stem, config) else Dense()

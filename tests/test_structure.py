@@ -108,6 +108,15 @@ def test_a_leaf_can_be_taken_away(gone: str, said: str) -> None:
     assert done.stdout.strip() == said, done.stdout + done.stderr
 
 
+def test_a_plan_with_kernels_can_be_named_where_there_is_no_triton() -> None:
+    """The ladder names all its rungs on every machine."""
+    code = WITHOUT.partition("import dataclasses")[0].format(gone="triton") + (
+        "import llama_fast.ladder.rungs, llama_fast.recipes; print(llama_fast.recipes.fused())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "dense · static · triton · graphed · whole · fused projections", done.stderr
+
+
 def test_an_encoding_can_be_taken_away(tmp_path: Path) -> None:
     """Its file is not there: the others are found, and the name is unknown."""
     import shutil

@@ -37,6 +37,7 @@ class Operators:
     head_dim: int
     window: int | None
     all_reduce: AllReduce
+    compilable: ClassVar[bool] = True
     sampling_kernels: ClassVar[None] = None
 
     def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:

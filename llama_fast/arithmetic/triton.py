@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.contracts import AllReduce, KVCache, LayerCache, SamplingKernels, Slots, Step
-from llama_fast.kernels import interpreted
+from llama_fast.kernels import available, interpreted
 from llama_fast.model.attention import visible
 from llama_fast.model.matvec import product
 from llama_ref.config import LlamaConfig
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 LEAST_CAPABILITY = (8, 0)  # bf16 on tensor cores, copies into shared memory that do not wait
+MOST_PROMPT_ROWS = 128
+"""Rows (B x T) of prompts that our attention takes: for more, its scratch memory would grow into gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Triton:
             raise ValueError("the fused kernels need joined projections: Plan(fuse_projections=True)")
         if device.type != "cuda" and not interpreted():
             raise ValueError("the fused kernels need a CUDA device; on a CPU take Compiled()")
+        if not available():
+            raise ValueError("the fused kernels need Triton, which is not installed (pip install triton)")
         if device.type == "cuda":
             check_card(torch.cuda.get_device_properties(device))
         return Kernels(config, slots.shard.all_reduce, device)
@@ -86,6 +90,8 @@ def check_card(card: Any) -> None:
 class Kernels:
     """The operations of one model. Scratch memory is kept, so that a CUDA graph finds it where it was."""
 
+    compilable = False
+
     def __init__(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device):
         from llama_fast.kernels import launching, ops  # lazy import: Triton is optional
 
@@ -100,14 +106,16 @@ class Kernels:
 
     def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:
         """Kernels find positions by the start of each row; a mask is made where PyTorch attends to more than the new tokens."""
-        T = tokens_BT.shape[1]
+        B, T = tokens_BT.shape
         if self._turns is None:
             self._turns = rope_table[..., 0].contiguous(), rope_table[..., 1].contiguous()
-        mask_BTS = None
-        if start_B is not None and not self.attends(T):
-            position_BT = start_B[:, None] + torch.arange(T, device=tokens_BT.device)
-            mask_BTS = visible(position_BT, cache.length, None)
-        return Step(start_B, mask_BTS=mask_BTS)
+        if start_B is None:
+            # made here, not where it is read: a kernel behind `embed` may read it before the kernel ahead has ended
+            return Step(self.zeros(B))
+        if self.attends(B, T):
+            return Step(start_B)
+        position_BT = start_B[:, None] + torch.arange(T, device=tokens_BT.device)
+        return Step(start_B, mask_BTS=visible(position_BT, cache.length, None))
 
     def embed(self, tokens_BT: Tensor, embedding: nn.Module) -> Tensor:
         weight, scale = matrix_of(embedding)
@@ -119,8 +127,8 @@ class Kernels:
 
     def qkv(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, layer: LayerCache, step: Step) -> Tensor:
         B, T, _ = x_BTD.shape
-        assert self._turns is not None
-        start_B = step.start_B if step.start_B is not None else self.zeros(B)
+        start_B = step.start_B
+        assert self._turns is not None and start_B is not None
         gain, eps = gain_of(norm)
         rope = self.ops.Rope(*self._turns, start_B, layer.k, layer.v, self.config.n_heads)
         x_MD, (weight, scale) = x_BTD.flatten(0, 1), matrix_of(matrix)
@@ -137,10 +145,10 @@ class Kernels:
 
     def attend(self, q_BTHd: Tensor, layer: LayerCache, step: Step) -> Tensor:
         B, T = q_BTHd.shape[:2]
-        if self.attends(T):
-            start_B = step.start_B if step.start_B is not None else self.zeros(B)
-            q_MK = q_BTHd.flatten(2).flatten(0, 1)
-            a = self.ops.attention(q_MK, layer.k, layer.v, start_B, self.scratch(B * T), early=self._embedded_by_kernel)
+        if self.attends(B, T):
+            assert step.start_B is not None
+            q_MK, scratch = q_BTHd.flatten(2).flatten(0, 1), self.scratch(B * T)
+            a = self.ops.attention(q_MK, layer.k, layer.v, step.start_B, scratch, early=self._embedded_by_kernel)
             a_BTHd = a.view(q_BTHd.shape)
         else:
             slots = T if step.mask_BTS is None else layer.k.shape[2]
@@ -189,9 +197,11 @@ class Kernels:
             with self.launching.compiled_together():
                 run()
 
-    def attends(self, T: int) -> bool:
-        """Whether our attention takes so many tokens a row. It is compiled for each number: of the many, for powers of two."""
-        return T * self.group <= self.ops.MOST_ATTENTION_ROWS and (T <= self.ops.MOST_ROWS or T & (T - 1) == 0)
+    def attends(self, B: int, T: int) -> bool:
+        """Whether our attention takes B rows of T tokens. It is compiled for each T: up to eight, and for a few powers of two."""
+        if T * self.group > self.ops.MOST_ATTENTION_ROWS:
+            return False
+        return T <= self.ops.MOST_ROWS or (T & (T - 1) == 0 and B * T <= MOST_PROMPT_ROWS)
 
     def scratch(self, rows: int) -> ops.AttentionScratch:
         """Room for the partial results of a step of so many rows, or of up to twice as many."""

@@ -62,9 +62,12 @@ class Compiled:
         object.__setattr__(self, "regions", flag("regions", self.regions))
 
     def compile(self, prefill: Phase, decode: Phase, model: nn.Module) -> tuple[Phase, Phase]:
+        """Raises ValueError where the plan's arithmetic is not one of PyTorch's operators."""
         from torch._inductor import inductor_prims  # noqa: F401 - knows what `matvec.sums_by_words` asks of a compiler
 
         assert isinstance(model, Llama)
+        if not model.operations.compilable:
+            raise ValueError("Compiled() compiles PyTorch's operators: with kernels, as Triton(), take Graphed()")
         on_gpu = next(model.buffers()).device.type == "cuda"
         shell = with_regions(model) if self.regions else model
         options = GPU_OPTIONS if on_gpu else CPU_OPTIONS

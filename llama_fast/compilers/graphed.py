@@ -37,52 +37,61 @@ class Graphed:
         assert isinstance(model, Llama)
         if model.rope_table.device.type != "cuda":
             raise ValueError("CUDA graphs need a CUDA device; on a CPU take Compiled()")
-        choose_likeliest = Likeliest(model.operations.sampling_kernels)
+        return recorded_phases(prefill, decode, model)
 
-        def prompt(model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-            return prefill(model, tokens_BT, (None, lengths_B), cache, choose_likeliest)
 
-        def turn(
-            model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor, start_B: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            return prefill(model, tokens_BT, (start_B, lengths_B), cache, choose_likeliest)
+def recorded_phases(prefill: Phase, decode: Phase, model: Llama) -> tuple[Phase, Phase]:
+    """The two phases by way of recordings."""
+    choose_likeliest = Likeliest(model.operations.sampling_kernels)
 
-        def one_step(model: Llama, cache: KVCache, tokens_BT: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
-            return decode(model, tokens_BT, start_B, cache, choose_likeliest)
+    def prompt(model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        return prefill(model, tokens_BT, (None, lengths_B), cache, choose_likeliest)
 
-        prompts, turns, steps = (Recordings(model, function) for function in (prompt, turn, one_step))
-        longest = model.config.max_context
+    def turn(
+        model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor, start_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return prefill(model, tokens_BT, (start_B, lengths_B), cache, choose_likeliest)
 
-        def graphed_prefill(
-            unused: nn.Module,
-            tokens_BT: Tensor,
-            where: tuple[Tensor | None, Tensor | None],
-            cache: KVCache,
-            choose: Sampler,
-        ) -> tuple[Tensor, Tensor]:
-            start_B, lengths_B = where
-            width = padded_width(*tokens_BT.shape)
-            first = 0 if start_B is None else int(start_B.max())  # the host waits: it has just read the turn before
-            if lengths_B is None or width is None or first + width > min(cache.length, longest):
-                return prefill(model, tokens_BT, where, cache, choose)
-            padded_BT = F.pad(tokens_BT, (0, width - tokens_BT.shape[1]))
-            if start_B is None:
-                token_B, logits_BV = prompts(cache, padded_BT, lengths_B)
-            else:
-                token_B, logits_BV = turns(cache, padded_BT, lengths_B, start_B)
-            if not choose.greedy:
-                token_B = choose(logits_BV, lengths_B if start_B is None else start_B + lengths_B)
-            return token_B, logits_BV
+    def one_step(model: Llama, cache: KVCache, tokens_BT: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
+        return decode(model, tokens_BT, start_B, cache, choose_likeliest)
 
-        def graphed_decode(
-            unused: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Sampler
-        ) -> tuple[Tensor, Tensor]:
-            token_B, logits_BTV = steps(cache, tokens_BT, start_B)
-            if not choose.greedy:
-                token_B = choose(logits_BTV[:, -1], start_B + tokens_BT.shape[1])
-            return token_B, logits_BTV
+    prompts, turns, steps = (Recordings(model, function) for function in (prompt, turn, one_step))
+    longest = model.config.max_context
 
-        return graphed_prefill, graphed_decode
+    def graphed_prefill(
+        unused: nn.Module,
+        tokens_BT: Tensor,
+        where: tuple[Tensor | None, Tensor | None],
+        cache: KVCache,
+        choose: Sampler,
+    ) -> tuple[Tensor, Tensor]:
+        start_B, lengths_B = where
+        width = padded_width(*tokens_BT.shape)
+        if lengths_B is None or width is None or end_of(start_B, width) > min(cache.length, longest):
+            return prefill(model, tokens_BT, where, cache, choose)
+        padded_BT = F.pad(tokens_BT, (0, width - tokens_BT.shape[1]))
+        if start_B is None:
+            token_B, logits_BV = prompts(cache, padded_BT, lengths_B)
+        else:
+            token_B, logits_BV = turns(cache, padded_BT, lengths_B, start_B)
+        if not choose.greedy:
+            token_B = choose(logits_BV, lengths_B if start_B is None else start_B + lengths_B)
+        return token_B, logits_BV
+
+    def graphed_decode(
+        unused: nn.Module, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Sampler
+    ) -> tuple[Tensor, Tensor]:
+        token_B, logits_BTV = steps(cache, tokens_BT, start_B)
+        if not choose.greedy:
+            token_B = choose(logits_BTV[:, -1], start_B + tokens_BT.shape[1])
+        return token_B, logits_BTV
+
+    return graphed_prefill, graphed_decode
+
+
+def end_of(start_B: Tensor | None, width: int) -> int:
+    """Positions up to the last that is written. The host waits for `start_B`: it has just read the turn before."""
+    return width if start_B is None else int(start_B.max()) + width
 
 
 def padded_width(B: int, T: int) -> int | None:

@@ -39,7 +39,7 @@ class Statistics:
 
     @property
     def acceptance(self) -> float:
-        """The share of judged proposals that stood: the a of `pace.speedup`; 0 if none was judged."""
+        """The share of judged proposals that stood: the a of `adaptive_k.speedup`; 0 if none was judged."""
         return self.accepted / self.tried if self.tried else 0.0
 
     @property

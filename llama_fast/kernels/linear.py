@@ -1,7 +1,7 @@
-"""Linear layers of 1 to 8 rows, with what stands before (RMS norm) and after (rotary + cache, residual, SiLU) in the same launch.
+"""Linear layers of few rows, with what stands before (RMS norm) and after (rotary + cache, residual, SiLU) in the same launch.
 
 One row, or two, go through `_in_registers`: activations stay in registers, weights stream past them as float32 multiply-adds.
-Two to eight rows go through `_on_tensor_cores`: the same epilogues behind dots of 16 or more weight rows.
+More go through `_on_tensor_cores`: the same epilogues behind dots of 16 or more weight rows. `ops.takes` says how many rows.
 Both read each weight once. Accumulation, norm and rotary angles are float32; activations keep their own dtype.
 """
 

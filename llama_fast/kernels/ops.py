@@ -1,6 +1,7 @@
 """The kernels as functions of tensors.
 
-No function synchronises with the host; each allocates its result and nothing else.
+No function synchronises with the host. Each allocates its result; `_linear` also normed activations, and `likeliest` scratch
+memory that is kept.
 """
 
 import functools

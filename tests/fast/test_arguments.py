@@ -8,6 +8,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from llama_fast import Llama, Plan, Sampling, build, generate
+from llama_fast.arithmetic.triton import Triton
 from llama_fast.caches.static import Static
 from llama_fast.chat import Chat
 from llama_fast.compilers.compiled import Compiled
@@ -318,8 +320,9 @@ HANDED_OVER: list[tuple[str, Call, list[Any]]] = [
     ("top_k", lambda v: Sampling(top_k=v), ["5", 1.5, True, 0]),
     ("seed", lambda v: Sampling(seed=v), ["x", 1.5, None, -1]),
     ("encoding", lambda v: Plan(encoding=v), [None, "int8", Int8, 5]),
-    ("cache", lambda v: Plan(cache=v), [None, "static", Static, 512]),
-    ("compiler", lambda v: Plan(compiler=v), [None, True, Compiled, "compiled"]),
+    ("cache", lambda v: Plan(cache=v), [None, "static", Static, 512, SimpleNamespace(allocate=None)]),
+    ("compiler", lambda v: Plan(compiler=v), [None, True, Compiled, "compiled", SimpleNamespace(compile=None)]),
+    ("arithmetic", lambda v: Plan(arithmetic=v), [None, "triton", Triton]),
     ("shard", lambda v: Plan(shard=v), [None, 2, TensorParallel]),
     ("fuse_projections", lambda v: Plan(fuse_projections=v), [None, "yes", 2, []]),
     ("length", lambda v: Static(v), ["512", 1.5, True, 0, -1]),

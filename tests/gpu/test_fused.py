@@ -87,7 +87,7 @@ def test_the_oracle_agrees(runner: Runner) -> None:
 
 
 def test_prompts_short_and_long_ragged_and_sampled(runner: Runner, config: LlamaConfig) -> None:
-    """A prompt of at most 8 tokens takes the kernels, a longer one does not: either way it is the same model."""
+    """Prompts that are recorded, padded to few widths, and long ones that run as written: either way it is the same model."""
     for prompts in ([[5, 17, 3]], [[1] * 8], [[2, 3] * 30], [[4, 5], [6, 7, 8, 9]], [[1, 2, 3], [4] * 40]):
         length = max(map(len, prompts))
         tokens_BT = torch.tensor([p + [0] * (length - len(p)) for p in prompts], device="cuda")

@@ -94,13 +94,15 @@ def general(gpu: str) -> None:
     ops.machine = lambda device: ops.Machine(gpu, False)  # type: ignore[assignment]
     wide, narrow, seen = torch.float32, torch.bfloat16, set()
     caches = {dtype: torch.zeros(1, 1, 64, 64, dtype=dtype) for dtype in (wide, narrow)}
-    table, start_B = torch.zeros(64, 32), torch.zeros(8, dtype=torch.int64)
+    table, start_B = torch.zeros(64, 32), torch.zeros(128, dtype=torch.int64)
     with compiled_together():
         for n, k, m, x_type, w_type, epilogue in itertools.product(
-            (512, tuning.MANY_ROWS), (2048, 2 * tuning.LONG_ROW), (1, 8), (narrow, wide), (torch.int8, narrow, wide),
+            (512, tuning.MANY_ROWS), (2048, 2 * tuning.LONG_ROW), (1, 8, 64, 128), (narrow, wide),
+            (torch.int8, narrow, wide),
             ("plain", "gated", "rope"),
         ):  # fmt: skip
-            if w_type not in (torch.int8, x_type):
+            many = m > ops.MOST_ROWS and ((w_type, x_type) != (torch.int8, narrow) or epilogue == "rope")
+            if w_type not in (torch.int8, x_type) or many:
                 continue
             tile = tuning.linear_tile(gpu, epilogue, n, k, m, w_type.itemsize, x_type.itemsize)
             if (tile, x_type, w_type, epilogue) in seen:
@@ -142,7 +144,7 @@ def main() -> None:
             ops.gate(torch.randn(24, 384).bfloat16())
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
-            for rows, (n, k) in itertools.product((9, 32, 64), ((96, 128), (16384, 256))):
+            for rows, (n, k) in itertools.product((9, 32, 64, 128), ((96, 128), (16384, 256))):
                 ops.linear(
                     torch.randn(rows, k).bfloat16(), torch.ones(n, k, dtype=torch.int8), torch.ones(n, 1).bfloat16()
                 )

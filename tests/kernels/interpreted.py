@@ -73,7 +73,8 @@ def suits(tile: Tile, m: int) -> bool:
 def check_linear() -> int:
     n_checked = 0
     shapes = [*itertools.product(ENCODINGS, (1, 2, 5, 8), TILES, ((37, 72), (5, 20)))]
-    shapes += [("int8", m, tuning.many_rows_tile("add", 37, 72, m), (37, 72)) for m in (9, 20, 40)]
+    for n in (37, tuning.MANY_ROWS):  # the tiles of small matrices, and of large ones
+        shapes += [("int8", m, tuning.many_rows_tile("add", n, 72, m), (37, 72)) for m in (9, 20, 40, 100)]
     for encoding, m, tile, (n, k) in shapes:
         if not suits(tile, m):
             continue

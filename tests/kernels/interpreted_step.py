@@ -1,10 +1,12 @@
-"""A whole fused step against the reference, in Triton's interpreter. Run by test_interpreted.py with TRITON_INTERPRET=1."""
+"""A whole step by our kernels against the reference, in the interpreter. Run by test_interpreted.py with TRITON_INTERPRET=1."""
 
 import dataclasses
 
 import torch
 
-from llama_fast.build import build
+from llama_fast.arithmetic.triton import MOST_PROMPT_ROWS
+from llama_fast.build import build, rebuild
+from llama_fast.compilers.compiled import Compiled
 from llama_fast.compilers.eager import Eager
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
@@ -40,7 +42,10 @@ def prompts(runner: Runner, exact: Reference) -> int:
         torch.testing.assert_close(logits_BV.double(), wanted_BV, atol=2e-5, rtol=2e-5)
     scored_BTV = runner.score(tokens_BL[:, :25])
     torch.testing.assert_close(scored_BTV.double(), wanted_BLV[:, :25], atol=2e-5, rtol=2e-5)
-    return 5
+    scored_BTV = runner.score(tokens_BL.repeat(3, 1)[:, :16])  # more rows than our attention keeps scratch memory for
+    torch.testing.assert_close(scored_BTV.double(), wanted_BLV.repeat(3, 1, 1)[:, :16], atol=2e-5, rtol=2e-5)
+    assert max(runner.model.operations._scratch) <= MOST_PROMPT_ROWS  # type: ignore[attr-defined]
+    return 6
 
 
 def main() -> None:
@@ -68,6 +73,11 @@ def main() -> None:
                 assert torch.equal(token_B, logits_BTV[:, -1].argmax(-1))
                 checked += 1
         checked += prompts(runner, exact)
+        try:
+            rebuild(runner, dataclasses.replace(runner.plan, compiler=Compiled()))
+            raise AssertionError("kernels of our own are nothing that a compiler can read")
+        except ValueError as error:
+            assert "take Graphed()" in str(error)
     print(f"step: {checked} results agree")
 
 

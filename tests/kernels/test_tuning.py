@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from llama_fast.arithmetic.triton import check_card
-from llama_fast.kernels.tuning import ONE_ROW, attention_tile, linear_tile, next_power_of_2, untuned
+from llama_fast.kernels.tuning import (
+    ONE_ROW,
+    SHARED_BYTES,
+    attention_tile,
+    fitting_stages,
+    linear_tile,
+    next_power_of_2,
+    untuned,
+)
 from tests.gpu.targets import TARGETS, bar, target
 
 
@@ -25,6 +33,23 @@ def test_linear_tiles_are_powers_of_two(gpu: str) -> None:
         if m > 1 and not tile.vector:  # tensor cores
             assert tile.rows * (2 if epilogue == "gated" else 1) >= 16
             assert tile.columns // tile.slices >= 16 and tile.warps >= tile.slices
+
+
+@pytest.mark.parametrize("m", [9, 16, 17, 32, 33, 64, 65, 128])
+def test_tiles_of_many_rows_fit_the_kernels_and_the_memory_of_every_card(m: int) -> None:
+    """Of eight-bit weights, which alone come to so many rows; of matrices smaller than a tile, too."""
+    for epilogue, (n, k) in itertools.product(
+        ("plain", "add", "gated", "rope"), ((40, 20), (576, 1536), (32000, 4096))
+    ):
+        tile = linear_tile("some other GPU", epilogue, n, k, m, 1)
+        rows = tile.rows * (2 if epilogue == "gated" else 1)
+        assert rows >= 16 and tile.columns <= max(16, next_power_of_2(k))
+        for size in (tile.rows, tile.columns, tile.warps):
+            assert size == next_power_of_2(size), (epilogue, n, k, m, tile)
+        if tile.slices:
+            assert tile.columns // tile.slices >= 16 and tile.warps >= tile.slices
+        per_column = rows + 2 * max(8, next_power_of_2(m))
+        assert fitting_stages(tile, per_column, SHARED_BYTES) * tile.columns * per_column <= SHARED_BYTES
 
 
 def test_a_card_has_its_own_tile_or_that_of_its_chip() -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from llama_fast.arithmetic.pytorch import PyTorch
 from llama_fast.arithmetic.triton import Triton
-from llama_fast.build import build
+from llama_fast.build import build, rebuild
 from llama_fast.caches.static import Static
+from llama_fast.contracts import Slots
 from llama_fast.engine.generate import generate
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
@@ -138,6 +140,20 @@ def test_what_kernels_cannot_do_is_refused_when_the_plan_is_built(
 ) -> None:
     with pytest.raises(ValueError, match=told):
         build(checkpoint, plan, "cpu")
+
+
+def test_a_cache_that_an_arithmetic_refuses_is_refused_for_a_model_that_is_built_already(
+    checkpoint: Checkpoint,
+) -> None:
+    class Picky(PyTorch):
+        def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Any:
+            if not slots.cache.plain_slots:
+                raise ValueError("writes plain slots alone")
+            return super().bind(config, slots, device)
+
+    runner = build(checkpoint, Plan(cache=Static(), arithmetic=Picky()), "cpu")
+    with pytest.raises(ValueError, match="writes plain slots alone"):
+        rebuild(runner, dataclasses.replace(runner.plan, cache=EightBitKeys()))
 
 
 def on_a_rank() -> None:

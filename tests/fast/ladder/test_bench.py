@@ -13,6 +13,7 @@ import torch
 
 from llama_fast.build import build, rebuild
 from llama_fast.caches.static import Static
+from llama_fast.compilers.graphed import Graphed
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.runner import Runner
 from llama_fast.ladder import plots
@@ -147,6 +148,8 @@ def test_plans_that_differ_in_cache_or_compiler_share_their_weights(untied: Chec
     assert torch.equal(one, other)
     with pytest.raises(ValueError, match="the weights of dense · growing · eager · whole are not those of int8"):
         rebuild(plain, Plan(Int8(), cache=Static()))
+    with pytest.raises(ValueError, match=r"Graphed needs a cache whose addresses stay: Static\(\), not Growing\(\)"):
+        rebuild(plain, Plan(compiler=Graphed()))
 
 
 def test_bytes_are_counted_as_stored(checkpoint: Checkpoint) -> None:
