@@ -16,7 +16,7 @@ from llama_fast.build import build
 from llama_fast.caches.static import Static
 from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner
-from llama_fast.parallel.tensor_parallel import TensorParallel
+from llama_fast.parallel.tensor_parallel import OverGroup, TensorParallel
 from llama_fast.plan import Plan
 from llama_fast.speculative import rounds
 from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, Costs, Pace, expected_tokens, speedup
@@ -97,10 +97,17 @@ def test_a_member_that_is_slower_decides_as_the_others() -> None:
     assert told[0] == told[1] == (1.0, 1.0)
 
 
+class AnotherRank(OverGroup):
+    """The sum with one other rank, which says 2.5."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + 2.5
+
+
 def test_a_group_agrees_through_its_sum(untied: Checkpoint) -> None:
     runner = build(untied, Plan(cache=Static()), "cpu")
     assert rounds.agreement(runner)(1.5) == 1.5
-    of_two = dataclasses.replace(runner, plan=Plan(shard=TensorParallel(0, 2, all_reduce=lambda x: x + 2.5)))
+    of_two = dataclasses.replace(runner, plan=Plan(shard=TensorParallel(0, 2, AnotherRank())))
     assert rounds.agreement(of_two)(1.5) == 4.0
 
 
