@@ -46,6 +46,7 @@ FLOORS = {
     "lm_eval_model": ("contracts", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),
+    "cli": ("ladder",),
     "__main__": ("ladder",),
 }
 """What each folder, or file beside the folders, of `llama_fast` may import besides itself: one rule a folder."""
