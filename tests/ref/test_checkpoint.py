@@ -366,7 +366,7 @@ def test_a_slice_of_q_reads_only_the_heads_it_touches() -> None:
 ROWS, COLUMNS = 1 << 16, 1 << 14  # x 4 bytes = 4 GiB, in a sparse file
 OPEN_HUGE = """
 import pathlib, resource, sys, torch
-from llama_ref.{module} import {function}
+from llama_ref.formats.{module} import {function}
 import gguf
 before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tensor = {function}(pathlib.Path(sys.argv[1])){tail}
