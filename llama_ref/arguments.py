@@ -67,7 +67,7 @@ def is_whole(value: Any) -> bool:
     """Whether a value is one integer, of Python or NumPy or in a tensor without dimensions."""
     if type(value) is int:
         return True
-    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or str(getattr(value, "dtype", "")).endswith("bool"):
+    if is_truth_or_several(value):
         return False
     try:
         operator.index(value)
@@ -76,10 +76,15 @@ def is_whole(value: Any) -> bool:
     return True
 
 
+def is_truth_or_several(value: Any) -> bool:
+    """Whether a value is True or False, of any library, or has dimensions: no one number, though Python may make one of it."""
+    dtype = str(getattr(value, "dtype", ""))
+    return isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or dtype.endswith("bool")
+
+
 def real(name: str, value: Any) -> float:
     """One number, and no True or "0.8". What range it must lie in, and that NaN lies in none, its user says."""
-    wrong = isinstance(value, (bool, str)) or getattr(value, "ndim", 0) != 0
-    wrong = wrong or str(getattr(value, "dtype", "")).endswith("bool")
+    wrong = isinstance(value, str) or is_truth_or_several(value)
     wrong = wrong or (isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real))
     try:
         if not wrong and (hasattr(value, "__float__") or hasattr(value, "__index__")):

@@ -19,6 +19,7 @@ Shapes: B rows, K proposed tokens, V vocabulary.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 
 import torch
@@ -44,7 +45,7 @@ DRAWN = 1
 """The stream of uniforms that proposals are drawn with."""
 
 
-class Proposer:
+class Proposer(ABC):
     """What `Draft`, `Ngram` and `Padded` share: the choice of k, the room it needs, the costs measured so far."""
 
     only = AUTOMATIC[-1]
@@ -147,12 +148,12 @@ class Proposer:
         known.add(kind)
         return new
 
-    def fits(self, target: Runner, needed: int) -> None:
+    def fits(self, target: Runner, needed: int) -> None:  # noqa: B027 - most proposers serve any target
         """Raise ValueError where this proposer cannot serve that target for `needed` positions and its k beyond."""
 
+    @abstractmethod
     def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
         """For one generation of `batch` rows, up to `needed` positions."""
-        raise NotImplementedError
 
 
 class Draft(Proposer):

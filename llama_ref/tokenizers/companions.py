@@ -62,7 +62,8 @@ def read_companions(
 ) -> Companions:
     """From the text of the files, by name. `of_json` are the added tokens of tokenizer.json, by id, and `defaults` the
     special tokens, by name, where no file states or denies them. Raises TokenizerError."""
-    settings = read_json_object(files.get(SETTINGS_FILE, "{}"), beside(where, SETTINGS_FILE))
+    settings_file, map_file, added_file = (beside(where, name) for name in (SETTINGS_FILE, MAP_FILE, ADDED_FILE))
+    settings = read_json_object(files.get(SETTINGS_FILE, "{}"), settings_file)
     _say_what_is_not_followed(settings, where)
     stated = dict(settings)
     if OLD_EXTRA in stated and not stated.get(EXTRA):
@@ -70,28 +71,24 @@ def read_companions(
     own_names = _pop_own_names(stated)
     listed: dict[int, AddedToken] = {}
     if settings.get("added_tokens_decoder") is not None:
-        listed = _decoder(settings["added_tokens_decoder"], beside(where, SETTINGS_FILE))
+        listed = _decoder(settings["added_tokens_decoder"], settings_file)
     else:
-        _apply_map(
-            stated, read_json_object(files.get(MAP_FILE, "{}"), beside(where, MAP_FILE)), beside(where, MAP_FILE)
-        )
+        _apply_map(stated, read_json_object(files.get(MAP_FILE, "{}"), map_file), map_file)
         if isinstance(stated.get(EXTRA), dict):
             own_names |= stated.pop(EXTRA)
-        _refuse_unlisted(stated, beside(where, SETTINGS_FILE))
-        added = read_json_object(files.get(ADDED_FILE, "{}"), beside(where, ADDED_FILE))
-        listed = _added(added, stated, beside(where, ADDED_FILE)) | dict(of_json or {})
-    _refuse_unlisted(stated, beside(where, SETTINGS_FILE))
+        _refuse_unlisted(stated, settings_file)
+        added = read_json_object(files.get(ADDED_FILE, "{}"), added_file)
+        listed = _added(added, stated, added_file) | dict(of_json or {})
+    _refuse_unlisted(stated, settings_file)
     defaults = defaults or {}
     late_names = {name: stated[name] for name in stated if _is_own_name(name) and token_as_stated(stated[name])}
     spelled = {name: stated.get(name, defaults.get(name)) for name in dict.fromkeys((*NAMES, *defaults))}
     named = {
         name: token
         for name, value in (spelled | late_names | own_names).items()
-        if value is not None and (token := _token(value, name, beside(where, SETTINGS_FILE))).content
+        if value is not None and (token := _token(value, name, settings_file)).content
     }
-    extra = [
-        _token(value, EXTRA, beside(where, SETTINGS_FILE)) for value in stated.get(EXTRA, stated.get(OLD_EXTRA)) or ()
-    ]
+    extra = [_token(value, EXTRA, settings_file) for value in stated.get(EXTRA, stated.get(OLD_EXTRA)) or ()]
     return Companions(settings, named, tuple(token for token in extra if token.content), listed)
 
 

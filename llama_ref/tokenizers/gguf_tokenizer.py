@@ -77,18 +77,18 @@ def files_of_gguf(path: Path) -> dict[str, bytes]:
     name = SENTENCEPIECE_FILE if header.metadata.get(MODEL) == SENTENCEPIECE else JSON_FILE
     cached = cache_folder() / "tokenizers" / f"{header.fingerprint[:32]}-{CONVERSION}"
     try:
-        files = _files(path, header, cached, name)
+        files = _files(header, cached, name)
         _warn(header.metadata)
     except ValueError as error:
         raise _not_converted(path, str(error)) from error
     return files
 
 
-def _files(path: Path, header: Header, cached: Path, name: str) -> dict[str, bytes]:
+def _files(header: Header, cached: Path, name: str) -> dict[str, bytes]:
     """From the cache, else derived; ValueError names the field that stands in the way."""
     with contextlib.suppress(OSError):
         return {file: (cached / file).read_bytes() for file in (name, SETTINGS_FILE)}
-    content, settings = _convert(path), settings_of(header.metadata)
+    content, settings = _convert(header.metadata), settings_of(header.metadata)
     if name == SENTENCEPIECE_FILE:
         settings["added_tokens_decoder"] = added_tokens(read_vocabulary(header.metadata))
     files = {
@@ -159,9 +159,8 @@ def _adds_bos(metadata: Mapping[str, Any]) -> bool:
     return flag(metadata, "tokenizer.ggml.add_bos_token", usual)
 
 
-def _convert(path: Path) -> str | bytes:
+def _convert(metadata: Mapping[str, Any]) -> str | bytes:
     """The text of a tokenizer.json, or the bytes of a tokenizer.model; ValueError names the field."""
-    metadata = read_header(path).metadata
     kind = metadata.get(MODEL)
     if kind not in (BYTE_PAIR, SENTENCEPIECE):
         raise ValueError(f"{MODEL}={kind!r} is not supported (known: {BYTE_PAIR}, {SENTENCEPIECE})")

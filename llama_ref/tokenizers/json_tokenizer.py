@@ -19,8 +19,8 @@ from llama_ref.tokenizers.tokenizer_files import (
     SETTINGS_FILE,
     TokenizerError,
     beside,
+    read_config,
     read_json_object,
-    read_text,
     read_texts,
     refuse_undecodable,
 )
@@ -40,10 +40,13 @@ class JsonTokenizer:
         self._where = where
         self._files = with_class(files, kind, where)
         settings = read_json_object(files.get(SETTINGS_FILE, "{}"), beside(where, SETTINGS_FILE))
-        of_file = _backend(files[JSON_FILE], where)
+        text = files[JSON_FILE]
+        data = read_json_object(text, where)
+        _refuse_prefixed_merges(data, where)
+        of_file = _backend(text, where)
         self._backend = of_file
-        of_class = as_the_class_reads(files[JSON_FILE], kind, settings, where)
-        if of_class != files[JSON_FILE]:
+        of_class = as_the_class_reads(text, data, kind, settings)
+        if of_class != text:
             self._backend = _backend(of_class, where)
         padding = of_file.padding or {}
         defaults = DEFAULTS[kind] | ({"pad_token": padding["pad_token"]} if padding else {})
@@ -83,9 +86,7 @@ class JsonTokenizer:
         from llama_ref.tokenizers.chat_templates import template_files
 
         files = read_texts(directory, (JSON_FILE, *COMPANIONS)) | template_files(directory)
-        config = directory / "config.json"
-        stated = read_json_object(read_text(config), config) if config.is_file() else {}
-        return cls(files, where, class_of(files, stated, where))
+        return cls(files, where, class_of(files, read_config(directory), where))
 
     @property
     def vocab_size(self) -> int:
@@ -129,13 +130,16 @@ class JsonTokenizer:
         return [], []
 
 
-def _backend(text: str, where: object) -> Any:
-    from tokenizers import Tokenizer as Backend
-
-    model = read_json_object(text, where).get("model")
+def _refuse_prefixed_merges(data: Mapping[str, Any], where: object) -> None:
+    model = data.get("model")
     prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) and "merges" in model else None
     if prefix:  # no Llama has one, and the library trusts it: a merge without the prefix ends the process
         raise TokenizerError(f"{where}: continuing_subword_prefix={prefix!r:.40} is not supported beside merges")
+
+
+def _backend(text: str, where: object) -> Any:
+    from tokenizers import Tokenizer as Backend
+
     with _in_our_words(where):
         return Backend.from_str(text)
 

@@ -23,8 +23,7 @@ from llama_ref.tokenizers.tokenizer_files import (
     SETTINGS_FILE,
     TokenizerError,
     beside,
-    read_json_object,
-    read_text,
+    read_config,
     read_texts,
     refuse_undecodable,
 )
@@ -35,8 +34,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         files = read_texts(path.parent, COMPANIONS) | template_files(path.parent)
-        config = path.with_name("config.json")
-        kind = class_of(files, read_json_object(read_text(config), config) if config.is_file() else {}, path)
+        kind = class_of(files, read_config(path.parent), path)
         self._path, self._files = path, with_class(files, kind, path)
         self._model = SentencePieceModel(_content(path), path)
         companions = read_companions(files, path, defaults=self._model.names)

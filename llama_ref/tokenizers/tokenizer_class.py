@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from llama_ref.formats.fields import stated
 from llama_ref.tokenizers.tokenizer_files import JSON_FILE, SETTINGS_FILE, beside, read_json_object
 
 GENERIC = "PreTrainedTokenizerFast"
@@ -58,18 +59,18 @@ def prefixes_every_stretch(name: str, settings: Mapping[str, Any]) -> bool:
     return bool(legacy)
 
 
-def as_the_class_reads(text: str, name: str, settings: Mapping[str, Any], where: object) -> str:
-    """A tokenizer.json in which words are cut as its class says; the file's own text where the class says nothing."""
+def as_the_class_reads(text: str, data: dict[str, Any], name: str, settings: Mapping[str, Any]) -> str:
+    """A tokenizer.json, whose JSON is `data`, in which words are cut as its class says; the file's own text where the class
+    says nothing."""
     if name == GENERIC:
         return text
-    data = read_json_object(text, where)
     if name == "GPT2Tokenizer":
         return _as_gpt2_reads(text, data, settings)
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         return text  # a unigram vocabulary: the class is for merges
     unknown = DEFAULTS[name]["unk_token"] if name == "CodeLlamaTokenizer" else None
-    prefix = bool(_stated(settings, "add_prefix_space", True))
+    prefix = bool(stated(settings.get("add_prefix_space"), True))
     scheme = "never" if not prefix else "always" if prefixes_every_stretch(name, settings) else "first"
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -78,7 +79,7 @@ def as_the_class_reads(text: str, name: str, settings: Mapping[str, Any], where:
     ]
     if prefix or name == "CodeLlamaTokenizer":
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    data |= {
+    data = data | {
         "model": PLAIN_MERGES | {"unk_token": unknown, "vocab": model["vocab"], "merges": model["merges"]},
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
@@ -93,10 +94,5 @@ def _as_gpt2_reads(text: str, data: dict[str, Any], settings: Mapping[str, Any])
     cut = data.get("pre_tokenizer")
     if not isinstance(cut, dict) or cut.get("type") != "ByteLevel":
         return text
-    data["pre_tokenizer"] = cut | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
-    return json.dumps(data, ensure_ascii=False)
-
-
-def _stated(settings: Mapping[str, Any], name: str, default: Any) -> Any:
-    value = settings.get(name)
-    return default if value is None else value
+    cut = cut | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
+    return json.dumps(data | {"pre_tokenizer": cut}, ensure_ascii=False)

@@ -52,6 +52,12 @@ def read_json_object(text: str, where: object) -> dict[str, Any]:
     return data
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of a directory's config.json, {} where there is none."""
+    config = directory / "config.json"
+    return read_json_object(read_text(config), config) if config.is_file() else {}
+
+
 def refuse_undecodable(text: str) -> None:
     """Raise ValueError for a text with lone surrogates, which is what Python makes of bytes that are not UTF-8."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,17 @@ def witness(request: pytest.FixtureRequest, save_tiny: SaveTiny) -> Witness:
 def tiny(save_tiny: SaveTiny) -> Witness:
     """A fresh untied directory, to be damaged."""
     return save_tiny()
+
+
+@pytest.fixture(scope="module")
+def quiet_transformers() -> Iterator[None]:
+    """transformers without its warnings of what a test does on purpose."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")
