@@ -105,7 +105,7 @@ class Step(NamedTuple):
     position_BT: Tensor | None = None
     mask_BTS: Tensor | None = None
     """Which slots a token sees; None: those of the T tokens themselves, and causal."""
-    turns_BTd2: Tensor | None = None
+    cos_sin_BTd2: Tensor | None = None
     """Cosine and sine of each position's angles."""
     show: Show | None = None
     name: str = ""
@@ -307,9 +307,9 @@ class SamplingKernels(Protocol):
     """Kernels that do in one launch each what `engine.sampling` writes as many operators."""
 
     MOST_VOCABULARY: int
-    """The largest vocabulary that `law` and `draw` take; `likeliest` takes any."""
+    """The largest vocabulary that `distribution` and `draw` take; `likeliest` takes any."""
 
-    def law(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
+    def distribution(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
         """The distribution [M, V] from which tokens with these logits are drawn."""
 
     def draw(self, p: Tensor, uniform: Tensor) -> Tensor:

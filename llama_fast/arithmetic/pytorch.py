@@ -53,12 +53,12 @@ class Operators:
         return embedding(tokens_BT)  # type: ignore[no-any-return]
 
     def qkv(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, layer: LayerCache, step: Step) -> Tensor:
-        assert step.turns_BTd2 is not None and step.position_BT is not None
+        assert step.cos_sin_BTd2 is not None and step.position_BT is not None
         B, T, _ = x_BTD.shape
         n_BTD = norm(x_BTD)
         q_BTHd, k_BTKd, v_BTKd = (part.view(B, T, -1, self.head_dim) for part in matrix(n_BTD))
         step.see(attention_norm=n_BTD, q=q_BTHd, k=k_BTKd, v=v_BTKd)
-        q_BTHd, k_BTKd = rotate(q_BTHd, step.turns_BTd2), rotate(k_BTKd, step.turns_BTd2)
+        q_BTHd, k_BTKd = rotate(q_BTHd, step.cos_sin_BTd2), rotate(k_BTKd, step.cos_sin_BTd2)
         step.see(q_rope=q_BTHd, k_rope=k_BTKd)
         layer.put(k_BTKd, v_BTKd, step.position_BT)
         return q_BTHd

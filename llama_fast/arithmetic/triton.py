@@ -100,15 +100,15 @@ class Kernels:
         self.config, self.all_reduce, self.device = config, all_reduce, device
         self.group = config.n_heads // config.n_kv_heads
         self._scratch: dict[int, ops.AttentionScratch] = {}
-        self._turns: tuple[Tensor, Tensor] | None = None
+        self._cos_sin: tuple[Tensor, Tensor] | None = None
         self._zeros: dict[int, Tensor] = {}
         self._embedded_by_kernel = True
 
     def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:
         """Kernels find positions by the start of each row; a mask is made where PyTorch attends to more than the new tokens."""
         B, T = tokens_BT.shape
-        if self._turns is None:
-            self._turns = rope_table[..., 0].contiguous(), rope_table[..., 1].contiguous()
+        if self._cos_sin is None:
+            self._cos_sin = rope_table[..., 0].contiguous(), rope_table[..., 1].contiguous()
         if start_B is None:
             # made here, not where it is read: a kernel behind `embed` may read it before the kernel ahead has ended
             return Step(self.zeros(B))
@@ -128,14 +128,14 @@ class Kernels:
     def qkv(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, layer: LayerCache, step: Step) -> Tensor:
         B, T, _ = x_BTD.shape
         start_B = step.start_B
-        assert self._turns is not None and start_B is not None
+        assert self._cos_sin is not None and start_B is not None
         gain, eps = gain_of(norm)
-        rope = self.ops.Rope(*self._turns, start_B, layer.k, layer.v, self.config.n_heads)
+        rope = self.ops.Rope(*self._cos_sin, start_B, layer.k, layer.v, self.config.n_heads)
         x_MD, (weight, scale) = x_BTD.flatten(0, 1), matrix_of(matrix)
         if self.ops.takes(B * T, weight, x_MD):
             q = self.ops.qkv(x_MD, gain, eps, weight, scale, rope, early=self._embedded_by_kernel)
         else:
-            q = self.ops.turn_and_store(product(self.ops.rms_norm(x_MD, gain, eps), weight, scale), rope)
+            q = self.ops.rotate_and_store(product(self.ops.rms_norm(x_MD, gain, eps), weight, scale), rope)
         q_BTHd = q.view(B, T, self.config.n_heads, -1)
         if step.show is not None:
             at = (start_B[:, None] + torch.arange(T, device=x_BTD.device))[:, None, :, None]

@@ -121,15 +121,15 @@ class Region(nn.Module):
         self.block = block
 
     def forward(self, x_BTD: Tensor, layer: LayerCache, step: Step) -> Tensor:
-        out_BTD: Tensor = self.region(x_BTD, layer, step.position_BT, step.mask_BTS, step.turns_BTd2)
+        out_BTD: Tensor = self.region(x_BTD, layer, step.position_BT, step.mask_BTS, step.cos_sin_BTd2)
         return out_BTD
 
     @torch.compiler.nested_compile_region
     def region(
-        self, x_BTD: Tensor, layer: LayerCache, position_BT: Tensor, mask_BTS: Tensor, turns_BTd2: Tensor
+        self, x_BTD: Tensor, layer: LayerCache, position_BT: Tensor, mask_BTS: Tensor, cos_sin_BTd2: Tensor
     ) -> Tensor:
         """A step's tensors one by one: of a region's arguments a compiler knows these."""
-        return self.block(x_BTD, layer, Step(None, position_BT, mask_BTS, turns_BTd2))  # type: ignore[no-any-return]
+        return self.block(x_BTD, layer, Step(None, position_BT, mask_BTS, cos_sin_BTd2))  # type: ignore[no-any-return]
 
 
 def with_regions(model: Llama) -> Llama:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llama_fast.contracts import KVCache
 from llama_fast.engine.logprobs import Logprobs
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.engine.speculation import Speculation, Statistics
 from llama_ref.arguments import made, rows_of_ids, set_of_ids, shown, whole
 from llama_ref.config import LlamaConfig
@@ -122,7 +122,7 @@ def stream(
         raise ValueError(f"held={held}: the cache must be given, and every prompt longer")
     cache = cache if cache is not None else runner.allocate(len(prompts), length)
     seeds, vocabulary = sampling.seeds(len(prompts)), runner.config.vocab_size
-    choose = runner.prepared(Chooser(sampling, seeds, runner.device, prompts, vocabulary), length + 1)
+    choose = runner.prepared(BatchSampler(sampling, seeds, runner.device, prompts, vocabulary), length + 1)
     tokens_BT, position_B = pad([prompt[held:] for prompt in prompts], runner.device)
     token_B1 = torch.empty(len(prompts), 1, dtype=torch.int64, device=runner.device)
 

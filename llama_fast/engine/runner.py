@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.contracts import KVCache, Phase, Sampler
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.model.llama import Llama
 from llama_fast.plan import Plan
 from llama_fast.weights import DecodedWeights
@@ -69,20 +69,22 @@ class Runner:
         return self.plan.cache.allocate(self.config, batch, length, self.dtype, self.device)
 
     @torch.no_grad()
-    def start(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser) -> tuple[Tensor, Tensor]:
+    def start(
+        self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: BatchSampler
+    ) -> tuple[Tensor, Tensor]:
         """Prefill: the first new token [B] and the logits [B, V] it was chosen from."""
         cache.reserve(torch.zeros_like(lengths_B), tokens_BT.shape[1])
         return self.run_prefill(self.model, tokens_BT, (None, lengths_B), cache, choose)
 
     @torch.no_grad()
-    def step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: Chooser) -> tuple[Tensor, Tensor]:
+    def step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: BatchSampler) -> tuple[Tensor, Tensor]:
         """Decode: the next token [B] and the logits [B, T, V] of all T."""
         cache.reserve(start_B, tokens_BT.shape[1])
         return self.run_decode(self.model, tokens_BT, start_B, cache, choose)
 
     @torch.no_grad()
     def extend(
-        self, tokens_BT: Tensor, start_B: Tensor, lengths_B: Tensor, cache: KVCache, choose: Chooser
+        self, tokens_BT: Tensor, start_B: Tensor, lengths_B: Tensor, cache: KVCache, choose: BatchSampler
     ) -> tuple[Tensor, Tensor]:
         """Prefill behind the start_B positions that the cache already holds; `lengths_B` counts the new tokens.
 
@@ -107,7 +109,7 @@ class Runner:
         cache.reserve(torch.zeros(B, dtype=torch.int64), T)
         return self.run_prefill(self.model, tokens_BT, (None, None), cache, self.greedy(B))[1]
 
-    def prepared(self, choose: Chooser, positions: int) -> Chooser:
+    def prepared(self, choose: BatchSampler, positions: int) -> BatchSampler:
         """`choose`, for a request of so many positions: where no compiler merges them, uniforms are hashed at once, and tokens
         chosen by the kernels that the plan has.
         """
@@ -120,6 +122,6 @@ class Runner:
         """decode(encode(w)) under canonical names: what a reference must compute with to be comparable."""
         return DecodedWeights(self.checkpoint, self.plan, self.dtype, self.device)
 
-    def greedy(self, batch: int) -> Chooser:
+    def greedy(self, batch: int) -> BatchSampler:
         """A sampler that takes the likeliest token of each row."""
-        return Chooser(Sampling(), [0] * batch, self.device)
+        return BatchSampler(Sampling(), [0] * batch, self.device)

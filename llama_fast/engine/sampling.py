@@ -76,7 +76,7 @@ def seed_or_seeds(given: int | Sequence[int]) -> int | tuple[int, ...]:
     return tuple(whole("seed", one) for one in several("seed", given, "a whole number, or one for each prompt"))
 
 
-class Chooser:
+class BatchSampler:
     """A Sampling made ready for B rows on a device.
 
     What changes the code (greedy or not, whether a filter is there) is a Python value; what only changes numbers is a
@@ -157,7 +157,9 @@ class Chooser:
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """The distribution that tokens are drawn from, float32 [B, V]."""
         if self.kernels is not None and not self.nucleus and logits_BV.shape[-1] <= self.kernels.MOST_VOCABULARY:
-            return self.kernels.law(logits_BV, self.temperature, self.top_k, self.min_p if self.floored else None)
+            return self.kernels.distribution(
+                logits_BV, self.temperature, self.top_k, self.min_p if self.floored else None
+            )
         scaled_BV = logits_BV.float() / self.temperature
         if self.top_k is not None and self.top_k < scaled_BV.shape[-1]:
             least_B1 = scaled_BV.topk(self.top_k, -1).values[:, -1:]

@@ -1,4 +1,4 @@
-"""From logits to a law to a token, a row to a program: what `sampling` writes as some sixteen kernels of PyTorch, in two."""
+"""From logits to a distribution to a token, a row to a program: what `sampling` writes as some sixteen kernels of PyTorch, in two."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 # (functions under triton.jit are compiled from their source; Triton ships no types)
@@ -29,7 +29,7 @@ def _bound_of_largest(x, K: tl.constexpr):
 
 
 @triton.jit
-def _law(
+def _distribution(
     logits, temperature, min_p, out, V: tl.constexpr, BV: tl.constexpr, TOP_K: tl.constexpr, FLOORED: tl.constexpr
 ):
     """Grid (M,): softmax of logits / temperature, of the TOP_K largest alone (0: of all), of tokens not below min_p of the likeliest."""

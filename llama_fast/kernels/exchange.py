@@ -20,8 +20,8 @@ from llama_fast.kernels import ops
 from llama_fast.kernels.common import start_next, wait
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.ops import launch_options, machine
+from llama_fast.kernels.packets import Mailbox, _inbox, _receive, _send
 from llama_fast.kernels.tuning import next_power_of_2
-from llama_fast.kernels.words import Mailbox, _inbox, _receive, _send
 
 BLOCK = 128  # words of a program, up to eight ranks a thread for each of each: a warp's words leave as whole lines
 WORDS = 1 << 17  # that one rank can send another at once: 8 rows of a model 16384 wide

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from llama_fast.kernels.common import dot, start_next, to_float32, wait
-from llama_fast.kernels.words import _own_epoch, _own_inbox, _send_rows
+from llama_fast.kernels.packets import _own_epoch, _own_inbox, _send_rows
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _residuals(
 
 
 @triton.jit
-def _turns(
+def _cos_sin(
     start, cos, sin, block, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, T: tl.constexpr, EPILOGUE: tl.constexpr,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
 ):  # fmt: skip
@@ -86,16 +86,16 @@ def _turns(
         m = tl.arange(0, MP)
         n = block * R + 2 * tl.arange(0, R // 2)
         position = tl.load(start + m // T, mask=m < M, other=0).to(tl.int64) + m % T
-        turned = (n < (H + HKV) * HD)[:, None] & (m < M)[None, :]
+        rotated = (n < (H + HKV) * HD)[:, None] & (m < M)[None, :]
         angle = position[None, :] * (HD // 2) + ((n % HD) // 2)[:, None]
-        return position, tl.load(cos + angle, mask=turned, other=1), tl.load(sin + angle, mask=turned, other=0)
+        return position, tl.load(cos + angle, mask=rotated, other=1), tl.load(sin + angle, mask=rotated, other=0)
     else:
         return 0, 0.0, 0.0
 
 
 @triton.jit
 def _finish(
-    acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+    acc_RM, rows, live, block, scales, residuals, cos_sin, out, k_cache, v_cache, slots,
     M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, EPILOGUE: tl.constexpr,
     SCALED: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _finish(
     elif EPILOGUE == "rope":
         # A pair (2i, 2i + 1) of a head is two neighbouring weight rows, so it never leaves its block: R and HD are even.
         even, odd = tl.split(tl.permute(tl.reshape(acc_RM, [R // 2, 2, MP]), [0, 2, 1]))
-        position, c, s = turns
+        position, c, s = cos_sin
         first, second = even * c - odd * s, even * s + odd * c
         n = block * R + 2 * tl.arange(0, R // 2)
         head = n // HD
@@ -212,13 +212,13 @@ def _in_registers(
         for i in tl.static_range(CHUNKS):
             gains = gains + (_vector_tile(gain, i * BK, K, BK),)
     if EARLY:
-        turns = _turns(start, cos, sin, program, R, M, MP, T, EPILOGUE, H, HKV, HD)
+        cos_sin = _cos_sin(start, cos, sin, program, R, M, MP, T, EPILOGUE, H, HKV, HD)
     if EPILOGUE == "send":
         inbox = _own_inbox(inboxes, rank, R, SIZE, THREADS)
     wait(PDL)
     residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
     if not EARLY:
-        turns = _turns(start, cos, sin, program, R, M, MP, T, EPILOGUE, H, HKV, HD)
+        cos_sin = _cos_sin(start, cos, sin, program, R, M, MP, T, EPILOGUE, H, HKV, HD)
     xs, factors = (), ()
     for m in tl.static_range(M):
         squares = tl.zeros([BK], tl.float32)
@@ -244,16 +244,16 @@ def _in_registers(
             next_tiles = _block_tiles(weight, next_rows, next_live, K, BK, CHECK)
             next_scales = _scales(scale, next_rows, next_live, SCALED)
             next_residuals = _residuals(residual, next_rows, next_live, N, M, MP, EPILOGUE)
-            next_turns = _turns(start, cos, sin, block + programs, R, M, MP, T, EPILOGUE, H, HKV, HD)
+            next_cos_sin = _cos_sin(start, cos, sin, block + programs, R, M, MP, T, EPILOGUE, H, HKV, HD)
         acc_RM = _products(tiles, xs, factors, M, MP, R, K, BK, V, CONVERT)
         if EPILOGUE == "send":
             value_R = tl.sum(acc_RM * scales[:, None] if SCALED else acc_RM, 1)
             _send_rows(value_R, block, counts[i], inbox, rank, N, R, SIZE, WORDS, THREADS)
-        _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+        _finish(acc_RM, rows, live, block, scales, residuals, cos_sin, out, k_cache, v_cache, slots,
                 M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
         if i + 1 < BLOCKS:
             tiles, rows, live = next_tiles, next_rows, next_live
-            scales, residuals, turns = next_scales, next_residuals, next_turns
+            scales, residuals, cos_sin = next_scales, next_residuals, next_cos_sin
 
 
 @triton.jit
@@ -282,7 +282,7 @@ def _on_tensor_cores(
         ahead = ahead + (_tile_at(weight, rows, live, i * BK, K, BK, SLICES, CHECK),)
     wait(PDL)
     residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
-    turns = _turns(start, cos, sin, block, R, M, MP, T, EPILOGUE, H, HKV, HD)
+    cos_sin = _cos_sin(start, cos, sin, block, R, M, MP, T, EPILOGUE, H, HKV, HD)
     acc_SRM = tl.zeros([SLICES, R, MP], tl.float32) if SLICES else tl.zeros([R, MP], tl.float32)
     for first in tl.range(AHEAD * BK, K, BK, num_stages=STAGES):
         w = _tile_at(weight, rows, live, first, K, BK, SLICES, CHECK)
@@ -292,7 +292,7 @@ def _on_tensor_cores(
             ahead[i].to(tl.float32).to(kind), _activations_at(x, i * BK, M, MP, K, BK, SLICES, CHECK), acc_SRM
         )
     acc_RM = tl.sum(acc_SRM, 0) if SLICES else acc_SRM
-    _finish(acc_RM, rows, live, block, scales, residuals, turns, out, k_cache, v_cache, slots,
+    _finish(acc_RM, rows, live, block, scales, residuals, cos_sin, out, k_cache, v_cache, slots,
             M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
 
 

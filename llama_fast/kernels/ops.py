@@ -12,10 +12,11 @@ import triton
 from torch import Tensor
 
 from llama_fast.kernels.attention import _attend
-from llama_fast.kernels.choosing import _draw, _law
+from llama_fast.kernels.choosing import _distribution, _draw
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
-from llama_fast.kernels.prompt import _gate, _turn_and_store
+from llama_fast.kernels.packets import Mailbox
+from llama_fast.kernels.prompt import _gate, _rotate_and_store
 from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
     MOST_SPLITS,
@@ -27,7 +28,6 @@ from llama_fast.kernels.tuning import (
     linear_tile,
     next_power_of_2,
 )
-from llama_fast.kernels.words import Mailbox
 
 MOST_ROWS = 8
 """Rows of activations in one linear launch, of weights in the activations' type."""
@@ -221,7 +221,7 @@ def gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor, scale: Tensor | N
     return _linear(x, weight, scale, out, "gated", gain=gain, eps=eps, **options)
 
 
-def turn_and_store(qkv: Tensor, rope: Rope) -> Tensor:
+def rotate_and_store(qkv: Tensor, rope: Rope) -> Tensor:
     """Of the products [B * T, (H + 2 HKV) * HD] of many rows: rotary, k and v to the caches. -> q [B * T, H * HD].
 
     Row m is token m % T of batch row m // T and sits at position start[m // T] + m % T.
@@ -229,7 +229,7 @@ def turn_and_store(qkv: Tensor, rope: Rope) -> Tensor:
     rows, columns = qkv.shape
     batch, kv_heads, slots, head_dim = rope.k_cache.shape
     out = qkv.new_empty(rows, rope.heads * head_dim)
-    launch(_turn_and_store, (rows, triton.cdiv(columns, 1024)))(
+    launch(_rotate_and_store, (rows, triton.cdiv(columns, 1024)))(
         qkv, rope.cos, rope.sin, rope.start, out, rope.k_cache, rope.v_cache, slots, rows // batch,
         H=rope.heads, HKV=kv_heads, HD=head_dim, BN=1024,
     )  # fmt: skip
@@ -371,12 +371,12 @@ def padded_vocabulary(vocab: int) -> int:
     return next_power_of_2(vocab)
 
 
-def law(logits: Tensor, temperature: Tensor, top_k: int | None = None, min_p: Tensor | None = None) -> Tensor:
-    """The distribution that tokens are drawn from: `sampling.Chooser.probabilities` but for top_p. logits [M, V]; float32 [M, V]."""
+def distribution(logits: Tensor, temperature: Tensor, top_k: int | None = None, min_p: Tensor | None = None) -> Tensor:
+    """The distribution that tokens are drawn from: `sampling.BatchSampler.probabilities` but for top_p. logits [M, V]; float32 [M, V]."""
     rows, vocab = logits.shape
     wide = padded_vocabulary(vocab)
     out = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)
-    launch(_law, (rows,))(
+    launch(_distribution, (rows,))(
         logits.contiguous(), temperature, temperature if min_p is None else min_p, out, V=vocab, BV=wide,
         TOP_K=top_k if top_k is not None and top_k < vocab else 0, FLOORED=min_p is not None, num_warps=32,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _turn_and_store(
+def _rotate_and_store(
     qkv, cos, sin, start, q_out, k_cache, v_cache, slots, T,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -23,10 +23,10 @@ def _turn_and_store(
     pair = tl.program_id(1) * BN + 2 * tl.arange(0, BN // 2)
     value = tl.load(qkv + m * N + n, mask=n < N, other=0)
     even, odd = tl.split(tl.reshape(value.to(tl.float32), [BN // 2, 2]))
-    turned = pair < (H + HKV) * HD
+    rotated = pair < (H + HKV) * HD
     angle = position * (HD // 2) + (pair % HD) // 2
-    c = tl.load(cos + angle, mask=turned, other=1)
-    s = tl.load(sin + angle, mask=turned, other=0)
+    c = tl.load(cos + angle, mask=rotated, other=1)
+    s = tl.load(sin + angle, mask=rotated, other=0)
     result = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BN]).to(q_out.dtype.element_ty)
     head = n // HD
     kv_head = tl.where(head < H + HKV, head - H, head - H - HKV)

@@ -77,8 +77,8 @@ def yarn_slowed(frequency: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.tensor([min(max((pair - low) / (high - low), 0.0), 1.0) for pair in range(pairs)]).to(frequency)
 
 
-def rotate(x_BThd: Tensor, turns_BTd2: Tensor) -> Tensor:
+def rotate(x_BThd: Tensor, cos_sin_BTd2: Tensor) -> Tensor:
     """(a, b) -> (a cos - b sin, a sin + b cos) for each pair of a head, in float32."""
-    cos, sin = turns_BTd2[:, :, None, :, 0], turns_BTd2[:, :, None, :, 1]
+    cos, sin = cos_sin_BTd2[:, :, None, :, 0], cos_sin_BTd2[:, :, None, :, 1]
     a, b = x_BThd.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x_BThd)

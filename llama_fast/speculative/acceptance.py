@@ -3,7 +3,7 @@
 Speculative sampling (Leviathan et al. 2023, Chen et al. 2023). A token d proposed with probability q(d) stands if u q(d) < p(d),
 where p is the target's probability. The first that falls is replaced by a draw from max(0, p - q), and nothing after
 it counts; if all stand, one more token is drawn from the target for nothing. Each emitted token then has the target's
-law, whatever q is. Greedy decoding is no limit of a softmax: there a token stands if it is the target's argmax.
+distribution, whatever q is. Greedy decoding is no limit of a softmax: there a token stands if it is the target's argmax.
 
 Shapes: B rows, K proposed tokens, T = K + 1 positions of the target, V vocabulary.
 """

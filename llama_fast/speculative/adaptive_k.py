@@ -8,9 +8,9 @@ and costs v + k c plain decode steps, where c is the cost of one proposal and v 
 
     speedup(a, k, c, v) = (1 - a^(k+1)) / ((1 - a) (v + k c))
 
-times as fast as plain decoding. The usual form of the law has v = 1; a real check of k + 1 rows costs more than a step.
+times as fast as plain decoding. The usual form of the formula has v = 1; a real check of k + 1 rows costs more than a step.
 
-`Pace` keeps the measured costs and acceptance of one generation, and an account: what speculation has won or lost so far in
+`AdaptiveK` keeps the measured costs and acceptance of one generation, and an account: what speculation has won or lost so far in
 plain steps. It may lose a small share of the request while it finds out. When that is spent, proposals that cost nothing (a
 lookup's) are still compared with what plain steps choose: what they would have won pays for new trials.
 """
@@ -125,7 +125,7 @@ class Imagined:
 
 
 @dataclass
-class Pace:
+class AdaptiveK:
     """Chooses k, round by round. `ks`: those that may be chosen; `new_tokens`: the length of the request.
 
     Evidence of a proposal's quality (the length of an n-gram's match; 0 for a draft model) has an estimate of its own each;

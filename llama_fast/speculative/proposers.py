@@ -28,7 +28,7 @@ from torch import Tensor
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import check
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.engine.speculation import Statistics
 from llama_fast.model.roofline import stored_bytes, weight_bytes_per_step
 from llama_fast.speculative.adaptive_k import A_DRAFT, Costs
@@ -121,7 +121,7 @@ class Proposer(ABC):
             self.aligned,
         )
         kind = rounds.choose.code
-        rounds.pace.costs = self._costs.setdefault((len(prompts), cache.length, kind), Costs(agreement(target)))
+        rounds.adaptive_k.costs = self._costs.setdefault((len(prompts), cache.length, kind), Costs(agreement(target)))
         compiler = target.plan.compiler
         rounds.rehearsal = self.is_new(cache, kind) and (compiler.compiles_each_shape or compiler.records_addresses)
         if (
@@ -225,8 +225,8 @@ class DraftSource:
         self.runner, self.cache = runner, cache
         seeds = sampling.seeds(batch)
         # The target's own transforms, so that q is like p.
-        self.choose = runner.prepared(Chooser(sampling, seeds, runner.device), needed + 1)
-        self.greedy = Chooser(Sampling(), seeds, runner.device)
+        self.choose = runner.prepared(BatchSampler(sampling, seeds, runner.device), needed + 1)
+        self.greedy = BatchSampler(Sampling(), seeds, runner.device)
         self.pick = compilations.of(pick, runner, batch, self.choose.code)
 
     def guess(self, evidence: int) -> tuple[float, float]:
@@ -240,7 +240,7 @@ class DraftSource:
         # After full acceptance the last proposal was never fed to the draft: its first step takes two tokens. So it does where
         # the round before is under way still, and may have been accepted in full.
         token_BN, at_B = state.newest(2 if behind else 1), state.position_B - int(behind)
-        tokens, laws = [], []
+        tokens, distributions = [], []
         if not self.choose.greedy:
             ahead_K = torch.arange(1, k + 1, device=at_B.device)
             u_BK = self.choose.uniforms(state.position_B[:, None] + ahead_K, torch.full_like(ahead_K, DRAWN))
@@ -250,20 +250,20 @@ class DraftSource:
             if self.choose.greedy:
                 token_B = token_B.clone()  # a CUDA graph overwrites its outputs at the next replay
             else:
-                token_B, law_BV = self.pick(self.choose, logits_BTV[:, -1].clone(), u_BK[:, i].clone())
-                laws.append(law_BV)
+                token_B, p_BV = self.pick(self.choose, logits_BTV[:, -1].clone(), u_BK[:, i].clone())
+                distributions.append(p_BV)
             tokens.append(token_B)
             token_BN = token_B[:, None]
-        return torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None
+        return torch.stack(tokens, 1), torch.stack(distributions, 1) if distributions else None
 
     def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         return [(0, NO_GUESS)] * len(tokens)
 
 
-def pick(choose: Chooser, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The token proposed, and the law [B, V] it was drawn from: one law for both, to the last bit."""
-    law_BV = choose.probabilities(logits_BV)
-    return choose.draw(law_BV, u_B), law_BV
+def pick(choose: BatchSampler, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The token proposed, and the distribution [B, V] it was drawn from: one for both, to the last bit."""
+    p_BV = choose.probabilities(logits_BV)
+    return choose.draw(p_BV, u_B), p_BV
 
 
 class Ngram(Proposer):

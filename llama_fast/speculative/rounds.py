@@ -23,9 +23,9 @@ from llama_fast.compilers.compilation import own_code
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import Readback, pad
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.engine.speculation import Statistics
-from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, Costs, Pace
+from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, AdaptiveK, Costs
 from llama_fast.speculative.verification import State, aligned, finish, within
 
 NO_GUESS = -1
@@ -55,7 +55,7 @@ class Source(Protocol):
         """Take in what was written so far; no row has more than `width` tokens before its newest."""
 
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, k] and the laws [B, k, V] they were drawn from; None: they are certain.
+        """Tokens [B, k] and the distributions [B, k, V] they were drawn from; None: they are certain.
 
         `behind`: the round before may have accepted all of some row's proposals, so that the token before the newest is not
         yet known to the source.
@@ -151,12 +151,12 @@ class Rounds:
         self.ks, self.fixed, self.aligned = tuple(ks), fixed, aligned
         self.width = 1  # tokens that a check has at least: one shape for every k
         self.rehearsal = False  # whether to compile and time every shape before the first round
-        self.pace = Pace(self.ks, Costs(), max_new_tokens, source.guess)
+        self.adaptive_k = AdaptiveK(self.ks, Costs(), max_new_tokens, source.guess)
         self.statistics = Statistics(source.name)
         device = target.device
         seeds = sampling.seeds(len(prompts))
-        self.choose = Chooser(sampling, seeds, device)
-        self.greedy = Chooser(Sampling(), seeds, device)  # what the target's own step chooses is not looked at
+        self.choose = BatchSampler(sampling, seeds, device)
+        self.greedy = BatchSampler(Sampling(), seeds, device)  # what the target's own step chooses is not looked at
         self.compilations = compilations
         self.clock = Clock(device)
         self.readback = Readback(device)
@@ -195,7 +195,7 @@ class Rounds:
         under_way, left = [step.k for step in self.launched], max(self.left)
         if len(under_way) > depth or sum(of + 1 for of in under_way) >= left:
             return False
-        return self.fixed or k == 0 or not under_way or self.pace.covers(k, under_way, left)
+        return self.fixed or k == 0 or not under_way or self.adaptive_k.covers(k, under_way, left)
 
     @torch.no_grad()
     def begin(self) -> tuple[State, list[int]]:
@@ -256,20 +256,20 @@ class Rounds:
         if self.fixed:
             return self.ks[0] if self.ks else 0
         evidence = [of for of, left in zip(self.evidence, self.left, strict=True) if left]
-        k = self.pace.choose(evidence, max(self.left)) if max(evidence) >= 0 else 0
-        if k == 0 and self.joined and not self.source.keeps_up and self.pace.ks:
+        k = self.adaptive_k.choose(evidence, max(self.left)) if max(evidence) >= 0 else 0
+        if k == 0 and self.joined and not self.source.keeps_up and self.adaptive_k.ks:
             if max(self.left) > min(self.ks):
                 self.give_up()
-            self.pace.ks = ()
+            self.adaptive_k.ks = ()
         return k
 
     def give_up(self) -> None:
-        costs, a = self.pace.costs, self.pace.estimate(0).rate
-        best = max(self.ks, key=lambda k: self.pace.worth(k, [0]))
+        costs, a = self.adaptive_k.costs, self.adaptive_k.estimate(0).rate
+        best = max(self.ks, key=lambda k: self.adaptive_k.worth(k, [0]))
         self.statistics.notice = (
             f"plain decoding after {self.statistics.rounds} rounds: at acceptance {a:.2f}, "
             f"{costs.c or 0:.2f} plain steps a proposal and {costs.v(best) or 1:.2f} a check, "
-            f"no k up to {max(self.ks)} wins (k={best}: {self.pace.worth(best, [0]):.2f}x)"
+            f"no k up to {max(self.ks)} wins (k={best}: {self.adaptive_k.worth(best, [0]):.2f}x)"
         )
 
     @torch.no_grad()
@@ -317,10 +317,10 @@ class Rounds:
 
     def of_step(self, rows: list[list[int]]) -> list[list[int]]:
         self.statistics.plain_steps += 1
-        self.pace.rest()
+        self.adaptive_k.rest()
         if self.source.keeps_up:
             known = [of if left else -1 for of, left in zip(self.evidence, self.left, strict=True)]
-            self.pace.watch(known, [[guess] == row for guess, row in zip(self.guesses, rows, strict=True)])
+            self.adaptive_k.watch(known, [[guess] == row for guess, row in zip(self.guesses, rows, strict=True)])
         return rows
 
     def of_round(self, k: int, rows: list[list[int]]) -> list[list[int]]:
@@ -331,7 +331,7 @@ class Rounds:
             for b in running:
                 seen = k - self.row(b) if self.aligned else k
                 self.statistics.round(k, stood[b], emitted=min(taken[b], self.left[b]), seen=seen)
-            self.pace.record(
+            self.adaptive_k.record(
                 k, [self.evidence[b] for b in running], [stood[b] for b in running], [taken[b] for b in running]
             )
             self.behind = k in [stood[b] for b in running]
@@ -343,8 +343,8 @@ class Rounds:
 
     def measure(self, k: int, marks: tuple[Mark, Mark, Mark]) -> None:
         if k:
-            self.pace.costs.add(DRAFT, self.clock.seconds(marks[0], marks[1]) / k)
-        self.pace.costs.add(k, self.clock.seconds(marks[1], marks[2]))
+            self.adaptive_k.costs.add(DRAFT, self.clock.seconds(marks[0], marks[1]) / k)
+        self.adaptive_k.costs.add(k, self.clock.seconds(marks[1], marks[2]))
 
     def columns(self, rows: list[list[int]]) -> Iterator[list[int | None]]:
         """The tokens that are still wanted, column by column: a row ends at a stop id, or when it has all it wants."""
@@ -360,7 +360,7 @@ class Rounds:
             yield [row[i] if i < len(row) else None for row in kept]
 
     def report_costs(self) -> None:
-        costs, statistics = self.pace.costs, self.statistics
+        costs, statistics = self.adaptive_k.costs, self.statistics
         statistics.draft_cost = costs.c
         statistics.check_cost = {k: v for k in statistics.ks if costs.count(k) and (v := costs.v(k)) is not None}
         if not self.fixed and self.ks and not statistics.notice and not statistics.rounds:

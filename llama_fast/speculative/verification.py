@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_fast.engine.sampling import Chooser
+from llama_fast.engine.sampling import BatchSampler
 from llama_fast.speculative.acceptance import accept, accept_greedy
 
 JUDGE, LAST = 2, 3
@@ -65,7 +65,7 @@ def within(row_B: Tensor, draft_BK: Tensor, logits_BTV: Tensor) -> tuple[Tensor,
 
 
 def finish(
-    choose: Chooser,
+    choose: BatchSampler,
     draft_BK: Tensor,
     q_BKV: Tensor | None,
     logits_BTV: Tensor,

@@ -18,7 +18,7 @@ from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import generate, pad, stream
 from llama_fast.engine.logprobs import Logprobs, TokenLogprob
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from oracle.questions.cases import random_row
@@ -71,7 +71,7 @@ class Extended:
         runner, cache = self.runner, held_cache(self.runner, rows, max(map(len, rows)))
         tokens_BT, lengths_B = pad([row[HELD:] for row in rows], runner.device)
         start_B = torch.full_like(lengths_B, HELD)
-        greedy = Chooser(Sampling(), [0] * len(rows), runner.device)
+        greedy = BatchSampler(Sampling(), [0] * len(rows), runner.device)
         logits_BV = runner.extend(tokens_BT, start_B, lengths_B, cache, greedy)[1]
         return [logits_V[None] for logits_V in logits_BV]
 
@@ -110,7 +110,7 @@ def penalised_check(subject: FastSubject, rows: Rows) -> Check:
         left = held_logit / PENALTY if held_logit > 0 else held_logit * PENALTY
         logits_BV = torch.full((2, size), -50.0, device=device)
         logits_BV[:, 3], logits_BV[0, 7], logits_BV[1, 7] = held_logit, left - 0.02, left + 0.02
-        choose = Chooser(Sampling(repetition_penalty=PENALTY), [0, 0], device, [[3], [3, 1]], size)
+        choose = BatchSampler(Sampling(repetition_penalty=PENALTY), [0, 0], device, [[3], [3, 1]], size)
         chosen = choose(logits_BV.clone(), torch.zeros(2, dtype=torch.int64, device=device)).tolist()
         asked += list(zip([[3], [3, 1]], logits_BV, chosen, strict=True))
     wrong, where = 0, ""

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama_fast.contracts import SamplingKernels
 from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from oracle.subjects.adapters import Rows, padded
 from oracle.subjects.subject import Route, Setting, Trace
 
@@ -197,13 +197,13 @@ def sampling_of(setting: Setting, seed: int = 0) -> Sampling:
 
 
 class FastSampler:
-    """The Chooser of `llama_fast` by itself, with the kernels that a plan gives it."""
+    """The BatchSampler of `llama_fast` by itself, with the kernels that a plan gives it."""
 
     def __init__(self, device: torch.device, kernels: SamplingKernels | None = None):
         self.device, self.kernels = device, kernels
 
-    def _chooser(self, setting: Setting, seeds: Sequence[int]) -> Chooser:
-        chooser = Chooser(sampling_of(setting), seeds, self.device)
+    def _chooser(self, setting: Setting, seeds: Sequence[int]) -> BatchSampler:
+        chooser = BatchSampler(sampling_of(setting), seeds, self.device)
         chooser.kernels = self.kernels
         return chooser
 

@@ -21,7 +21,7 @@ from llama_fast import Llama, Plan, Sampling, build
 from llama_fast.caches.static import Static
 from llama_fast.chat import Chat, common
 from llama_fast.encodings.int8 import Int8
-from llama_fast.engine.sampling import Chooser
+from llama_fast.engine.sampling import BatchSampler
 from llama_fast.recipes import optimised
 from llama_fast.speculative.proposers import Ngram
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
@@ -163,7 +163,7 @@ def test_distributions_are_those_of_transformers(options: dict[str, Any]) -> Non
     }
     theirs = LogitsProcessorList([make(options[name]) for name, make in makers.items() if name in options])
     expected = theirs(written, logits_BV.clone()).softmax(-1)  # type: ignore[no-untyped-call]
-    chooser = Chooser(Sampling(**options), [0] * 4, torch.device("cpu"), written.tolist(), 97)
+    chooser = BatchSampler(Sampling(**options), [0] * 4, torch.device("cpu"), written.tolist(), 97)
     if "temperature" not in options:
         assert torch.equal(chooser(logits_BV, torch.arange(4)), expected.argmax(-1))
         return
@@ -188,7 +188,7 @@ class Syncs(TorchDispatchMode):
 
 def test_choosing_never_waits_for_the_device() -> None:
     options = OPTIONS[-1]
-    chooser = Chooser(Sampling(**options), [1, 2], torch.device("cpu"), [[1, 2], [3]], 97)
+    chooser = BatchSampler(Sampling(**options), [1, 2], torch.device("cpu"), [[1, 2], [3]], 97)
     from llama_fast.engine.logprobs import Logprobs
 
     with Syncs() as syncs:

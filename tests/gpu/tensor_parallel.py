@@ -63,7 +63,7 @@ class Silent(OverGroup):
 
     def __init__(self, device: torch.device):
         from llama_fast.kernels.exchange import BLOCK, WORDS, Exchange
-        from llama_fast.kernels.words import Mailbox
+        from llama_fast.kernels.packets import Mailbox
 
         memory = torch.zeros(2, 1, WORDS, dtype=torch.int64, device=device)
         inboxes = torch.tensor([memory.data_ptr()], device=device)

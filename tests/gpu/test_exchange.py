@@ -24,7 +24,7 @@ class Ranks(NamedTuple):
     @staticmethod
     def of(size: int, words: int = 2048, block: int = 64) -> Ranks:
         from llama_fast.kernels.exchange import Exchange
-        from llama_fast.kernels.words import Mailbox
+        from llama_fast.kernels.packets import Mailbox
 
         memory = torch.zeros(size, 2, size, words, dtype=torch.int64, device="cuda")
         inboxes = torch.tensor([memory[rank].data_ptr() for rank in range(size)], device="cuda")

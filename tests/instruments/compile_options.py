@@ -24,7 +24,7 @@ from llama_fast.compilers.tuner_clock import steady_tuning
 from llama_fast.contracts import Encoding
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.ladder.bandwidth import read_bandwidth_gb_per_s
 from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint, random_checkpoint
@@ -63,7 +63,7 @@ def measure(checkpoint: Checkpoint, encoding: Encoding, name: str) -> float:
     """Compile a decode step, time rounds of it, and list its longest kernels. The step's median in us."""
     began = time.perf_counter()
     runner = build(checkpoint, optimised(encoding, compile=True), CUDA)
-    cache, choose = runner.allocate(1, 256), Chooser(Sampling(), [0], CUDA)
+    cache, choose = runner.allocate(1, 256), BatchSampler(Sampling(), [0], CUDA)
     token_BT, start_B = torch.tensor([[5]], device=CUDA), torch.tensor([100], device=CUDA)
 
     def steps(count: int) -> float:

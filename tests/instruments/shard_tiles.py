@@ -133,7 +133,7 @@ class AsIfMore(OverNvlink):
 def as_if_more(shard: Any, parts: int, device: torch.device, apart: bool) -> TensorParallel:
     """A shard of `parts`, on the ranks that there are."""
     from llama_fast.kernels.exchange import BLOCK, WORDS, Exchange, over_nvlink
-    from llama_fast.kernels.words import Mailbox
+    from llama_fast.kernels.packets import Mailbox
 
     if not isinstance(shard, Whole):
         return TensorParallel(shard.rank, parts, AsIfMore(over_nvlink(shard.rank, shard.size, device), apart))

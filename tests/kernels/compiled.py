@@ -21,7 +21,7 @@ from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, tokens, tuning
 from llama_fast.kernels.launching import compiled_together
-from llama_fast.kernels.words import Mailbox
+from llama_fast.kernels.packets import Mailbox
 from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
@@ -36,9 +36,9 @@ KERNELS = (
     attention._attend,
     tokens._embed,
     tokens._argmax,
-    choosing._law,
+    choosing._distribution,
     choosing._draw,
-    prompt._turn_and_store,
+    prompt._rotate_and_store,
     prompt._gate,
     exchange._sum,
     exchange._gather,
@@ -140,7 +140,7 @@ def main() -> None:
             for T in (1, 2, 8):
                 ops.likeliest(block(torch.ones(1, T, dtype=torch.int64), start_B, cache)[:, -1])
             cos, layer = block.rope_table[..., 0].contiguous(), cache.layers[0]
-            ops.turn_and_store(torch.randn(24, 256).bfloat16(), ops.Rope(cos, cos, start_B, layer.k, layer.v, 4))
+            ops.rotate_and_store(torch.randn(24, 256).bfloat16(), ops.Rope(cos, cos, start_B, layer.k, layer.v, 4))
             ops.gate(torch.randn(24, 384).bfloat16())
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
@@ -155,7 +155,9 @@ def main() -> None:
                 ops.linear(eight, large.to(torch.int8), torch.ones(2048, 1, dtype=dtype))
             number = torch.tensor(0.5)
             for top_k, min_p in ((None, None), (200, number)):
-                ops.draw(ops.law(torch.zeros(3, 32000), number, top_k, min_p), torch.zeros(3, dtype=torch.float64))
+                ops.draw(
+                    ops.distribution(torch.zeros(3, 32000), number, top_k, min_p), torch.zeros(3, dtype=torch.float64)
+                )
             # and for attention: of one row and of eight, narrow keys and wide, in caches short and long
             wide, narrow = torch.float32, torch.bfloat16
             for dtype, width, slots, heads in (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llama_fast.engine.sampling import Chooser, Sampling, draw
+from llama_fast.engine.sampling import BatchSampler, Sampling, draw
 from llama_fast.kernels import ops, tuning
 from llama_fast.kernels.tuning import AttentionTile, Tile
 
@@ -211,9 +211,9 @@ def check_choosing() -> int:
         logits[1] = (logits[1] * 2).round() / 2  # many ties, zeros of both signs
         logits[2, ::2] = -torch.inf
         sampling = Sampling(0.7, top_k=top_k, min_p=min_p)
-        choose = Chooser(sampling, [0] * 4, torch.device("cpu"))
+        choose = BatchSampler(sampling, [0] * 4, torch.device("cpu"))
         want = choose.probabilities(logits)
-        got = ops.law(logits, choose.temperature, top_k, choose.min_p if min_p else None)
+        got = ops.distribution(logits, choose.temperature, top_k, choose.min_p if min_p else None)
         assert torch.equal(got > 0, want > 0), f"law {vocab} {sampling}: other tokens are kept"
         assert (got - want).abs().max() <= 1e-6, f"law {vocab} {sampling}: {(got - want).abs().max():.1e}"
         n_checked += 1
@@ -226,11 +226,11 @@ def check_choosing() -> int:
     signed = torch.tensor(
         [[3.0, 2.0, 1.0, -0.0, -0.0, -1.0, -2.0, -5.0], [0.0, 0.0, 0.0, -0.0, -1.0, -1.0, -2.0, -3.0]]
     )
-    assert ((ops.law(signed, torch.tensor(1.0), 3) > 0).sum(1) == torch.tensor([3, 4])).all(), (
+    assert ((ops.distribution(signed, torch.tensor(1.0), 3) > 0).sum(1) == torch.tensor([3, 4])).all(), (
         "zeros of both signs are equal"
     )
     broken = torch.tensor([[3.0, 2.0, NAN, 0.5, 0.1]])
-    assert ops.law(broken, torch.tensor(1.0), 3).isnan().all(), "a broken model must not look well"
+    assert ops.distribution(broken, torch.tensor(1.0), 3).isnan().all(), "a broken model must not look well"
     tail = torch.full((60, 300), 1e-8)  # of which float32 sums beside 1 would lose every one
     tail[:, 0] = 1.0
     at = torch.arange(1, 300, 5).double()

@@ -12,8 +12,8 @@ import torch
 
 from llama_fast.kernels import ops
 from llama_fast.kernels.exchange import Exchange
+from llama_fast.kernels.packets import Mailbox
 from llama_fast.kernels.tuning import Tile
-from llama_fast.kernels.words import Mailbox
 
 WORDS, BLOCK, ROUNDS = 256, 32, 12
 

@@ -86,7 +86,7 @@ def main() -> None:
     runner = build(checkpoint, dataclasses.replace(fused(Int8()), compiler=Eager()), "cpu")
     assert found(runner) == "nothing"
     planted = (
-        ("turn_and_store", late_position, "layers.1.q_rope"),
+        ("rotate_and_store", late_position, "layers.1.q_rope"),
         ("qkv", late_step, "layers.0.q_rope"),
         ("linear_add", wrong_scale, "layers.1"),
         ("attention", early_slots, "layers.0.attention"),

@@ -15,7 +15,7 @@ from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.kernels import ops
 from llama_fast.kernels.exchange import Exchange
-from llama_fast.kernels.words import Mailbox
+from llama_fast.kernels.packets import Mailbox
 from llama_fast.parallel.tensor_parallel import OverNvlink, TensorParallel
 from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint

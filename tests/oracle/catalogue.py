@@ -22,7 +22,7 @@ from llama_fast.caches import growing as growing_cache
 from llama_fast.caches import static as static_cache
 from llama_fast.encodings import dense, int8
 from llama_fast.engine import generate, logprobs, runner, sampling, text
-from llama_fast.engine.sampling import Chooser
+from llama_fast.engine.sampling import BatchSampler
 from llama_fast.model import llama as fast
 from llama_fast.model import matrices
 from llama_fast.parallel import tensor_parallel
@@ -334,13 +334,13 @@ def same_position(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor)
 
 
 def chosen_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    """Another Chooser: change(self) after it is made."""
+    """Another BatchSampler: change(self) after it is made."""
 
     def init(original: Any, self: Any, *args: Any) -> None:
         original(self, *args)
         change(self)
 
-    return around(Chooser, "__init__", init)
+    return around(BatchSampler, "__init__", init)
 
 
 def ahead_of_row_0(look_ahead: Any, self: Any, positions: int) -> None:
@@ -705,12 +705,12 @@ MODEL_FAULTS = [
     ),
 ]
 LOOP_FAULTS = [
-    f("sometimes the second best", "loop", around(Chooser, "__call__", second_best), "own logits"),
+    f("sometimes the second best", "loop", around(BatchSampler, "__call__", second_best), "own logits"),
     f("all rows end together", "stop rules", loop(all_end_together), "end elsewhere", trial="loop"),
     f("the first token may not end", "stop rules", loop(first_token_may_not_end), "end elsewhere", trial="loop"),
     f("only the first end id", "stop rules", loop(only_the_first_end_id), "end elsewhere", trial="loop"),
     f("one token more", "stop rules", loop(one_token_more), "as long as asked", trial="loop"),
-    f("two steps share a position", "loop", around(Chooser, "__call__", same_position), "neighbouring", trial="loop"),
+    f("two steps share a position", "loop", around(BatchSampler, "__call__", same_position), "neighbouring", trial="loop"),
     f("temperature x 0.5", "loop", chosen_with(lambda self: setattr(self, "temperature", self.temperature * 0.5)), "distribution", trial="loop"),
     f("seed forgotten", "loop", chosen_with(lambda self: setattr(self, "key_B2", torch.randint(2**31, self.key_B2.shape))), "same seed", trial="loop"),
     f("seed ignored", "loop", chosen_with(lambda self: setattr(self, "key_B2", self.key_B2 * 0)), "another seed", trial="loop"),
@@ -722,11 +722,11 @@ LOOP_FAULTS = [
     f("nucleus not renormalised", "sampling", around(sampling, "keep_nucleus", not_renormalised), "probability", trial="sampling"),
     f("uniforms of 4 bits", "sampling", around(sampling, "uniform", lambda u, *args: (u(*args) * 16).floor() / 16), "draws over", trial="sampling"),
     f("position ignored", "sampling", around(sampling, "uniform", lambda u, key, at, *rest: u(key, at * 0, *rest)), "draws over positions", trial="sampling"),
-    f("highest id on a tie", "sampling", around(Chooser, "__call__", highest_id), "argmax", trial="sampling"),
+    f("highest id on a tie", "sampling", around(BatchSampler, "__call__", highest_id), "argmax", trial="sampling"),
     f("row 0's mask in large batches", "mask", masked(lambda m: m[:1].expand_as(m) if len(m) > 4 else m), "seven rows", trial="loop"),
     f("the longest row's last token behind a prefix", "loop", around(runner.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="loop"),
     f("one seed for all rows", "loop", around(sampling.Sampling, "seeds", lambda seeds, self, rows: seeds(self, rows)[:1] * rows), "draw alike", trial="loop"),
-    f("row 0's uniforms ahead", "loop", around(Chooser, "look_ahead", ahead_of_row_0), "draw alike", trial="loop"),
+    f("row 0's uniforms ahead", "loop", around(BatchSampler, "look_ahead", ahead_of_row_0), "draw alike", trial="loop"),
     f("penalty squared", "loop", chosen_with(lambda self: setattr(self, "penalty", self.penalty**2)), "penalised", trial="loop"),
     f("log-probability of the likeliest", "loop", around(logprobs.Logprobs, "columns", likeliest_told), "log-probability", trial="loop"),
     f("at most 64 tokens", "sampling", chosen_with(lambda self: setattr(self, "top_k", self.top_k and min(self.top_k, 64))), "probability", trial="sampling"),

@@ -19,7 +19,7 @@ from llama_fast.compilers.graphed import MOST_ROWS, Recorded, Recordings, padded
 from llama_fast.contracts import KVCache
 from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner, decode, prefill
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.plan import Plan
 from llama_fast.speculative.proposers import Ngram
 from llama_ref.checkpoint import Checkpoint
@@ -89,7 +89,7 @@ def test_a_turn_is_replayed_behind_what_the_cache_holds_and_never_beyond_its_end
     found, chosen = [], []
     for runner in (plain, graphed):
         cache, seen = runner.allocate(2, 29), []
-        choose = runner.prepared(Chooser(sampling, sampling.seeds(2), torch.device("cpu")), 40)
+        choose = runner.prepared(BatchSampler(sampling, sampling.seeds(2), torch.device("cpu")), 40)
         runner.start(tokens_BL[:, :6], torch.tensor([6, 4]), cache, choose)
         for start, T in (([6, 4], 5), ([11, 9], 6), ([17, 15], 6), ([23, 21], 6)):
             start_B = torch.tensor(start)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_fast.arithmetic.pytorch import PyTorch
 from llama_fast.build import build
-from llama_fast.engine.sampling import MASK_32, Chooser, Sampling, draw, keep_nucleus, philox, uniform
+from llama_fast.engine.sampling import MASK_32, BatchSampler, Sampling, draw, keep_nucleus, philox, uniform
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 
@@ -53,7 +53,7 @@ def test_uniforms_are_uniform_and_differ_by_seed_position_and_stream() -> None:
 
 
 def test_uniforms_looked_up_are_those_hashed() -> None:
-    hashed, looked_up = (Chooser(Sampling(0.7, seed=2**40), [2**40, 9, 11], CPU) for _ in range(2))
+    hashed, looked_up = (BatchSampler(Sampling(0.7, seed=2**40), [2**40, 9, 11], CPU) for _ in range(2))
     looked_up.look_ahead(40)
     position = torch.tensor([[0, 39, 7, 7, 12], [5, 1, 38, 0, 39], [3, 3, 3, 20, 21]])
     stream = torch.tensor([0, 3, 1, 2, 0])
@@ -67,7 +67,7 @@ def test_uniforms_looked_up_are_those_hashed() -> None:
 
 def test_greedy_is_the_argmax_with_the_lowest_id_on_a_tie() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, -1.0, 2.0, 2.0]])
-    choose = Chooser(Sampling(), [1, 2], CPU)
+    choose = BatchSampler(Sampling(), [1, 2], CPU)
     assert choose(logits, torch.tensor([4, 9])).tolist() == [1, 0]
 
 
@@ -91,7 +91,7 @@ class Recording:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def law(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
+    def distribution(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
         floor = None if min_p is None else float(min_p)
         self.asked.append(f"law {float(temperature):.1f} {top_k} {floor}")
         return torch.nn.functional.one_hot(logits.argmin(-1), logits.shape[-1]).float()
@@ -109,7 +109,7 @@ def test_kernels_choose_where_they_can() -> None:
     """A law not behind a nucleus, nothing above their vocabulary."""
 
     def chosen(sampling: Sampling, vocab: int) -> tuple[list[int], list[str]]:
-        choose, kernels = Chooser(sampling, [1, 2], CPU), Recording()
+        choose, kernels = BatchSampler(sampling, [1, 2], CPU), Recording()
         choose.kernels = kernels
         logits_BV = torch.tensor([[5.0, 1.0, -40.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], [-40.0, 1.0, 2.0, 60.0, *[1.0] * 5]])
         return choose(logits_BV[:, :vocab], torch.tensor([4, 9])).tolist(), kernels.asked
@@ -128,7 +128,7 @@ def test_a_plan_with_kernels_hands_them_to_its_choosers(untied: Checkpoint) -> N
 
     for arithmetic, kernels in ((PyTorch(), None), (Having(), Having.sampling_kernels)):
         runner = build(untied, Plan(arithmetic=arithmetic), "cpu")
-        assert runner.prepared(Chooser(Sampling(0.7), [1], CPU), 9).kernels is kernels
+        assert runner.prepared(BatchSampler(Sampling(0.7), [1], CPU), 9).kernels is kernels
 
 
 def test_draw_never_gives_a_token_of_probability_zero() -> None:
@@ -144,7 +144,7 @@ def test_the_nucleus_is_the_fewest_that_reach_p() -> None:
 
 def test_top_k_and_temperature_shape_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
-    p = Chooser(Sampling(temperature=0.5, top_k=2), [0, 1], CPU).probabilities(logits)
+    p = BatchSampler(Sampling(temperature=0.5, top_k=2), [0, 1], CPU).probabilities(logits)
     torch.testing.assert_close(p[0], torch.tensor([0, 0, *torch.tensor([4.0, 6.0]).softmax(0).tolist()]))
     assert (p[1].flip(0) == p[0]).all()
 
@@ -153,9 +153,9 @@ def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     position = torch.tensor([3, 8, 1])
     sampling = Sampling(temperature=1.3, top_k=40, top_p=0.9)
-    together = Chooser(sampling, [4, 5, 6], CPU)(logits, position)
+    together = BatchSampler(sampling, [4, 5, 6], CPU)(logits, position)
     for b in range(3):
-        assert Chooser(sampling, [4 + b], CPU)(logits[b : b + 1], position[b : b + 1]) == together[b]
+        assert BatchSampler(sampling, [4 + b], CPU)(logits[b : b + 1], position[b : b + 1]) == together[b]
 
 
 @pytest.mark.parametrize(

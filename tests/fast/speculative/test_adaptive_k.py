@@ -19,7 +19,7 @@ from llama_fast.engine.runner import Runner
 from llama_fast.parallel.tensor_parallel import OverGroup, TensorParallel
 from llama_fast.plan import Plan
 from llama_fast.speculative import rounds
-from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, Costs, Pace, expected_tokens, speedup
+from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, AdaptiveK, Costs, expected_tokens, speedup
 from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.checkpoint import Checkpoint
 
@@ -37,15 +37,15 @@ def test_the_formula() -> None:
         assert speedup(0.97, k, 0.9, 1.19) < 1, "a draft nearly as slow as its target"
 
 
-def paced(c: float, v: float, ks: tuple[int, ...] = (1, 2, 4, 7), new_tokens: int = 200) -> Pace:
+def paced(c: float, v: float, ks: tuple[int, ...] = (1, 2, 4, 7), new_tokens: int = 200) -> AdaptiveK:
     costs = Costs()
     for kind, seconds in ((PLAIN, 1.0), (DRAFT, c), *((k, v) for k in ks)):
         for _ in range(2):
             costs.add(kind, seconds)
-    return Pace(ks, costs, new_tokens)
+    return AdaptiveK(ks, costs, new_tokens)
 
 
-def play(pace: Pace, stood: int | None, rounds: int = 200) -> list[int]:
+def play(pace: AdaptiveK, stood: int | None, rounds: int = 200) -> list[int]:
     """The ks chosen where `stood` proposals stand in every round; None: all."""
     chosen = []
     for _ in range(rounds):
@@ -143,7 +143,7 @@ def test_a_lookup_is_tried_where_something_repeats(untied: Checkpoint) -> None:
     assert done.speculation is not None and done.speculation.rounds > 0
 
 
-def watched(pace: Pace, right: Callable[[int], bool], steps: int) -> tuple[list[int], float]:
+def watched(pace: AdaptiveK, right: Callable[[int], bool], steps: int) -> tuple[list[int], float]:
     """(the ks chosen, plain steps lost or won) where a lookup has a guess for every token, and `right` says which come true."""
     chosen, account, at = [], 0.0, 0
     while at < steps:
@@ -213,7 +213,7 @@ def test_a_round_follows_unread_ones_only_where_the_account_covers_all() -> None
     for kind, seconds in ((PLAIN, 1.0), (DRAFT, 0.6), (2, 1.1), (7, 1.1)):
         costs.add(kind, seconds)
         costs.add(kind, seconds)
-    pace = Pace((2, 7), costs, 200)
+    pace = AdaptiveK((2, 7), costs, 200)
     assert pace.may_lose(7) and not pace.covers(7, [7], 100), "the first is on trust, not the first two"
     assert pace.covers(2, [2], 100), "2.6 steps at worst"
     pace.balance = 4.0

@@ -193,8 +193,8 @@ def test_steps_launched_before_the_last_is_read_change_nothing(
     def priced(self: rounds.Rounds, k: int, marks: object) -> None:
         """An automatic k gives up a draft that costs nearly what its target does."""
         if k:
-            self.pace.costs.add(pace.DRAFT, 0.9)
-        self.pace.costs.add(k, 1.2 if k else 1.0)
+            self.adaptive_k.costs.add(pace.DRAFT, 0.9)
+        self.adaptive_k.costs.add(k, 1.2 if k else 1.0)
 
     monkeypatch.setattr(rounds.Rounds, "measure", priced)
     draft = Draft(int8) if name == "automatic" else proposer(name, 3, int8, other)
@@ -372,12 +372,12 @@ def test_a_position_off_by_one_is_noticed(target: Runner, int8: Runner, monkeypa
 
 
 def test_softmax_at_temperature_zero_is_noticed(untied: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Soft(rounds.Chooser):
+    class Soft(rounds.BatchSampler):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)  # type: ignore[arg-type]
             self.greedy = False
 
-    monkeypatch.setattr(rounds, "Chooser", Soft)
+    monkeypatch.setattr(rounds, "BatchSampler", Soft)
     with pytest.raises(AssertionError):
         test_of_two_equal_logits_the_lower_id_is_taken(untied)
 

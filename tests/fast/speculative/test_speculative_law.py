@@ -20,7 +20,7 @@ from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import Chooser, Sampling
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.plan import Plan
 from llama_fast.speculative import verification as checks
 from llama_fast.speculative.proposers import Draft, Ngram, Proposer
@@ -69,7 +69,7 @@ def tiny(V: int, layers: int, seed: int, encoding: Dense | Int8 = Dense()) -> Ru
 def joint_law(target: Runner, sampling: Sampling) -> Tensor:
     """The exact law [V^3] of the three tokens after the prompt, by whole sequences."""
     V = target.config.vocab_size
-    choose = Chooser(sampling, [0], target.device)
+    choose = BatchSampler(sampling, [0], target.device)
     pairs = [[*PROMPT, a, b] for a in range(V) for b in range(V)]
     logits_RTV = target.score(torch.tensor(pairs))
     p = [choose.probabilities(logits_RTV[:, len(PROMPT) - 1 + i]).double() for i in range(3)]
