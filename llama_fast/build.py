@@ -18,7 +18,7 @@ from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
 from llama_fast.model.matrices import Joined, Matrix, Separate, Table
 from llama_fast.plan import Plan
-from llama_fast.weights import encoded, share_of
+from llama_fast.weights import check_encoded, encoded, share_of
 from llama_ref.arguments import floating, made, place, shown
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
@@ -42,6 +42,7 @@ def build(
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
     check_addresses(plan)
+    check_encoded(checkpoint, plan.encoding)
     config = plan.shard.local_config(checkpoint.config)
     operations = plan.arithmetic.bind(config, plan, device)
     stored = dict(encoded(checkpoint, plan, dtype, device))

@@ -21,6 +21,9 @@ Parts = Mapping[str, Tensor]
 The first axis of every part is `out`, so that matrices of one input are joined by joining their parts.
 """
 
+PartLayout = tuple[tuple[int, ...], torch.dtype | None]
+"""A part's shape and type; None: any floating type."""
+
 Cut = tuple[slice, ...]
 """Which part of a tensor a process holds: one slice for each axis."""
 
@@ -56,8 +59,11 @@ class Encoding(Protocol):
         """The word for it in flags and files, as "int8"."""
 
     @property
-    def row_scaled(self) -> bool:
-        """Whether a matrix is one tensor "weight" [out, in] with at most a "scale" [out, 1]: what our kernels read."""
+    def loader(self) -> str:
+        """The name in `kernels.loaders` of what reads its parts in our kernels, as "rows"; "": they read none of it."""
+
+    def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
+        """The parts of a stored matrix [out, in]; ValueError, with numbers, for a matrix that it cannot hold."""
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """A matrix [out, in] as parts; `dtype` is the type the model will compute in."""

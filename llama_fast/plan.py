@@ -22,7 +22,7 @@ from llama_ref.arguments import flag, made
 SLOTS = {
     "encoding": (
         "an encoding, as Dense() or Int8()",
-        *("name", "row_scaled", "encode", "decode", "cut", "product", "rows"),
+        *("name", "loader", "layout", "encode", "decode", "cut", "product", "rows"),
     ),
     "cache": ("a kind of cache, as Growing() or Static()", "plain_slots", "fixed_addresses", "allocate"),
     "compiler": (

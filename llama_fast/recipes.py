@@ -18,9 +18,9 @@ from llama_ref.arguments import text
 
 @cache
 def encodings() -> dict[str, Encoding]:
-    """The encodings by name: one of every file of `encodings` that names its own, as `ENCODING = Int8()`."""
+    """The encodings by name: those that the files of `encodings` list, as `ENCODINGS = (Int8(),)`."""
     files = (import_module(f"{llama_fast.encodings.__name__}.{file.name}") for file in _files())
-    return {file.ENCODING.name: file.ENCODING for file in files if hasattr(file, "ENCODING")}
+    return {encoding.name: encoding for file in files for encoding in getattr(file, "ENCODINGS", ())}
 
 
 def _files() -> list[pkgutil.ModuleInfo]:

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Stored
+from llama_fast.contracts import Encoding, PartLayout, Stored
 from llama_fast.encodings.dense import Dense
 from llama_fast.parallel.alone import Whole
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
+from llama_ref.weights import FLOATS, CheckpointError, check_shapes, expected_shapes
 
 STRIPE_BYTES = 8 << 20
 """Rows of a file that are held at once to be encoded: the host's memory is for this process's part, and little more."""
@@ -48,17 +49,18 @@ def encode_one(
 ) -> Stored:
     """One weight. Reads only this process's rows; where columns are cut, whole rows, one stripe at a time."""
     weights, config = checkpoint.weights, checkpoint.config
-    source = weights[f"{stem}.weight"]
-    encoding = plan.encoding if is_encoded(stem, config) else Dense()
-    cut = plan.shard.part(stem, source.shape, config)
-    shape = tuple(len(range(*part.indices(size))) for part, size in zip(cut, source.shape, strict=True))
-    further = further_parts(checkpoint, stem)
-    if further:
-        parts = encoding.cut({"weight": source, **further}, source.shape, cut)
-        return Stored(encoding, shape, {name: held.to(device) for name, held in parts.items()})
+    source, whole_shape = weights[f"{stem}.weight"], expected_shapes(config)[f"{stem}.weight"]
+    cut = plan.shard.part(stem, whole_shape, config)
+    shape = tuple(len(range(*part.indices(size))) for part, size in zip(cut, whole_shape, strict=True))
+    stored = parts_of(checkpoint, stem)
+    if is_stored_encoded(stored):
+        check_layout(stem, stored, plan.encoding.layout(whole_shape), checkpoint.path)
+        parts = plan.encoding.cut(stored, whole_shape, cut)
+        return Stored(plan.encoding, shape, {name: held.to(device) for name, held in parts.items()})
     kept = dtype or source.dtype
-    if encoding.name == "dense":
-        return Stored(encoding, shape, encoding.encode(source[cut].contiguous().to(device), kept))
+    if checkpoint.encoding != "dense" or not is_encoded(stem, config) or plan.encoding.name == "dense":
+        return Stored(Dense(), shape, Dense().encode(source[cut].contiguous().to(device), kept))
+    encoding = plan.encoding
     # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
     first, stop, _ = cut[0].indices(source.shape[0])
     on_file = not hasattr(source, "device")  # what has a device is in its memory, or drawn there whole
@@ -74,10 +76,37 @@ def encode_one(
     return Stored(encoding, shape, parts)
 
 
-def further_parts(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
-    """What a checkpoint that is stored encoded has beside a weight: {"scale": ...}; else nothing."""
-    scale = checkpoint.weights.get(f"{stem}.scale")
-    return {} if scale is None else {"scale": scale}
+def parts_of(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
+    """What a checkpoint holds of one weight: {"weight": ...}, and of an encoded one {"weight": ..., "scale": ...}."""
+    found = {
+        name[len(stem) + 1 :]: source for name, source in checkpoint.weights.items() if name.startswith(stem + ".")
+    }
+    return {name: source for name, source in found.items() if name != "bias" and "." not in name}
+
+
+def is_stored_encoded(parts: Mapping[str, TensorSource]) -> bool:
+    """Whether the parts are those of an encoding: several, or one that is no plain floats."""
+    return len(parts) > 1 or parts["weight"].dtype not in FLOATS
+
+
+def check_layout(stem: str, parts: Mapping[str, TensorSource], layout: Mapping[str, PartLayout], where: object) -> None:
+    """CheckpointError unless the parts are those of the layout, in shape and type."""
+    found = {f"{stem}.{name}": tuple(source.shape) for name, source in parts.items()}
+    check_shapes(found, {f"{stem}.{name}": shape for name, (shape, _) in layout.items()}, where)
+    for name, (_, dtype) in layout.items():
+        held = parts[name].dtype
+        if held is not dtype if dtype is not None else not held.is_floating_point:
+            wanted = "floats" if dtype is None else str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{where}: {stem}.{name} is {str(held).removeprefix('torch.')}, not {wanted}")
+
+
+def check_encoded(checkpoint: Checkpoint, encoding: Encoding) -> None:
+    """CheckpointError unless every weight of a checkpoint that is stored as `encoding` is whole."""
+    shapes = expected_shapes(checkpoint.config)
+    for name in checkpoint.weights:
+        stem, _, part = name.rpartition(".")
+        if part == "weight" and is_stored_encoded(parts := parts_of(checkpoint, stem)):
+            check_layout(stem, parts, encoding.layout(shapes[name]), checkpoint.path)
 
 
 def share_of(table: Stored, name: str, plan: Plan, config: LlamaConfig) -> Stored:
@@ -113,7 +142,7 @@ class DecodedWeights(Mapping[str, Tensor]):
     def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, device: torch.device):
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._plan = replace(plan, shard=Whole())
-        self._names = [name for name in checkpoint.weights if not name.endswith(".scale")]
+        self._names = [name for name in checkpoint.weights if name.endswith((".weight", ".bias"))]
 
     def __getitem__(self, name: str) -> Tensor:
         stem = name.removesuffix(".weight")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FACTS = tuple(
     f"llama_ref.{name}"
     for name in (
-        *("arguments", "checkpoint", "command", "config", "convert", "interrupts", "models"),
+        *("arguments", "checkpoint", "command", "config", "convert", "interrupts", "models", "weights"),
         *("formats.saved", "tokenizers.chat", "tokenizers.chat_templates", "tokenizers.contract"),
         *("tokenizers.tokenizer", "tokenizers.tokenizer_files"),
     )

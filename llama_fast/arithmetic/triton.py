@@ -51,7 +51,7 @@ class Triton:
         for name, value in asked.items():
             if value:
                 raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
-        if not slots.encoding.row_scaled:
+        if not slots.encoding.loader:
             raise ValueError(
                 f"the fused kernels read no {slots.encoding.name} weights: take Compiled() for this encoding"
             )

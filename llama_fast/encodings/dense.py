@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast.contracts import Cut, Parts
+from llama_fast.contracts import Cut, PartLayout, Parts
 from llama_fast.encodings.cutting import cut_along_axes
 from llama_fast.model.matvec import product
 from llama_ref.checkpoint import TensorSource
@@ -21,7 +21,10 @@ class Dense:
     """Matrices in the type of the arithmetic."""
 
     name: str = field(default="dense", init=False)
-    row_scaled: ClassVar[bool] = True
+    loader: ClassVar[str] = "rows"
+
+    def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
+        return {"weight": (tuple(shape), None)}
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"weight": weight.to(dtype)}
@@ -39,4 +42,4 @@ class Dense:
         return F.embedding(ids, parts["weight"])
 
 
-ENCODING = Dense()
+ENCODINGS = (Dense(),)

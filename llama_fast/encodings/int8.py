@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, Parts
+from llama_fast.contracts import Cut, PartLayout, Parts
 from llama_fast.encodings.cutting import cut_along_axes
+from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product
 from llama_ref.checkpoint import TensorSource
 
@@ -32,7 +33,10 @@ class Int8:
     """A quarter of float32's bytes, half of bf16's."""
 
     name: str = field(default="int8", init=False)
-    row_scaled: ClassVar[bool] = True
+    loader: ClassVar[str] = "rows"
+
+    def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
+        return {"weight": (tuple(shape), torch.int8), "scale": ((shape[0], 1), None)}
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """{"weight": int8 [out, in], "scale": bf16 [out, 1]}; a row of zeros gets the smallest scale."""
@@ -57,10 +61,4 @@ class Int8:
         return parts["weight"][ids].to(dtype) * parts["scale"][ids].to(dtype)
 
 
-ENCODING = Int8()
-
-
-def ceil_bf16(x: Tensor) -> Tensor:
-    """The smallest bf16 number that is not below positive float32 x: 1.001 -> 1.0078125."""
-    bits = x.view(torch.int32)
-    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()
+ENCODINGS = (Int8(),)

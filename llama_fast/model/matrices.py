@@ -84,6 +84,9 @@ class SplitHead(nn.Module):
 def joined(several: Sequence[Stored]) -> Stored:
     """Matrices of one input as one: every part, and the bias, is joined along its first axis, `out`."""
     first = several[0]
+    if any(stored.encoding != first.encoding for stored in several):
+        names = ", ".join(stored.encoding.name for stored in several)
+        raise ValueError(f"projections stored as {names} cannot be joined: take Plan(fuse_projections=False)")
     parts = {name: torch.cat([stored.parts[name] for stored in several]) for name in first.parts}
     biases = [stored.bias for stored in several if stored.bias is not None]
     shape = (sum(stored.shape[0] for stored in several), *first.shape[1:])

@@ -9,6 +9,8 @@ Shapes: R rows, N outputs, K inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +39,46 @@ def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Ten
     else:
         y_RN = F.linear(x_RK, weight_NK.to(x.dtype))
     return scaled(y_RN, scale_N1).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+SLICE_NUMBERS = 4 << 20
+"""Numbers of a matrix that are decoded at once: their memory is used again, and stays in a GPU's cache."""
+
+
+def product_by_slices(x: Tensor, N: int, decoded: Callable[[slice], Tensor]) -> Tensor:
+    """x [..., K] @ weight.T, of a weight [N, K] whose rows `decoded` gives in float32, some at a time: [..., N] in x's type.
+
+    The decoded numbers are not rounded: a CPU multiplies in float32, a GPU bf16 activations in fp16 (`fp16_product`).
+    """
+    x_RK = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        few = x.device.type == "cpu" and x_RK.shape[0] <= FEW
+        y_RN = (sums if few else F.linear)(x_RK.float(), decoded(slice(0, N)))
+        return y_RN.to(x.dtype).view(*x.shape[:-1], N)
+    multiply = fp16_product if x.device.type == "cuda" and x.dtype is not torch.float32 else library_product_float32
+    rows = max(1, SLICE_NUMBERS // x.shape[-1])
+    parts = [multiply(x_RK, decoded(slice(first, min(first + rows, N)))) for first in range(0, N, rows)]
+    return torch.cat(parts, -1).to(x.dtype).view(*x.shape[:-1], N)
+
+
+def library_product_float32(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    return library_product(x_RK.float(), weight_NK)
+
+
+def fp16_product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x @ weight.T on tensor cores, float32 [R, N], of numbers that fp16 holds once a row's largest is near 1.
+
+    bf16 activations have 8 bits, and 4 bits times a bf16 scale have 11: fp16 has these. What is under 2^-14 of its row's largest
+    loses bits below 2^-25 of that.
+    """
+    x_R1, weight_N1 = power_of_two(x_RK), power_of_two(weight_NK)
+    y_RN = torch.mm((x_RK / x_R1).half(), (weight_NK / weight_N1).half().t(), out_dtype=torch.float32)
+    return y_RN * x_R1 * weight_N1.t()
+
+
+def power_of_two(x_RK: Tensor) -> Tensor:
+    """The power of two above each row's largest number, float32 [R, 1]: a division by it is exact."""
+    return torch.ldexp(torch.ones_like(x_RK[:, :1], dtype=torch.float32), x_RK.float().abs().amax(1, True).frexp()[1])
 
 
 def sums(x_RK: Tensor, weight_NK: Tensor) -> Tensor:

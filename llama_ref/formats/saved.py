@@ -1,7 +1,8 @@
 """Directories that we write ourselves: canonical names as they stand, and linear weights possibly encoded.
 
-`config.json` is in Hugging Face's form plus an entry `"llama_fast": {"encoding": "int8", "format": 1}`. An encoded
-`X.weight` (int8, [out, in]) has its `X.scale` ([out, 1]) beside it; every other tensor is floating.
+`config.json` is in Hugging Face's form plus an entry `"llama_fast": {"encoding": "int8", "format": 1}`. An encoded matrix X
+is stored as the parts of its encoding, `X.weight`, `X.scale` and so on, which only the encoding can check; what has
+floats alone under its name is stored as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from llama_ref.formats.weight_files import open_weights
 from llama_ref.weights import FLOATS, Checkpoint, CheckpointError, TensorSource, check_shapes, expected_shapes
 
 FORMAT = 1
-ENCODINGS = ("dense", "int8")
 
 
 class SavesItself(Protocol):
@@ -53,31 +53,37 @@ def open_saved(directory: Path) -> Checkpoint:
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
     weights, config = settle_tables(open_weights(directory), config, ("tok_embeddings", "output"), directory)
-    check_encoded(weights, config, encoding, directory)
+    check_whole(weights, config, encoding, directory)
     return Checkpoint(config, weights, directory, str(encoding))
 
 
-def check_encoded(tensors: Mapping[str, TensorSource], config: LlamaConfig, encoding: object, where: object) -> None:
-    """Raise CheckpointError unless `tensors` are all of this model, each int8 weight with its scale."""
-    if encoding not in ENCODINGS:
-        raise CheckpointError(f"{where}: unknown encoding {encoding!r} (known: {', '.join(ENCODINGS)})")
+def check_whole(tensors: Mapping[str, TensorSource], config: LlamaConfig, encoding: object, where: object) -> None:
+    """Raise CheckpointError unless `tensors` are all of this model: floats of its shapes, or parts of encoded matrices."""
+    if not isinstance(encoding, str):
+        raise CheckpointError(f"{where}: its encoding is {encoding!r}, not a name")
     expected = expected_shapes(config)
-    for name, tensor in tensors.items():
-        if name in expected and tensor.dtype == torch.int8 and encoding == "int8" and len(expected[name]) == 2:
-            expected[scale_name(name)] = (expected[name][0], 1)
+    encoded = set() if encoding == "dense" else encoded_stems(tensors, expected)
+    for stem in encoded:
+        parts = [name for name in tensors if name.rpartition(".")[0] == stem and not name.endswith(".bias")]
+        expected |= {name: tuple(tensors[name].shape) for name in parts}
     check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, where)
     packed = [
         f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
         for name, tensor in tensors.items()
-        if tensor.dtype not in FLOATS and not (tensor.dtype == torch.int8 and scale_name(name) in tensors)
+        if tensor.dtype not in FLOATS and name.rpartition(".")[0] not in encoded
     ]
     if packed:
         raise CheckpointError(f"{where}: not floating point, in encoding {encoding!r}: {', '.join(packed[:20])}")
 
 
-def scale_name(name: str) -> str:
-    """Where the scales of a weight stand: "output.weight" -> "output.scale"."""
-    return name.removesuffix(".weight") + ".scale"
+def encoded_stems(tensors: Mapping[str, TensorSource], expected: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The matrices that are stored in several parts, or in one that is no plain floats: "layers.0.attention.wq"."""
+    found: dict[str, list[str]] = {}
+    for name in tensors:
+        stem, _, part = name.rpartition(".")
+        if len(expected.get(f"{stem}.weight", ())) == 2 and part != "bias":
+            found.setdefault(stem, []).append(name)
+    return {stem for stem, names in found.items() if len(names) > 1 or tensors[names[0]].dtype not in FLOATS}
 
 
 def save_checkpoint(
@@ -94,7 +100,7 @@ def save_checkpoint(
     """
     directory = Path(directory).expanduser()
     check_can_be_said(config, directory)
-    check_encoded(tensors, config, encoding, directory)
+    check_whole(tensors, config, encoding, directory)
     with appears_whole(directory) as draft:
         whole = {name: tensor[:].detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_file(unshared(whole), draft / SINGLE)

@@ -17,7 +17,6 @@ from llama_ref.config import LlamaConfig
 from llama_ref.weights import TensorSource
 
 T = TypeVar("T", bound=TensorSource)
-PARTS = ("weight", "scale")  # of a table; the second where it is int8
 ROWS_COMPARED = 8192  # so that comparing two tables never holds more than a part of them
 
 
@@ -28,7 +27,9 @@ def settle_tables(
 
     settle_tables({"lm_head.weight": t}, tied, ("model.embed_tokens", "lm_head"), "m") -> {"model.embed_tokens.weight": t}
     """
-    embeddings, output = ([f"{stem}.{part}" for part in PARTS] for stem in tables)
+    stems = [name.rpartition(".") for name in stored]
+    further = sorted({part for stem, _, part in stems if stem in tables} - {"weight"})  # of a table that is encoded
+    embeddings, output = ([f"{stem}.{part}" for part in ("weight", *further)] for stem in tables)
     if not config.tie_embeddings or output[0] not in stored:
         return dict(stored), config
     if embeddings[0] in stored:

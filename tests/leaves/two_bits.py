@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast.contracts import Cut, Parts
+from llama_fast.contracts import Cut, PartLayout, Parts
 from llama_ref.checkpoint import TensorSource
 
 GROUP, FOUR = 64, 4  # columns of a group, weights of a byte
@@ -19,7 +19,11 @@ GROUP, FOUR = 64, 4  # columns of a group, weights of a byte
 @dataclass(frozen=True)
 class TwoBits:
     name: str = field(default="two-bits", init=False)
-    row_scaled: ClassVar[bool] = False
+    loader: ClassVar[str] = ""
+
+    def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
+        widths = {"weight": -(-shape[1] // FOUR), "scale": -(-shape[1] // GROUP), "least": -(-shape[1] // GROUP)}
+        return {name: ((shape[0], width), None) for name, width in {**widths, "columns": 1}.items()}
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """{"weight": uint8 [out, in / 4], "scale", "least": bf16 [out, in / 64]}; the last group may be short."""
@@ -29,12 +33,8 @@ class TwoBits:
         steps = ((wide - least.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 3).nan_to_num(0)
         fours = steps.flatten(1).to(torch.uint8).unflatten(1, (-1, FOUR))
         packed = sum(fours[..., i] << (2 * i) for i in range(FOUR))[:, : -(-weight.shape[1] // FOUR)]
-        return {
-            "weight": packed.contiguous(),
-            "scale": scale,
-            "least": least,
-            "columns": torch.full((len(weight), 1), weight.shape[1]),
-        }
+        columns = torch.full((len(weight), 1), weight.shape[1])
+        return {"weight": packed.contiguous(), "scale": scale, "least": least, "columns": columns}
 
     def decode(self, parts: Parts) -> Tensor:
         columns = int(parts["columns"][0, 0])

@@ -1,0 +1,120 @@
+"""Int4 weights in groups of columns that share a scale, and where asked a zero point: an eighth of float32's bytes, and a little.
+
+    >>> parts = Int4(32).encode(torch.arange(-32.0, 32.0).view(2, 32), torch.float32)
+    >>> parts["weight"].shape, parts["scale"].shape
+    (torch.Size([2, 4]), torch.Size([2, 1]))
+
+A weight is (nibble - zero) * scale, with a nibble of 0 to 15 and a zero of 8 where no other is stored. Eight nibbles share a
+word of 32 bits. Nibble n of word j of a group of G columns belongs to the group's column n * G / 8 + j: then the four bytes
+that `word & 0x0f0f0f0f` leaves, and the four behind a shift, meet activations that lie in runs, and a group's words are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llama_fast.contracts import Cut, PartLayout, Parts
+from llama_fast.encodings.cutting import cut_along_axes
+from llama_fast.encodings.scales import ceil_bf16
+from llama_fast.model.matvec import product_by_slices
+from llama_ref.checkpoint import TensorSource
+
+NIBBLES = 8
+"""Weights of a word of 32 bits."""
+MIDDLE, LARGEST = 8, 15
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Groups of `group` columns; `zero_point`: each group has the zero that fits its range, else the middle."""
+
+    group: int = 128
+    zero_point: bool = False
+    loader: ClassVar[str] = "int4"
+
+    def __post_init__(self) -> None:
+        if self.group % 32 or self.group < 32:
+            raise ValueError(f"group={self.group}: a group is a multiple of 32 columns")
+
+    @property
+    def name(self) -> str:
+        return "int4" + (f"-g{self.group}" if self.group != 128 else "") + ("-zero" if self.zero_point else "")
+
+    def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
+        """ValueError where the columns are no whole groups."""
+        out, columns = shape
+        if columns % self.group:
+            smaller = next((f": take {Int4(g).name}" for g in (64, 32) if columns % g == 0 and g < self.group), "")
+            raise ValueError(
+                f"{self.name} has groups of {self.group} columns, which {columns} columns are not{smaller}"
+            )
+        groups = columns // self.group
+        zero: dict[str, PartLayout] = {"zero": ((out, groups), torch.uint8)} if self.zero_point else {}
+        return {"weight": ((out, columns // NIBBLES), torch.int32), "scale": ((out, groups), None), **zero}
+
+    def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """To the nearest: {"weight": int32 [out, in / 8], "scale": bf16 [out, groups]} and "zero" uint8 [out, groups]."""
+        self.layout(weight.shape)
+        wide = weight.float().unflatten(1, (-1, self.group))
+        scale, zero = self.scales(wide)
+        nibbles = (wide / scale.float()[..., None]).round() + (MIDDLE if zero is None else zero.float()[..., None])
+        return self.stored(nibbles.clamp(0, LARGEST).to(torch.uint8).flatten(1), scale, zero)
+
+    def scales(self, wide_ORG: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales bf16 [out, groups] by which no weight of a group is more than half a step off, and zeros."""
+        smallest = torch.finfo(torch.bfloat16).tiny
+        if not self.zero_point:
+            return ceil_bf16((wide_ORG.abs().amax(-1) / (LARGEST - MIDDLE)).clamp(min=smallest)), None
+        least, most = wide_ORG.amin(-1).clamp(max=0), wide_ORG.amax(-1).clamp(min=0)
+        scale = ceil_bf16(((most - least) / LARGEST).clamp(min=smallest))
+        return scale, (-least / scale.float()).round().clamp(0, LARGEST).to(torch.uint8)
+
+    def stored(self, nibbles: Tensor, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
+        """Parts of nibbles uint8 [out, in], scales and zeros [out, groups]: how a file's own integers come in, unchanged."""
+        return {"weight": packed(nibbles, self.group), "scale": scale} | ({} if zero is None else {"zero": zero})
+
+    def decode(self, parts: Parts) -> Tensor:
+        """Float32 [out, in]: an integer of five bits times a bf16 scale, so nothing is rounded."""
+        grouped = unpacked(parts["weight"], self.group).unflatten(1, (-1, self.group)).float()
+        zero = parts["zero"].float()[..., None] if "zero" in parts else MIDDLE
+        weight: Tensor = (grouped - zero) * parts["scale"].float()[..., None]
+        return weight.flatten(1)
+
+    def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
+        return cut_along_axes(parts, shape, cut)
+
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        """The decoded matrix's, some rows of it at a time."""
+        return product_by_slices(x, parts["weight"].shape[0], lambda rows: self.decode(rows_of(parts, rows)))
+
+    def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
+        flat = {name: part[ids.reshape(-1)] for name, part in parts.items()}
+        return self.decode(flat).view(*ids.shape, -1).to(dtype)
+
+
+def rows_of(parts: Parts, rows: slice) -> dict[str, Tensor]:
+    """The same parts of some rows of the matrix."""
+    return {name: part[rows] for name, part in parts.items()}
+
+
+def packed(nibbles: Tensor, group: int) -> Tensor:
+    """Numbers 0 to 15, uint8 [out, in], as words int32 [out, in / 8]."""
+    byte_OG8J = nibbles.view(nibbles.shape[0], -1, NIBBLES, group // NIBBLES)
+    low, high = byte_OG8J[:, :, 0::2], byte_OG8J[:, :, 1::2]  # nibbles 2 b and 2 b + 1 are byte b of a word
+    byte_OGJ4 = (low | high << 4).transpose(2, 3).contiguous()
+    return byte_OGJ4.view(torch.int32).flatten(1)
+
+
+def unpacked(words: Tensor, group: int) -> Tensor:
+    """The numbers again, uint8 [out, in]."""
+    byte_OGJ4 = words.contiguous().view(torch.uint8).view(words.shape[0], -1, group // NIBBLES, NIBBLES // 2)
+    nibble_OGJ8 = torch.stack([byte_OGJ4 & 15, byte_OGJ4 >> 4], -1).flatten(3)
+    return nibble_OGJ8.transpose(2, 3).flatten(1)
+
+
+ENCODINGS = (Int4(), Int4(32), Int4(128, True), Int4(32, True))
