@@ -1,0 +1,90 @@
+"""Fp8 weights (e4m3): one scale per output row, or one for each group of columns of a row.
+
+    >>> parts = Fp8().encode(torch.tensor([[448.0, -1.0], [0.5, 0.0]]), torch.float32)
+    >>> parts["weight"].float()
+    tensor([[448.,  -1.],
+            [448.,   0.]])
+
+The steps grow with the number: three bits behind the leading one, so a weight is at most 1/16 of itself off, and half of
+2^-9 of a scale near zero. A scale is the largest weight over 448, the largest e4m3 number, rounded up to a bf16 number, so
+that no weight overflows. Activations stay floating. A published checkpoint's blocks of 128 x 128 are groups of 128 columns,
+the scale of a block repeated for each of its rows: so every part's first axis is `out`, as for all encodings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_fast.contracts import Cut, PartLayout, Parts
+from llama_fast.encodings.cutting import cut_along_axes
+from llama_fast.encodings.scales import ceil_bf16
+from llama_fast.model.matvec import product, product_by_slices
+from llama_ref.checkpoint import TensorSource
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Half of bf16's bytes. `group`: columns that share a scale; 0: a row has one."""
+
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group < 0:
+            raise ValueError(f"group={self.group}: columns that share a scale, or 0 for whole rows")
+
+    @property
+    def name(self) -> str:
+        return f"fp8-g{self.group}" if self.group else "fp8"
+
+    @property
+    def loader(self) -> str:
+        return "" if self.group else "rows"
+
+    def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
+        """ValueError where the columns are no whole groups."""
+        out, columns = shape
+        if self.group and columns % self.group:
+            raise ValueError(
+                f"{self.name} has groups of {self.group} columns, which {columns} columns are not: take fp8"
+            )
+        return {"weight": ((out, columns), E4M3), "scale": ((out, columns // self.group if self.group else 1), None)}
+
+    def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """{"weight": e4m3 [out, in], "scale": bf16 [out, 1]}, or [out, groups]."""
+        self.layout(weight.shape)
+        grouped = weight.float().unflatten(1, (-1, self.group or weight.shape[1]))
+        smallest = torch.finfo(torch.bfloat16).tiny
+        scale = ceil_bf16((grouped.abs().amax(-1) / LARGEST).clamp(min=smallest))
+        return {"weight": (grouped / scale.float()[..., None]).flatten(1).to(E4M3), "scale": scale}
+
+    def decode(self, parts: Parts) -> Tensor:
+        """Float32 [out, in]: four bits times a scale, which is not rounded if the scale has 20 bits or fewer."""
+        grouped = parts["weight"].float().unflatten(1, (parts["scale"].shape[1], -1))
+        weight: Tensor = grouped * parts["scale"].float()[..., None]
+        return weight.flatten(1)
+
+    def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
+        return cut_along_axes(parts, shape, cut)
+
+    def product(self, x: Tensor, parts: Parts) -> Tensor:
+        """The scale is applied once per output; of groups, the decoded matrix's, some rows of it at a time."""
+        if not self.group:
+            return product(x, parts["weight"], parts["scale"])
+        return product_by_slices(
+            x, parts["weight"].shape[0], lambda rows: self.decode({name: part[rows] for name, part in parts.items()})
+        )
+
+    def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
+        flat = ids.reshape(-1)
+        numbers = parts["weight"].view(torch.uint8)[flat].view(E4M3)  # of e4m3 itself no rows are gathered
+        return self.decode({"weight": numbers, "scale": parts["scale"][flat]}).to(dtype).view(*ids.shape, -1)
+
+
+ENCODINGS = (Fp8(), Fp8(128))
