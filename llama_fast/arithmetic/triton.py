@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from llama_fast.contracts import AllReduce, KVCache, LayerCache, SamplingKernels, Slots, Step
 from llama_fast.kernels import available, interpreted
 from llama_fast.model.attention import visible
-from llama_fast.model.matvec import product
 from llama_ref.config import LlamaConfig
 
 if TYPE_CHECKING:
@@ -119,8 +118,8 @@ class Kernels:
 
     def embed(self, tokens_BT: Tensor, embedding: nn.Module) -> Tensor:
         weight, scale = matrix_of(embedding)
-        self._embedded_by_kernel = scale is None
-        if scale is not None:
+        self._embedded_by_kernel = scale is None and isinstance(weight, Tensor)
+        if not self._embedded_by_kernel:
             return embedding(tokens_BT)  # type: ignore[no-any-return]
         tokens_M = tokens_BT.reshape(-1).contiguous()  # a column of a larger tensor flattens to a view with gaps
         return self.ops.embed(tokens_M, weight).view(*tokens_BT.shape, -1)
@@ -135,7 +134,7 @@ class Kernels:
         if self.ops.takes(B * T, weight, x_MD):
             q = self.ops.qkv(x_MD, gain, eps, weight, scale, rope, early=self._embedded_by_kernel)
         else:
-            q = self.ops.rotate_and_store(product(self.ops.rms_norm(x_MD, gain, eps), weight, scale), rope)
+            q = self.ops.rotate_and_store(product_of(matrix, self.ops.rms_norm(x_MD, gain, eps)), rope)
         q_BTHd = q.view(B, T, self.config.n_heads, -1)
         if step.show is not None:
             at = (start_B[:, None] + torch.arange(T, device=x_BTD.device))[:, None, :, None]
@@ -164,10 +163,10 @@ class Kernels:
         a_MK, x_MD, (weight, scale) = a_BTK.flatten(0, 1), x_BTD.flatten(0, 1), matrix_of(matrix)
         if self.ops.takes(len(x_MD), weight, a_MK):
             x_MD = self.all_reduce.add_product(a_MK, weight, scale, x_MD)
-        elif scale is None and self.all_reduce.alone:
+        elif isinstance(weight, Tensor) and scale is None and self.all_reduce.alone:
             x_MD.addmm_(a_MK, weight.t())
         else:
-            x_MD.add_(self.all_reduce(product(a_MK, weight, scale)))
+            x_MD.add_(self.all_reduce(product_of(matrix, a_MK)))
         return x_MD.view(x_BTD.shape)
 
     def gated(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:
@@ -175,7 +174,7 @@ class Kernels:
         if self.ops.takes(len(x_MD), weight, x_MD):
             h_MF = self.ops.gated(x_MD, gain, eps, weight, scale)
         else:
-            h_MF = self.ops.gate(product(self.ops.rms_norm(x_MD, gain, eps), weight, scale))
+            h_MF = self.ops.gate(product_of(matrix, self.ops.rms_norm(x_MD, gain, eps)))
         h_BTF = h_MF.view(*x_BTD.shape[:2], -1)
         step.see(ffn_hidden=h_BTF)
         return h_BTF
@@ -185,7 +184,7 @@ class Kernels:
         if self.ops.takes(len(x_MD), weight, x_MD):
             logits_MV = self.ops.linear(x_MD, weight, scale, gain=gain, eps=eps, dtype=torch.float32)
         else:
-            logits_MV = product(self.ops.rms_norm(x_MD, gain, eps), weight, scale).float()
+            logits_MV = product_of(matrix, self.ops.rms_norm(x_MD, gain, eps)).float()
         logits_MV = getattr(matrix, "gather", whole)(logits_MV)
         logits_BTV: Tensor = logits_MV.view(*x_BTD.shape[:2], -1)
         step.see(logits=logits_BTV)
@@ -218,10 +217,18 @@ class Kernels:
         return self._zeros[B]
 
 
-def matrix_of(module: Any) -> tuple[Tensor, Tensor | None]:
-    """The stored weight of a product or a table, and its scale if it has one."""
-    parts = getattr(module, "linear", module).parts
-    return parts["weight"], parts.get("scale")
+def matrix_of(module: Any) -> tuple[Any, Tensor | None]:
+    """The weight of a product or a table as the kernels read it, and the scale of its rows if it has one."""
+    from llama_fast.kernels.stored import LOADERS  # lazy import: Triton is optional
+
+    stored = getattr(module, "linear", module)
+    return LOADERS[stored.encoding.loader](stored.parts)
+
+
+def product_of(module: Any, x: Tensor) -> Tensor:
+    """x times a stored matrix, by PyTorch."""
+    stored = getattr(module, "linear", module)
+    return stored.encoding.product(x, stored.parts)  # type: ignore[no-any-return]
 
 
 def gain_of(norm: Any) -> tuple[Tensor, float]:

@@ -15,8 +15,10 @@ from llama_fast.kernels.attention import _attend
 from llama_fast.kernels.choosing import _distribution, _draw
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
+from llama_fast.kernels.narrow import _narrow
 from llama_fast.kernels.packets import Mailbox
 from llama_fast.kernels.prompt import _gate, _rotate_and_store
+from llama_fast.kernels.stored import Narrow, storage_of
 from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
     MOST_SPLITS,
@@ -33,6 +35,8 @@ MOST_ROWS = 8
 """Rows of activations in one linear launch, of weights in the activations' type."""
 MOST_ROWS_OF_NARROW = 128
 """The same for weights that a library would first have to widen."""
+MOST_ROWS_OF_WORDS = 2
+"""The same for weights that are stored as words of several."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
 ARGMAX_STRETCH = 2048
 MOST_VOCABULARY = 32768  # that one program holds
@@ -62,8 +66,10 @@ def launch_options(pdl: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if pdl else {}
 
 
-def takes(rows: int, weight: Tensor, x: Tensor) -> bool:
+def takes(rows: int, weight: Tensor | Narrow, x: Tensor) -> bool:
     """Whether our products are made for so many rows of x: for more, a library's are faster."""
+    if isinstance(weight, Narrow):
+        return rows <= MOST_ROWS_OF_WORDS
     narrow = weight.element_size() < x.element_size() == 2
     return rows <= (MOST_ROWS_OF_NARROW if narrow else MOST_ROWS)
 
@@ -81,7 +87,7 @@ class Rope(NamedTuple):
 
 def _linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Narrow,
     scale: Tensor | None,
     out: Tensor,
     epilogue: str,
@@ -105,7 +111,7 @@ def _linear(
         )
     facts = machine(x.device)
     pdl = facts.pdl if pdl is None else pdl
-    tile = tile or linear_tile(facts.name, epilogue, n, k, m, weight.element_size(), x.element_size())
+    tile = tile or linear_tile(facts.name, epilogue, n, k, m, storage_of(weight), x.element_size())
     # Absent tensors: any pointer will do, the kernel is compiled without their loads.
     heads = kv_heads = head_dim = slots = tokens = 1
     cos = sin = start = k_cache = v_cache = x
@@ -113,10 +119,10 @@ def _linear(
         cos, sin, start, k_cache, v_cache, heads = rope
         batch, kv_heads, slots, head_dim = k_cache.shape
         tokens = m // batch
-    dots = m > 1 and not tile.vector
+    dots = m > 1 and not tile.vector and not isinstance(weight, Narrow)
     if dots and gain is not None:
         x, gain = rms_norm(x, gain, eps, pdl=pdl), None
-    ends: tuple[Any, ...] = (weight, x if scale is None else scale, x if residual is None else residual, out)
+    ends: tuple[Any, ...] = (x if scale is None else scale, x if residual is None else residual, out)
     ends += (start, cos, sin, k_cache, v_cache, slots)
     rows = 2 * tile.rows if epilogue == "gated" else tile.rows
     blocks = triton.cdiv(n, rows)
@@ -124,12 +130,19 @@ def _linear(
         M=m, N=n, K=k, R=rows, BK=tile.columns, T=tokens, SCALED=scale is not None, EPILOGUE=epilogue,
         H=heads, HKV=kv_heads, HD=head_dim, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
-    if dots:
+    if isinstance(weight, Narrow):
+        parts = [x if part is None else part for part in (weight.places, weight.scale, weight.zero)]
+        launch(_narrow, (triton.cdiv(blocks, tile.blocks),))(
+            x, x if gain is None else gain, weight.weight, *parts, *ends, eps, KIND=weight.kind, G=weight.group,
+            ZERO=weight.zero is not None, MP=next_power_of_2(m), NORM=gain is not None, BLOCKS=tile.blocks, EARLY=early,
+            **shared, **over_ranks(mailbox, x, tile),
+        )  # fmt: skip
+    elif dots:
         ahead, padded = min(tile.ahead, triton.cdiv(k, tile.columns)), max(next_power_of_2(m), 8)
         per_column = rows * weight.element_size() + padded * x.element_size()
         stages = fitting_stages(tile, per_column, facts.shared)
         launch(_on_tensor_cores, (blocks,))(
-            x, *ends, MP=padded, SLICES=tile.slices, AHEAD=ahead, STAGES=stages, **shared
+            x, weight, *ends, MP=padded, SLICES=tile.slices, AHEAD=ahead, STAGES=stages, **shared
         )  # fmt: skip
     else:
         vector = min(16 // weight.element_size(), tile.columns)
@@ -137,7 +150,7 @@ def _linear(
         on_gpu = facts.name != "cpu"
         convert = tile.convert if weight.dtype == torch.int8 and x.dtype == torch.bfloat16 and on_gpu else "plain"
         launch(_in_registers, (triton.cdiv(blocks, tile.blocks),))(
-            x, x if gain is None else gain, *ends, eps, MP=next_power_of_2(m), V=vector, NORM=gain is not None,
+            x, x if gain is None else gain, weight, *ends, eps, MP=next_power_of_2(m), V=vector, NORM=gain is not None,
             CONVERT=convert, BLOCKS=tile.blocks, EARLY=early, **shared,
             **over_ranks(mailbox, x, tile),
         )  # fmt: skip
@@ -171,7 +184,7 @@ def qkv(
     x: Tensor,
     gain: Tensor,
     eps: float,
-    weight: Tensor,
+    weight: Tensor | Narrow,
     scale: Tensor | None,
     rope: Rope,
     **options: Any,
@@ -184,12 +197,12 @@ def qkv(
     return _linear(x, weight, scale, out, "rope", gain=gain, eps=eps, rope=rope, **options)
 
 
-def linear_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, **options: Any) -> Tensor:
+def linear_add(x: Tensor, weight: Tensor | Narrow, scale: Tensor | None, residual: Tensor, **options: Any) -> Tensor:
     """residual + x W^T: attention's and the feed-forward's last matrix. [M, N]."""
     return _linear(x, weight, scale, torch.empty_like(residual), "add", residual=residual, **options)
 
 
-def linear_send(x: Tensor, weight: Tensor, scale: Tensor | None, mailbox: Mailbox, **options: Any) -> Tensor:
+def linear_send(x: Tensor, weight: Tensor | Narrow, scale: Tensor | None, mailbox: Mailbox, **options: Any) -> Tensor:
     """x W^T of one row, float32 [1, N], of which every program also sends its rows to the other ranks.
 
     The next exchange by this mailbox, on every rank, has to be `Exchange.sum(this, sent=True)`: it counts the epoch.
@@ -202,7 +215,7 @@ def linear_send(x: Tensor, weight: Tensor, scale: Tensor | None, mailbox: Mailbo
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Narrow,
     scale: Tensor | None,
     *,
     gain: Tensor | None = None,
@@ -215,7 +228,7 @@ def linear(
     return _linear(x, weight, scale, out, "plain", gain=gain, eps=eps, **options)
 
 
-def gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor, scale: Tensor | None, **options: Any) -> Tensor:
+def gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor | Narrow, scale: Tensor | None, **options: Any) -> Tensor:
     """RMS norm, then silu(gate) * up; weight [2 F, D]: the gate's rows, then the up's. [M, F]."""
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
     return _linear(x, weight, scale, out, "gated", gain=gain, eps=eps, **options)

@@ -26,6 +26,10 @@ class Tile(NamedTuple):
     slices: int = 1
 
 
+Storage = int | str
+"""How a weight lies in memory: bytes of each, or the kind of `stored.Narrow`."""
+
+
 class AttentionTile(NamedTuple):
     """slots: per step of the loop. splits: programs per key/value head. least: fewest slots worth a program.
 
@@ -46,8 +50,8 @@ def next_power_of_2(n: int) -> int:
 
 
 # On an NVIDIA H100 80GB HBM3, or an H200: tests/instruments/kernel_sweep.py and shard_tiles.py, the fastest in a whole token and not alone.
-# (card, epilogue, N, K, bytes per weight) -> Tile for one row
-ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
+# (card, epilogue, N, K, storage) -> Tile for one row
+ONE_ROW: dict[tuple[str, str, int, int, Storage], Tile] = {
     # llama-2-7b
     ("H100", "rope", 12288, 4096, 2): Tile(2, 4096, 4, 2),
     ("H100", "add", 4096, 4096, 2): Tile(2, 4096, 8, 2),
@@ -120,7 +124,7 @@ ONE_ROW: dict[tuple[str, str, int, int, int], Tile] = {
     ("H100", "plain", 128256, 2048, 2): Tile(4, 2048, 8, 2),
 }
 # The same with two rows.
-TWO_ROWS: dict[tuple[str, str, int, int, int], Tile] = {
+TWO_ROWS: dict[tuple[str, str, int, int, Storage], Tile] = {
     ("H100", "rope", 12288, 4096, 2): Tile(2, 4096, 4, 2, vector=True),
     ("H100", "add", 4096, 4096, 2): Tile(2, 4096, 8, 2, vector=True),
     ("H100", "gated", 22016, 4096, 2): Tile(1, 4096, 8, 2, vector=True),
@@ -151,18 +155,20 @@ def untuned(gpu: str) -> str | None:
     return f"no tile was measured on {gpu}: the fused kernels take general ones, right on every GPU, tuned on {' and '.join(CARDS)}"
 
 
-def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, itemsize: int, of_activations: int = 2) -> Tile:
-    """For a weight [n, k] of `itemsize` bytes per element and m rows of activations of so many bytes."""
+def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2) -> Tile:
+    """For a weight [n, k] that is stored so, and m rows of activations of so many bytes."""
     table = {1: ONE_ROW, 2: TWO_ROWS}.get(m, {})
     kinds = ("plain", "send") if epilogue == "plain" else (epilogue,)  # the same product, sent or not
     for name, kind in itertools.product(CARDS.get(card(gpu) or "", ()), kinds):
-        if (name, kind, n, k, itemsize) in table:
-            return table[name, kind, n, k, itemsize]
+        if (name, kind, n, k, storage) in table:
+            return table[name, kind, n, k, storage]
+    if isinstance(storage, str):
+        return narrow_tile(epilogue, k, storage)
     if m == 1:
-        return one_row_tile(epilogue, k, itemsize)
+        return one_row_tile(epilogue, k, storage)
     if m > 8:
         return many_rows_tile(epilogue, n, k, m)
-    return few_rows_tile(epilogue, n, k, itemsize, of_activations)
+    return few_rows_tile(epilogue, n, k, storage, of_activations)
 
 
 def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
@@ -175,6 +181,13 @@ def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
     elif epilogue == "rope":
         rows = max(2, rows)
     return Tile(rows, columns, warps=8 if bytes_per_row >= 8192 else 4, convert="exact")
+
+
+def narrow_tile(epilogue: str, k: int, kind: str) -> Tile:
+    """For one row or two of weights of less than a byte: a row of up to 4096 columns is one load."""
+    columns = max(64, min(4096, next_power_of_2(k)))
+    rows = {"int4": 4}.get(kind, 2)
+    return Tile(rows // 2 if epilogue == "gated" else rows, columns, warps=4 if columns >= 1024 else 2)
 
 
 def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: int = 2) -> Tile:

@@ -8,7 +8,10 @@ import torch
 
 from llama_fast.build import default_dtype
 from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.fp8 import Fp8
+from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
+from llama_fast.encodings.sparse24 import Sparse24
 from llama_fast.plan import Plan
 from llama_fast.recipes import fused, optimised
 
@@ -53,6 +56,11 @@ RUNGS = {
         ),
         Rung("fused", "kernels of our own, one CUDA graph", fused(Dense()), needs_gpu=True),
         Rung("fused-int8", "the same, int8 weights", fused(Int8()), needs_gpu=True),
+        Rung("fused-fp8", "the same, fp8 weights", fused(Fp8()), needs_gpu=True),
+        Rung("fused-sparse24", "the same, 2:4 sparse weights", fused(Sparse24()), needs_gpu=True),
+        Rung("fused-sparse24-int8", "the same, their values int8", fused(Sparse24(True)), needs_gpu=True),
+        Rung("fused-int4", "the same, int4 weights in groups of 128", fused(Int4()), needs_gpu=True),
+        Rung("fused-int4-g32", "the same, in groups of 32", fused(Int4(32)), needs_gpu=True),
         Rung(
             "tp",
             "compiled (on GPUs fused), split over ranks",

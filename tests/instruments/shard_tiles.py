@@ -36,7 +36,8 @@ from llama_fast.compilers.graphed import first_block_of
 from llama_fast.contracts import KVCache
 from llama_fast.kernels import ops, tuning
 from llama_fast.kernels.launching import compiled_together
-from llama_fast.kernels.tuning import Tile, next_power_of_2
+from llama_fast.kernels.stored import storage_of
+from llama_fast.kernels.tuning import Storage, Tile, next_power_of_2
 from llama_fast.model.llama import Llama
 from llama_fast.parallel.alone import Whole
 from llama_fast.parallel.ranks import tensor_parallel
@@ -47,7 +48,7 @@ from oracle.questions.checkpoints import first_blocks
 
 SLOTS, POSITION = 256, 106
 BEGAN = time.perf_counter()
-Key = tuple[str, str, int, int, int]
+Key = tuple[str, str, int, int, Storage]
 
 
 def say(text: str) -> None:
@@ -55,7 +56,11 @@ def say(text: str) -> None:
         print(f"{time.perf_counter() - BEGAN:6.1f} s  {text}", flush=True)
 
 
-def columns_of(k: int, itemsize: int) -> list[int]:
+BYTES = {"int4": 0.5, "sparse": 1.125, "sparse_int8": 0.625}
+"""Of a column, of weights that are stored as words of several."""
+
+
+def columns_of(k: int, itemsize: float) -> list[int]:
     """Columns of a load: for every padded length of a row the largest that gives it, where a fifth at most is padding."""
     longest: dict[int, int] = {}
     for columns in (512, 1024, 2048, 4096):
@@ -66,18 +71,23 @@ def columns_of(k: int, itemsize: int) -> list[int]:
     return [*found, found[-1] // 2] if itemsize == 1 else found
 
 
-def candidates(epilogue: str, n: int, k: int, itemsize: int, ranks: int, most: int) -> list[Tile]:
+def candidates(epilogue: str, n: int, k: int, storage: Storage, ranks: int, most: int) -> list[Tile]:
     """Tiles whose threads each hold 24 to 192 bytes of weights a block, the likeliest first."""
     found = []
+    itemsize = BYTES[storage] if isinstance(storage, str) else storage
     for columns, rows, warps, blocks in itertools.product(
-        columns_of(k, itemsize), (1, 2, 4, 8, 16), (2, 4, 8, 16), (1, 2)
+        columns_of(k, itemsize), (1, 2, 4, 8, 16), (2, 4, 8, 16), (1, 2, 4) if itemsize < 1 else (1, 2)
     ):
         of_block = 2 * rows if epilogue == "gated" else rows
         padded = -(-k // columns) * columns
         a_thread = of_block * padded * itemsize / (32 * warps)
         if (epilogue == "rope" and rows < 2) or next_power_of_2(ranks) * rows > 32 * warps:
             continue
-        if 24 <= a_thread <= 192 and padded / (32 * warps) <= 64 and 200 <= n / of_block / blocks <= 12_000:
+        if (
+            (8 if itemsize < 1 else 24) <= a_thread <= 192
+            and padded / (32 * warps) <= 64
+            and 200 <= n / of_block / blocks <= 12_000
+        ):
             far = abs(a_thread - 80) / 80 + abs(of_block * padded * itemsize - 16_384) / 32_768 + (padded - k) / k
             found.append((far, Tile(rows, columns, warps, blocks)))
     tiles = [tile for _, tile in sorted(found, key=lambda pair: pair[0])]
@@ -107,7 +117,7 @@ def matrices(model: Llama) -> dict[str, Key]:
         "head": ("plain", model.head),
     }
     weights = {name: (kind, matrix_of(module)[0]) for name, (kind, module) in modules.items()}
-    return {name: (card(), kind, *w.shape, w.element_size()) for name, (kind, w) in weights.items()}
+    return {name: (card(), kind, *w.shape, storage_of(w)) for name, (kind, w) in weights.items()}
 
 
 @contextlib.contextmanager
@@ -227,7 +237,7 @@ def kernel_microseconds(timer: Timer, graph: torch.cuda.CUDAGraph, rank: int, st
     for _, end, name in spans:
         if name == "_embed":
             place = 3
-        if name.startswith("_in_registers"):
+        if name.startswith(("_in_registers", "_narrow")):
             name, place = order[place % 4], place + 1
         elif name.startswith("_attend"):
             place = 0

@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from llama_fast.contracts import Encoding
+from llama_fast.encodings.int4 import Int4
+from llama_fast.encodings.sparse24 import Sparse24
 from llama_fast.engine.sampling import BatchSampler, Sampling, draw
 from llama_fast.kernels import ops, tuning
+from llama_fast.kernels.stored import LOADERS, Narrow
 from llama_fast.kernels.tuning import AttentionTile, Tile
 
 NAN = float("nan")
@@ -107,6 +111,42 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Complex multiplication of pairs (2i, 2i + 1); x [..., HD], cos and sin [..., HD / 2]."""
     pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+
+
+def narrow(kind: Encoding, n: int, k: int, seed: int) -> tuple[Tensor | Narrow, Tensor | None, Tensor]:
+    """(stored weight, scale of rows or None, what they mean in float64) of an encoding whose columns take less than a byte."""
+    parts = kind.encode(rand(n, k, seed=seed) / math.sqrt(k), torch.bfloat16)
+    return *LOADERS[kind.loader](parts), kind.decode(parts).double()
+
+
+NARROW = (Int4(), Int4(32), Int4(32, True), Int4(128, True), Sparse24(), Sparse24(True))
+NARROW_TILES = (Tile(4, 256, 4), Tile(2, 128, 2, blocks=2), Tile(8, 512, 4, blocks=3))
+
+
+def check_narrow() -> int:
+    """Weights of less than a byte a column, by every epilogue; unlike bf16's, the error is that of the result's type alone."""
+    n_checked, k = 0, 384
+    cases = zip((1, 2, 1), NARROW_TILES, (37, 10, 26))
+    for kind, (m, tile, n) in itertools.product(NARROW, cases):
+        x, residual, gain = rand(m, k, seed=1), rand(m, n, seed=2), rand(k, seed=3)
+        x[:, 5] *= 100  # one activation of many times the others' size
+        what = f"{kind.name} m={m} {tile} {n}x{k}"
+        stored, scale, dense = narrow(kind, n, k, seed=n)
+        got = ops.linear_add(x, stored, scale, residual, tile=tile)
+        close(f"add {what}", got, residual.double() + x.double() @ dense.T, torch.float32)
+        logits = ops.linear(x, stored, scale, gain=gain, eps=1e-5, dtype=torch.float32, tile=tile)
+        close(f"head {what}", logits, normed(x, gain, 1e-5) @ dense.T, torch.float32)
+        pair, pair_scale, pair_dense = narrow(kind, 2 * n, k, seed=n + 1)
+        gate, up = (normed(x, gain, 1e-5) @ pair_dense.T).chunk(2, dim=1)
+        got = ops.gated(x, gain, 1e-5, pair, pair_scale, tile=tile)
+        close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, torch.float32)
+        n_checked += 3
+    stored, scale, _ = narrow(Int4(32), 10, 64, seed=1)
+    x = rand(1, 64, seed=2)
+    x[0, 3] = NAN
+    for got in (ops.linear(x, stored, scale), ops.linear(x, stored, scale, gain=x[0], eps=1e-5)):
+        assert got.isnan().all(), "a broken model must not look well"
+    return n_checked
 
 
 def check_qkv() -> int:
@@ -254,6 +294,7 @@ def check_choosing() -> int:
 
 CHECKS: dict[str, Callable[[], int]] = {
     "linear": check_linear,
+    "narrow": check_narrow,
     "qkv": check_qkv,
     "attention": check_attention,
     "ends": check_ends,

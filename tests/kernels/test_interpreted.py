@@ -24,7 +24,7 @@ def unable() -> str:
 
 
 @pytest.mark.skipif(bool(unable()), reason=unable())
-@pytest.mark.parametrize("group", ["attention", "qkv", "step", "linear", "ends", "choosing", "faults"])
+@pytest.mark.parametrize("group", ["attention", "qkv", "step", "linear", "narrow", "ends", "choosing", "faults"])
 def test_kernels_agree_with_float64(group: str) -> None:
     own = {"step": "interpreted_step.py", "faults": "interpreted_faults.py"}
     script = Path(__file__).with_name(own.get(group, "interpreted.py"))
