@@ -38,9 +38,9 @@ def _weight_tile(weight, rows, live, FIRST: tl.constexpr, K: tl.constexpr, BK: t
     cols = FIRST + tl.arange(0, BK)
     pointers = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     if FIRST + BK > K:
-        return tl.load(pointers, mask=live[:, None] & (cols < K)[None, :], other=0, eviction_policy="evict_first")
+        return tl.load(pointers, mask=live[:, None] & (cols < K)[None, :], other=0.0, eviction_policy="evict_first")
     if CHECK:
-        return tl.load(pointers, mask=live[:, None], other=0, eviction_policy="evict_first")
+        return tl.load(pointers, mask=live[:, None], other=0.0, eviction_policy="evict_first")
     return tl.load(pointers, eviction_policy="evict_first")
 
 
@@ -303,14 +303,14 @@ def _tile_at(weight, rows, live, first, K: tl.constexpr, BK: tl.constexpr, SLICE
         cols = first + tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
         pointers = weight + rows.to(tl.int64)[None, :, None] * K + cols[:, None, :]
         if CHECK:
-            return tl.load(pointers, mask=live[None, :, None] & (cols < K)[:, None, :], other=0)
+            return tl.load(pointers, mask=live[None, :, None] & (cols < K)[:, None, :], other=0.0)
         else:
             return tl.load(pointers)
     else:
         col = first + tl.arange(0, BK)
         at = weight + rows.to(tl.int64)[:, None] * K + col[None, :]
         if CHECK:
-            return tl.load(at, mask=live[:, None] & (col < K)[None, :], other=0)
+            return tl.load(at, mask=live[:, None] & (col < K)[None, :], other=0.0)
         else:
             return tl.load(at)
 

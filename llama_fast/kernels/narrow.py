@@ -3,7 +3,8 @@
 As `linear._in_registers`, with the same prologues and epilogues; what differs is the product. Activations become integers of
 22 bits (20 for sparse int8 weights) behind the norm: x ~ q * f, with one f for a row. An integer is three bytes, its limbs, and
 the bytes of four neighbouring columns make a word, so that `dp4a` multiplies four weights by four limbs in one instruction
-and sums them exactly. The error is that of the 22 bits: under 3e-7 of the row's largest activation. bf16 values of sparse
+and sums them exactly. The error is that of the 22 bits: under 3e-7 of the row's largest activation. Every program makes the
+limbs for itself, or, where rows are long, finds them made by `_limbs_apart`, a launch ahead. bf16 values of sparse
 weights are multiplied as they are, by the activations that their places name.
 
 Shapes: R weight rows, M activation rows, K columns, of which a load takes BK; a word holds 8 columns, a quad is 4 words.
@@ -153,6 +154,51 @@ def _as_limbs(x, inverse, BK: tl.constexpr):
 
 
 @triton.jit
+def _limbs_apart(
+    x, gain, limbs, factors, eps, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, MOST: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (M,): rows of x [M, K], behind an RMS norm if NORM, as limbs and their factors [M]: x ~ q * factor.
+
+    Of a row: six vectors [K / 8] as `_as_limbs` orders them, then the sums of quads [K / 32].
+    """
+    start_next(PDL)
+    row = tl.program_id(0)
+    if NORM:
+        gains = _vector_tile(gain, 0, K, BK).to(tl.float32)
+    wait(PDL)
+    value = _vector_tile(x + row * K, 0, K, BK).to(tl.float32)
+    factor = tl.sum(value * 0, 0)  # an integer shows no NaN
+    if NORM:
+        factor += tl.rsqrt(tl.sum(value * value, 0) / K + eps)
+        value *= gains
+    else:
+        factor += 1.0
+    most = tl.maximum(tl.max(tl.abs(value), 0), 1e-30)
+    tl.store(factors + row, factor * (most / MOST))
+    found = _as_limbs(value, MOST / most, BK)
+    at = limbs + row * (6 * K // 8 + K // 32)
+    words, quads = tl.arange(0, BK // 8), tl.arange(0, BK // 32)
+    for i in tl.static_range(6):
+        tl.store(at + i * (K // 8) + words, found[i], mask=words < K // 8)
+    tl.store(at + 6 * K // 8 + quads, found[6], mask=quads < K // 32)
+
+
+@triton.jit
+def _limbs_at(limbs, FIRST: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """As `_as_limbs` of columns FIRST to FIRST + BK, of a row that `_limbs_apart` made."""
+    return (
+        _vector_tile(limbs, FIRST // 8, K // 8, BK // 8),
+        _vector_tile(limbs + K // 8, FIRST // 8, K // 8, BK // 8),
+        _vector_tile(limbs + 2 * (K // 8), FIRST // 8, K // 8, BK // 8),
+        _vector_tile(limbs + 3 * (K // 8), FIRST // 8, K // 8, BK // 8),
+        _vector_tile(limbs + 4 * (K // 8), FIRST // 8, K // 8, BK // 8),
+        _vector_tile(limbs + 5 * (K // 8), FIRST // 8, K // 8, BK // 8),
+        _vector_tile(limbs + 6 * (K // 8), FIRST // 32, K // 32, BK // 32),
+    )
+
+
+@triton.jit
 def _int_product(first, second, x, SIGN: tl.constexpr, R: tl.constexpr, BW: tl.constexpr):
     """Dense words of the first and the other four of each eight columns [R, BW] times limbs: int32 sums over quads [R, BW / 4]."""
     low0, middle0, top0, low1, middle1, top1, _ = x
@@ -220,7 +266,7 @@ def _narrow_products(
 @triton.jit(do_not_specialize=["rank"])
 def _narrow(
     x, gain, weight, places, group_scale, zero, scale, residual, out, start, cos, sin, k_cache, v_cache, slots, eps,
-    KIND: tl.constexpr, G: tl.constexpr, ZERO: tl.constexpr,
+    KIND: tl.constexpr, G: tl.constexpr, ZERO: tl.constexpr, APART: tl.constexpr, MOST: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     T: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCKS: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
@@ -228,10 +274,11 @@ def _narrow(
     inboxes, epochs, rank, SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """As `linear._in_registers`. KIND "int4": words [N, K / 8], a scale and, if ZERO, a zero for each G columns; "sparse": values
-    [N, K / 2] and words of places [N, K / 32]; "sparse_int8": the values as words of four, [N, K / 8]."""
+    [N, K / 2] and words of places [N, K / 32]; "sparse_int8": the values as words of four, [N, K / 8]. MOST: the largest integer
+    that an activation becomes: of "int4" 2^22 - 1, of "sparse_int8" 2^20 - 1, so that the sum of a quad's products fits into 32
+    bits. APART: x holds limbs, and `gain` their factors, as `_limbs_apart` made them."""
     CHECK: tl.constexpr = N % (R * BLOCKS) != 0
     CHUNKS: tl.constexpr = (K + BK - 1) // BK
-    MOST: tl.constexpr = 4194303.0 if KIND == "int4" else 1048575.0  # the sum of a quad's products fits into 32 bits
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     start_next(PDL)
@@ -254,7 +301,11 @@ def _narrow(
     if not EARLY:
         cos_sin = _cos_sin(start, cos, sin, program, R, M, MP, T, EPILOGUE, H, HKV, HD)
     xs, factors = (), ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(M if APART else 0):
+        factors = factors + (tl.load(gain + m),)
+        for i in tl.static_range(CHUNKS):
+            xs = xs + (_limbs_at(x + m * (6 * K // 8 + K // 32), i * BK, K, BK),)
+    for m in tl.static_range(0 if APART else M):
         squares = tl.zeros([BK], tl.float32)
         largest = tl.zeros([BK], tl.float32)
         broken = tl.zeros([BK], tl.float32)

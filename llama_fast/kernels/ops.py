@@ -15,7 +15,7 @@ from llama_fast.kernels.attention import _attend
 from llama_fast.kernels.choosing import _distribution, _draw
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
-from llama_fast.kernels.narrow import _narrow
+from llama_fast.kernels.narrow import _limbs_apart, _narrow
 from llama_fast.kernels.packets import Mailbox
 from llama_fast.kernels.prompt import _gate, _rotate_and_store
 from llama_fast.kernels.stored import Narrow, storage_of
@@ -38,6 +38,8 @@ MOST_ROWS_OF_NARROW = 128
 MOST_ROWS_OF_WORDS = 2
 """The same for weights that are stored as words of several."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
+MOST_INTEGER = {"int4": 2.0**22 - 1, "sparse_int8": 2.0**20 - 1, "sparse": 0.0}
+"""The largest integer that an activation becomes beside weights of this kind."""
 ARGMAX_STRETCH = 2048
 MOST_VOCABULARY = 32768  # that one program holds
 
@@ -132,10 +134,14 @@ def _linear(
     )  # fmt: skip
     if isinstance(weight, Narrow):
         parts = [x if part is None else part for part in (weight.places, weight.scale, weight.zero)]
+        most, apart = MOST_INTEGER[weight.kind], tile.apart and weight.kind != "sparse"
+        activations, norm = (x, x if gain is None else gain), gain is not None
+        if apart:
+            activations, norm = limbs_apart(x, gain, eps, most, pdl), False
         launch(_narrow, (triton.cdiv(blocks, tile.blocks),))(
-            x, x if gain is None else gain, weight.weight, *parts, *ends, eps, KIND=weight.kind, G=weight.group,
-            ZERO=weight.zero is not None, MP=next_power_of_2(m), NORM=gain is not None, BLOCKS=tile.blocks, EARLY=early,
-            **shared, **over_ranks(mailbox, x, tile),
+            *activations, weight.weight, *parts, *ends, eps, KIND=weight.kind, G=weight.group,
+            ZERO=weight.zero is not None, APART=apart, MOST=most, MP=next_power_of_2(m), NORM=norm, BLOCKS=tile.blocks,
+            EARLY=early and not apart, **shared, **over_ranks(mailbox, x, tile),
         )  # fmt: skip
     elif dots:
         ahead, padded = min(tile.ahead, triton.cdiv(k, tile.columns)), max(next_power_of_2(m), 8)
@@ -155,6 +161,18 @@ def _linear(
             **over_ranks(mailbox, x, tile),
         )  # fmt: skip
     return out
+
+
+def limbs_apart(x: Tensor, gain: Tensor | None, eps: float, most: float, pdl: bool) -> tuple[Tensor, Tensor]:
+    """The limbs of the rows of x [M, K], normed if there is a gain, and their factors [M]: see `narrow._limbs_apart`."""
+    m, k = x.shape
+    limbs = torch.empty(m, 6 * k // 8 + k // 32, dtype=torch.int32, device=x.device)
+    factors = torch.empty(m, dtype=torch.float32, device=x.device)
+    launch(_limbs_apart, (m,))(
+        x, x if gain is None else gain, limbs, factors, eps, K=k, BK=next_power_of_2(k), NORM=gain is not None,
+        MOST=most, PDL=pdl, num_warps=32 if k >= 8192 else 16, **launch_options(pdl),
+    )  # fmt: skip
+    return limbs, factors
 
 
 def over_ranks(mailbox: Mailbox | None, x: Tensor, tile: Tile) -> dict[str, Any]:

@@ -13,6 +13,7 @@ class Tile(NamedTuple):
     activations: "plain", "exact" or "offset", see common.to_float32.
     On tensor cores: stages: of the software pipeline. slices: of the columns of a load, a warp or more to each (0: all warps
     share all columns). ahead: loads before the wait for the kernel ahead.
+    apart: of weights of less than a byte, the activations' limbs are made by a launch of their own.
     """
 
     rows: int
@@ -24,6 +25,7 @@ class Tile(NamedTuple):
     vector: bool = False
     ahead: int = 0
     slices: int = 1
+    apart: bool = False
 
 
 Storage = int | str

@@ -76,7 +76,7 @@ def candidates(epilogue: str, n: int, k: int, storage: Storage, ranks: int, most
     found = []
     itemsize = BYTES[storage] if isinstance(storage, str) else storage
     for columns, rows, warps, blocks in itertools.product(
-        columns_of(k, itemsize), (1, 2, 4, 8, 16), (2, 4, 8, 16), (1, 2, 4) if itemsize < 1 else (1, 2)
+        columns_of(k, itemsize), (1, 2, 4, 8, 16), (2, 4, 8, 16), (1, 2, 4, 8) if itemsize < 1 else (1, 2)
     ):
         of_block = 2 * rows if epilogue == "gated" else rows
         padded = -(-k // columns) * columns
@@ -91,6 +91,8 @@ def candidates(epilogue: str, n: int, k: int, storage: Storage, ranks: int, most
             far = abs(a_thread - 80) / 80 + abs(of_block * padded * itemsize - 16_384) / 32_768 + (padded - k) / k
             found.append((far, Tile(rows, columns, warps, blocks)))
     tiles = [tile for _, tile in sorted(found, key=lambda pair: pair[0])]
+    if storage in ("int4", "sparse_int8"):
+        return [tile._replace(apart=apart) for tile in tiles[: most // 2] for apart in (False, True)]
     if itemsize == 1:
         return [tile._replace(convert=kind) for tile in tiles[: most // 2] for kind in ("offset", "exact")]
     return tiles[:most]
@@ -237,7 +239,7 @@ def kernel_microseconds(timer: Timer, graph: torch.cuda.CUDAGraph, rank: int, st
     for _, end, name in spans:
         if name == "_embed":
             place = 3
-        if name.startswith(("_in_registers", "_narrow")):
+        if name.startswith(("_in_registers", "_narrow")):  # `_limbs_apart` counts by its own name
             name, place = order[place % 4], place + 1
         elif name.startswith("_attend"):
             place = 0
@@ -281,7 +283,9 @@ def choose(model: str, encoding: str, shard: Any, options: argparse.Namespace) -
         if len(tiles[name]) == 1:
             continue
         order = timer.ranked(key, tiles[name], steps=20, again=6)
-        found[name] = [(round(us, 1), str(tuple(tile)[:4]) + tile.convert) for us, tile in order]
+        found[name] = [
+            (round(us, 1), str(tuple(tile)[:4]) + tile.convert + " apart" * tile.apart) for us, tile in order
+        ]
         best = order[0][1]
         tuning.ONE_ROW[key] = best
         found["tiles"].append([list(key), list(best)])

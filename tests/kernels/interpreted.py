@@ -120,7 +120,7 @@ def narrow(kind: Encoding, n: int, k: int, seed: int) -> tuple[Tensor | Narrow, 
 
 
 NARROW = (Int4(), Int4(32), Int4(32, True), Int4(128, True), Sparse24(), Sparse24(True))
-NARROW_TILES = (Tile(4, 256, 4), Tile(2, 128, 2, blocks=2), Tile(8, 512, 4, blocks=3))
+NARROW_TILES = (Tile(4, 256, 4), Tile(2, 128, 2, blocks=2), Tile(8, 512, 4, blocks=3, apart=True))
 
 
 def check_narrow() -> int:
@@ -144,7 +144,8 @@ def check_narrow() -> int:
     stored, scale, _ = narrow(Int4(32), 10, 64, seed=1)
     x = rand(1, 64, seed=2)
     x[0, 3] = NAN
-    for got in (ops.linear(x, stored, scale), ops.linear(x, stored, scale, gain=x[0], eps=1e-5)):
+    for tile, gain in itertools.product((Tile(4, 64, 2), Tile(4, 64, 2, apart=True)), (None, x[0] * 0 + 1)):
+        got = ops.linear(x, stored, scale, gain=gain, eps=1e-5, tile=tile)
         assert got.isnan().all(), "a broken model must not look well"
     return n_checked
 
