@@ -134,7 +134,7 @@ class Kernels:
         if self.ops.takes(B * T, weight, x_MD):
             q = self.ops.qkv(x_MD, gain, eps, weight, scale, rope, early=self._embedded_by_kernel)
         else:
-            q = self.ops.rotate_and_store(product_of(matrix, self.ops.rms_norm(x_MD, gain, eps)), rope)
+            q = self.ops.rotate_and_store(self.ops.wide_linear(x_MD, weight, scale, gain, eps), rope, x_MD.dtype)
         q_BTHd = q.view(B, T, self.config.n_heads, -1)
         if step.show is not None:
             at = (start_B[:, None] + torch.arange(T, device=x_BTD.device))[:, None, :, None]
@@ -163,10 +163,12 @@ class Kernels:
         a_MK, x_MD, (weight, scale) = a_BTK.flatten(0, 1), x_BTD.flatten(0, 1), matrix_of(matrix)
         if self.ops.takes(len(x_MD), weight, a_MK):
             x_MD = self.all_reduce.add_product(a_MK, weight, scale, x_MD)
-        elif isinstance(weight, Tensor) and scale is None and self.all_reduce.alone:
+        elif isinstance(weight, Tensor) and weight.dtype == x_MD.dtype and self.all_reduce.alone:
             x_MD.addmm_(a_MK, weight.t())
+        elif self.all_reduce.alone:
+            x_MD = self.ops.add_wide(x_MD, self.ops.wide_linear(a_MK, weight, scale))
         else:
-            x_MD.add_(self.all_reduce(product_of(matrix, a_MK)))
+            x_MD.add_(self.all_reduce(self.ops.wide_linear(a_MK, weight, scale).value(x_MD.dtype)))
         return x_MD.view(x_BTD.shape)
 
     def gated(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:
@@ -174,7 +176,7 @@ class Kernels:
         if self.ops.takes(len(x_MD), weight, x_MD):
             h_MF = self.ops.gated(x_MD, gain, eps, weight, scale)
         else:
-            h_MF = self.ops.gate(product_of(matrix, self.ops.rms_norm(x_MD, gain, eps)))
+            h_MF = self.ops.gate(self.ops.wide_linear(x_MD, weight, scale, gain, eps), x_MD.dtype)
         h_BTF = h_MF.view(*x_BTD.shape[:2], -1)
         step.see(ffn_hidden=h_BTF)
         return h_BTF
@@ -184,7 +186,7 @@ class Kernels:
         if self.ops.takes(len(x_MD), weight, x_MD):
             logits_MV = self.ops.linear(x_MD, weight, scale, gain=gain, eps=eps, dtype=torch.float32)
         else:
-            logits_MV = product_of(matrix, self.ops.rms_norm(x_MD, gain, eps)).float()
+            logits_MV = self.ops.wide_linear(x_MD, weight, scale, gain, eps).value(torch.float32)
         logits_MV = getattr(matrix, "gather", whole)(logits_MV)
         logits_BTV: Tensor = logits_MV.view(*x_BTD.shape[:2], -1)
         step.see(logits=logits_BTV)
@@ -223,12 +225,6 @@ def matrix_of(module: Any) -> tuple[Any, Tensor | None]:
 
     stored = getattr(module, "linear", module)
     return LOADERS[stored.encoding.loader](stored.parts)
-
-
-def product_of(module: Any, x: Tensor) -> Tensor:
-    """x times a stored matrix, by PyTorch."""
-    stored = getattr(module, "linear", module)
-    return stored.encoding.product(x, stored.parts)  # type: ignore[no-any-return]
 
 
 def gain_of(norm: Any) -> tuple[Tensor, float]:

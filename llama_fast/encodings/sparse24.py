@@ -102,7 +102,10 @@ def spread(values: Tensor, places: Tensor) -> Tensor:
     """The values at their places among zeros, [out, in] in the values' type."""
     shift_8 = 4 * torch.arange(8, device=places.device, dtype=torch.int32)
     nibble_OG = (places[..., None] >> shift_8).flatten(1)
-    place_OG2 = torch.tensor(PAIRS, device=places.device)[nibble_OG.bitwise_and(7).clamp(max=len(PAIRS) - 1).long()]
+    id_OG = nibble_OG & 7
+    lower_OG = (id_OG >= 3).long() + (id_OG >= 5).long()
+    upper_OG = torch.where(id_OG == 0, 1, torch.where(id_OG & 5 == 1, 2, 3))
+    place_OG2 = torch.stack([lower_OG, upper_OG], -1)
     zeros = values.new_zeros(values.shape[0], values.shape[1] // 2, 4)
     return zeros.scatter(-1, place_OG2, values.unflatten(1, (-1, 2))).flatten(1)
 

@@ -15,7 +15,7 @@ from llama_fast.kernels.attention import _attend
 from llama_fast.kernels.choosing import _distribution, _draw
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
-from llama_fast.kernels.narrow import _limbs_apart, _narrow
+from llama_fast.kernels.narrow import _digits_apart, _int4_on_tensor_cores, _limbs_apart, _narrow
 from llama_fast.kernels.packets import Mailbox
 from llama_fast.kernels.prompt import _gate, _rotate_and_store
 from llama_fast.kernels.stored import Narrow, storage_of
@@ -30,16 +30,19 @@ from llama_fast.kernels.tuning import (
     linear_tile,
     next_power_of_2,
 )
+from llama_fast.kernels.widen import _add_scaled, _halve, _widen
 
 MOST_ROWS = 8
 """Rows of activations in one linear launch, of weights in the activations' type."""
 MOST_ROWS_OF_NARROW = 128
 """The same for weights that a library would first have to widen."""
-MOST_ROWS_OF_WORDS = 2
-"""The same for weights that are stored as words of several."""
+MOST_ROWS_OF_WORDS, MOST_ROWS_OF_DIGITS = 1, 16
+"""The same for weights that are stored as words of several: sparse ones, and int4 that tensor cores can multiply."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
 MOST_INTEGER = {"int4": 2.0**22 - 1, "sparse_int8": 2.0**20 - 1, "sparse": 0.0}
 """The largest integer that an activation becomes beside weights of this kind."""
+WIDENED_NUMBERS = 8 << 20
+"""Numbers of a weight that are widened at once: 16 MB, a third of an H100's cache."""
 ARGMAX_STRETCH = 2048
 MOST_VOCABULARY = 32768  # that one program holds
 
@@ -71,7 +74,7 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 def takes(rows: int, weight: Tensor | Narrow, x: Tensor) -> bool:
     """Whether our products are made for so many rows of x: for more, a library's are faster."""
     if isinstance(weight, Narrow):
-        return rows <= MOST_ROWS_OF_WORDS
+        return rows <= (MOST_ROWS_OF_DIGITS if has_digits(weight) else MOST_ROWS_OF_WORDS)
     narrow = weight.element_size() < x.element_size() == 2
     return rows <= (MOST_ROWS_OF_NARROW if narrow else MOST_ROWS)
 
@@ -132,7 +135,15 @@ def _linear(
         M=m, N=n, K=k, R=rows, BK=tile.columns, T=tokens, SCALED=scale is not None, EPILOGUE=epilogue,
         H=heads, HKV=kv_heads, HD=head_dim, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
-    if isinstance(weight, Narrow):
+    if isinstance(weight, Narrow) and m > 1:
+        del shared["SCALED"], shared["BK"]
+        slices = min(tile.slices, next_power_of_2(k // weight.group))
+        launch(_int4_on_tensor_cores, (blocks,))(
+            *digits_apart(x, gain, eps, pdl), weight.weight.view(torch.int8), weight.scale,
+            x if weight.zero is None else weight.zero, *ends, G=weight.group, ZERO=weight.zero is not None,
+            MP=max(next_power_of_2(m), 8), S=slices, STAGES=tile.stages, **shared,
+        )  # fmt: skip
+    elif isinstance(weight, Narrow):
         parts = [x if part is None else part for part in (weight.places, weight.scale, weight.zero)]
         most, apart = MOST_INTEGER[weight.kind], tile.apart and weight.kind != "sparse"
         activations, norm = (x, x if gain is None else gain), gain is not None
@@ -175,6 +186,26 @@ def limbs_apart(x: Tensor, gain: Tensor | None, eps: float, most: float, pdl: bo
     return limbs, factors
 
 
+def has_digits(weight: Narrow) -> bool:
+    """Whether tensor cores multiply a weight by digits: they want 32 bytes of a group at once."""
+    return weight.kind == "int4" and weight.group >= 64 and weight.group & (weight.group - 1) == 0
+
+
+def digits_apart(x: Tensor, gain: Tensor | None, eps: float, pdl: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The digits of the rows of x [M, K], normed if there is a gain, the sums of their quads and their factors [M]: see
+    `narrow._digits_apart`."""
+    m, k = x.shape
+    digits = torch.empty(2, 3, m, k // 2, dtype=torch.int8, device=x.device)
+    sums = torch.empty(m, k // 32, dtype=torch.float32, device=x.device)
+    factors = torch.empty(m, dtype=torch.float32, device=x.device)
+    launch(_digits_apart, (m,))(
+        x, x if gain is None else gain, digits, sums, factors, eps, m, K=k, BK=next_power_of_2(k),
+        NORM=gain is not None, MOST=MOST_INTEGER["int4"], PDL=pdl, num_warps=32 if k >= 8192 else 16,
+        **launch_options(pdl),
+    )  # fmt: skip
+    return digits, sums, factors
+
+
 def over_ranks(mailbox: Mailbox | None, x: Tensor, tile: Tile) -> dict[str, Any]:
     """The arguments by which a product sends its parts; ValueError for a tile whose threads are fewer than its words."""
     if mailbox is None:
@@ -188,10 +219,12 @@ def over_ranks(mailbox: Mailbox | None, x: Tensor, tile: Tile) -> dict[str, Any]
     )  # fmt: skip
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float, *, pdl: bool | None = None) -> Tensor:
-    """x [M, D] over its root mean square, times the gain [D]."""
+def rms_norm(
+    x: Tensor, gain: Tensor, eps: float, *, pdl: bool | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [M, D] over its root mean square, times the gain [D], in `dtype` (x's own by default)."""
     pdl = machine(x.device).pdl if pdl is None else pdl
-    out, width = torch.empty_like(x), x.shape[1]
+    out, width = torch.empty_like(x, dtype=dtype), x.shape[1]
     launch(_norm, (x.shape[0],))(
         x, gain, out, eps, K=width, BK=next_power_of_2(width), PDL=pdl, num_warps=8, **launch_options(pdl)
     )
@@ -252,26 +285,106 @@ def gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor | Narrow, scale: T
     return _linear(x, weight, scale, out, "gated", gain=gain, eps=eps, **options)
 
 
-def rotate_and_store(qkv: Tensor, rope: Rope) -> Tensor:
-    """Of the products [B * T, (H + 2 HKV) * HD] of many rows: rotary, k and v to the caches. -> q [B * T, H * HD].
+class Wide(NamedTuple):
+    """The product of many rows [M, N], of which a column, and a row, has still to be multiplied by its factor [N], [M] if there is
+    one."""
+
+    product: Tensor
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """All of it multiplied, [M, N]."""
+        result = self.product.float()
+        result = result if self.columns is None else result * self.columns.float().view(-1)
+        return (result if self.rows is None else result * self.rows[:, None]).to(dtype)
+
+
+def wide_linear(
+    x: Tensor, weight: Tensor | Narrow, scale: Tensor | None, gain: Tensor | None = None, eps: float = 0.0
+) -> Wide:
+    """x W^T for more rows than `takes` allows, behind an RMS norm if there is a gain, by PyTorch's matrix product.
+
+    Weights of another type than x's are widened some rows at a time, so that they stay in the GPU's cache.
+    """
+    halves = isinstance(weight, Narrow) and weight.kind == "int4" and x.dtype == torch.bfloat16
+    dtype, factors = torch.float16 if halves else x.dtype, None
+    if gain is not None:
+        x = rms_norm(x, gain, eps, dtype=dtype)
+    elif halves:
+        x, factors = halve(x)
+    if isinstance(weight, Tensor) and weight.dtype == dtype:
+        return Wide(torch.nn.functional.linear(x, weight), scale)
+    (n, k), m = weight.shape, x.shape[0]
+    powers = torch.empty(n, dtype=torch.float32, device=x.device) if isinstance(weight, Narrow) else None
+    product = torch.empty(m, n, dtype=dtype, device=x.device)
+    at_once = min(n, max(1, WIDENED_NUMBERS // k))
+    scratch = torch.empty(at_once, k, dtype=dtype, device=x.device)
+    for first in range(0, n, at_once):
+        rows = min(at_once, n - first)
+        if isinstance(weight, Narrow):
+            widen(weight, first, scratch[:rows], powers)
+        else:
+            scratch[:rows].copy_(weight[first : first + rows])
+        torch.mm(x, scratch[:rows].t(), out=product[:, first : first + rows])
+    columns = powers if isinstance(weight, Narrow) and weight.kind == "int4" else scale
+    return Wide(product, columns, factors)
+
+
+def widen(weight: Narrow, first: int, out: Tensor, powers: Tensor | None) -> None:
+    """Rows of a weight from `first` on as dense ones, to out [rows, K], and the powers of two that they were divided by, to their
+    places in powers [N]."""
+    rows, k = out.shape
+    parts = [out if part is None else part for part in (weight.places, weight.scale, weight.zero)]
+    values = weight.weight.view(torch.int8) if weight.kind == "sparse_int8" else weight.weight
+    launch(_widen, (rows, triton.cdiv(k, 2048)))(
+        values, *parts, out, powers, first, KIND=weight.kind, ZERO=weight.zero is not None, K=k, G=weight.group,
+        BG=next_power_of_2(k // weight.group), BK=2048, num_warps=8,
+    )  # fmt: skip
+
+
+def halve(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] as fp16 over each row's power of two, and these powers [M]."""
+    m, k = x.shape
+    out, powers = torch.empty_like(x, dtype=torch.float16), torch.empty(m, dtype=torch.float32, device=x.device)
+    launch(_halve, (m,))(x, out, powers, K=k, BK=next_power_of_2(k), num_warps=16)
+    return out, powers
+
+
+def add_wide(x: Tensor, wide: Wide) -> Tensor:
+    """x [M, N] += a product of many rows. Returns x."""
+    m, n = x.shape
+    launch(_add_scaled, (m, triton.cdiv(n, 1024)))(
+        x, wide.product, x if wide.columns is None else wide.columns, x if wide.rows is None else wide.rows,
+        N=n, BN=1024, COLUMNS=wide.columns is not None, ROWS=wide.rows is not None,
+    )  # fmt: skip
+    return x
+
+
+def rotate_and_store(qkv: Wide, rope: Rope, dtype: torch.dtype) -> Tensor:
+    """Of the products [B * T, (H + 2 HKV) * HD] of many rows: rotary, k and v to the caches. -> q [B * T, H * HD] in `dtype`.
 
     Row m is token m % T of batch row m // T and sits at position start[m // T] + m % T.
     """
-    rows, columns = qkv.shape
+    rows, columns = qkv.product.shape
     batch, kv_heads, slots, head_dim = rope.k_cache.shape
-    out = qkv.new_empty(rows, rope.heads * head_dim)
+    out = torch.empty(rows, rope.heads * head_dim, dtype=dtype, device=qkv.product.device)
+    scale = out if qkv.columns is None else qkv.columns
     launch(_rotate_and_store, (rows, triton.cdiv(columns, 1024)))(
-        qkv, rope.cos, rope.sin, rope.start, out, rope.k_cache, rope.v_cache, slots, rows // batch,
-        H=rope.heads, HKV=kv_heads, HD=head_dim, BN=1024,
+        qkv.product, scale, rope.cos, rope.sin, rope.start, out, rope.k_cache, rope.v_cache, slots, rows // batch,
+        SCALED=qkv.columns is not None, H=rope.heads, HKV=kv_heads, HD=head_dim, BN=1024,
     )  # fmt: skip
     return out
 
 
-def gate(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of a prompt's products [M, 2 F], the gate's columns first. [M, F]."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    launch(_gate, (rows, triton.cdiv(width, 1024)))(gate_up, out, F=width, BF=1024)
+def gate(gate_up: Wide, dtype: torch.dtype) -> Tensor:
+    """silu(gate) * up of a prompt's products [M, 2 F], the gate's columns first. [M, F] in `dtype`."""
+    rows, width = gate_up.product.shape[0], gate_up.product.shape[1] // 2
+    out = torch.empty(rows, width, dtype=dtype, device=gate_up.product.device)
+    launch(_gate, (rows, triton.cdiv(width, 1024)))(
+        gate_up.product, out if gate_up.columns is None else gate_up.columns, out,
+        SCALED=gate_up.columns is not None, F=width, BF=1024,
+    )  # fmt: skip
     return out
 
 

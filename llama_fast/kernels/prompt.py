@@ -12,17 +12,21 @@ import triton.language as tl
 
 @triton.jit
 def _rotate_and_store(
-    qkv, cos, sin, start, q_out, k_cache, v_cache, slots, T,
+    qkv, scale, cos, sin, start, q_out, k_cache, v_cache, slots, T, SCALED: tl.constexpr,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M, columns / BN). Row m is token m % T of batch row m // T, at position start[m // T] + m % T."""
+    """Grid (M, columns / BN). Row m is token m % T of batch row m // T, at position start[m // T] + m % T. SCALED: columns are
+    multiplied by their scales first."""
     N: tl.constexpr = (H + 2 * HKV) * HD
     m = tl.program_id(0).to(tl.int64)
     position = tl.load(start + m // T).to(tl.int64) + m % T
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     pair = tl.program_id(1) * BN + 2 * tl.arange(0, BN // 2)
     value = tl.load(qkv + m * N + n, mask=n < N, other=0)
-    even, odd = tl.split(tl.reshape(value.to(tl.float32), [BN // 2, 2]))
+    value = value.to(tl.float32)
+    if SCALED:
+        value *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(value, [BN // 2, 2]))
     rotated = pair < (H + HKV) * HD
     angle = position * (HD // 2) + (pair % HD) // 2
     c = tl.load(cos + angle, mask=rotated, other=1)
@@ -37,10 +41,13 @@ def _rotate_and_store(
 
 
 @triton.jit
-def _gate(gate_up, out, F: tl.constexpr, BF: tl.constexpr):
-    """Grid (M, F / BF): silu(gate) * up."""
+def _gate(gate_up, scale, out, SCALED: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
+    """Grid (M, F / BF): silu(gate) * up, of columns that are multiplied by their scales first if SCALED."""
     m = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     gate = tl.load(gate_up + m * (2 * F) + f, mask=f < F, other=0).to(tl.float32)
     up = tl.load(gate_up + m * (2 * F) + F + f, mask=f < F, other=0).to(tl.float32)
+    if SCALED:
+        gate *= tl.load(scale + f, mask=f < F, other=0).to(tl.float32)
+        up *= tl.load(scale + F + f, mask=f < F, other=0).to(tl.float32)
     tl.store(out + m * F + f, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=f < F)

@@ -165,7 +165,7 @@ def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, storage: Storag
         if (name, kind, n, k, storage) in table:
             return table[name, kind, n, k, storage]
     if isinstance(storage, str):
-        return narrow_tile(epilogue, k, storage)
+        return narrow_tile(epilogue, k, storage) if m == 1 else digits_tile(epilogue)
     if m == 1:
         return one_row_tile(epilogue, k, storage)
     if m > 8:
@@ -186,10 +186,15 @@ def one_row_tile(epilogue: str, k: int, itemsize: int) -> Tile:
 
 
 def narrow_tile(epilogue: str, k: int, kind: str) -> Tile:
-    """For one row or two of weights of less than a byte: a row of up to 4096 columns is one load."""
+    """For one row of weights of less than a byte: a row of up to 4096 columns is one load."""
     columns = max(64, min(4096, next_power_of_2(k)))
     rows = {"int4": 4}.get(kind, 2)
     return Tile(rows // 2 if epilogue == "gated" else rows, columns, warps=4 if columns >= 1024 else 2)
+
+
+def digits_tile(epilogue: str) -> Tile:
+    """For two rows and more of int4 weights: 16 of them, four groups at a time, each a warp's."""
+    return Tile(8 if epilogue == "gated" else 16, 512, warps=4, stages=3, slices=4)
 
 
 def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: int = 2) -> Tile:

@@ -140,8 +140,12 @@ def main() -> None:
             for T in (1, 2, 8):
                 ops.likeliest(block(torch.ones(1, T, dtype=torch.int64), start_B, cache)[:, -1])
             cos, layer = block.rope_table[..., 0].contiguous(), cache.layers[0]
-            ops.rotate_and_store(torch.randn(24, 256).bfloat16(), ops.Rope(cos, cos, start_B, layer.k, layer.v, 4))
-            ops.gate(torch.randn(24, 384).bfloat16())
+            ops.rotate_and_store(
+                ops.Wide(torch.randn(24, 256).bfloat16()),
+                ops.Rope(cos, cos, start_B, layer.k, layer.v, 4),
+                torch.bfloat16,
+            )
+            ops.gate(ops.Wide(torch.randn(24, 384).bfloat16()), torch.bfloat16)
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
             for rows, (n, k) in itertools.product((9, 32, 64, 128), ((96, 128), (16384, 256))):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from llama_fast.contracts import Encoding
+from llama_fast.encodings.fp8 import Fp8
 from llama_fast.encodings.int4 import Int4
+from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.sparse24 import Sparse24
 from llama_fast.engine.sampling import BatchSampler, Sampling, draw
 from llama_fast.kernels import ops, tuning
@@ -42,11 +44,11 @@ def activations(encoding: str) -> torch.dtype:
     return torch.float32 if encoding == "float32" else torch.bfloat16
 
 
-def close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+def close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
     """Relative error by norms: far under one rounding of the activations' type."""
     assert got.shape == want.shape, f"{name}: {tuple(got.shape)} != {tuple(want.shape)}"
     error = ((got.double() - want).norm() / want.norm()).item()
-    limit = 1e-5 if dtype == torch.float32 else 1.2e-2  # the interpreter truncates to bf16: twice the error
+    limit = roundings * (1e-5 if dtype == torch.float32 else 1.2e-2)  # the interpreter truncates to bf16: twice the error
     assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}"
 
 
@@ -126,21 +128,47 @@ NARROW_TILES = (Tile(4, 256, 4), Tile(2, 128, 2, blocks=2), Tile(8, 512, 4, bloc
 def check_narrow() -> int:
     """Weights of less than a byte a column, by every epilogue; unlike bf16's, the error is that of the result's type alone."""
     n_checked, k = 0, 384
-    cases = zip((1, 2, 1), NARROW_TILES, (37, 10, 26))
-    for kind, (m, tile, n) in itertools.product(NARROW, cases):
+    cases = [(1, tile, n) for tile, n in zip(NARROW_TILES, (37, 10, 26))]
+    shapes = [*itertools.product(NARROW, cases)]
+    for kind in (Int4(64), Int4(128, True)):  # two groups to a row, or three: the last slice is empty
+        shapes += [
+            (kind, (m, Tile(rows, 128, 2, slices=2), n)) for m, n, rows in ((2, 37, 16), (3, 10, 16), (9, 26, 32))
+        ]
+    for kind, (m, tile, n) in shapes:
         x, residual, gain = rand(m, k, seed=1), rand(m, n, seed=2), rand(k, seed=3)
         x[:, 5] *= 100  # one activation of many times the others' size
         what = f"{kind.name} m={m} {tile} {n}x{k}"
         stored, scale, dense = narrow(kind, n, k, seed=n)
         got = ops.linear_add(x, stored, scale, residual, tile=tile)
-        close(f"add {what}", got, residual.double() + x.double() @ dense.T, torch.float32)
+        bits = 3 if kind.name == "sparse24-int8" else 1  # activations of 20 bits, not 22
+        close(f"add {what}", got, residual.double() + x.double() @ dense.T, torch.float32, bits)
         logits = ops.linear(x, stored, scale, gain=gain, eps=1e-5, dtype=torch.float32, tile=tile)
-        close(f"head {what}", logits, normed(x, gain, 1e-5) @ dense.T, torch.float32)
+        close(f"head {what}", logits, normed(x, gain, 1e-5) @ dense.T, torch.float32, bits)
         pair, pair_scale, pair_dense = narrow(kind, 2 * n, k, seed=n + 1)
         gate, up = (normed(x, gain, 1e-5) @ pair_dense.T).chunk(2, dim=1)
         got = ops.gated(x, gain, 1e-5, pair, pair_scale, tile=tile)
-        close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, torch.float32)
+        close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, torch.float32, bits)
         n_checked += 3
+    ops.WIDENED_NUMBERS = 20 * k  # slices of 20 rows
+    for kind, dtype in itertools.product((*NARROW, Int8(), Fp8()), (torch.float32, torch.bfloat16)):
+        x, residual, gain = (
+            rand(5, k, seed=1, dtype=dtype),
+            rand(5, 37, seed=2, dtype=dtype),
+            rand(k, seed=3, dtype=dtype),
+        )
+        x[1] *= 1e4  # beyond fp16
+        stored, scale, dense = narrow(kind, 37, k, seed=4)
+        what = f"{kind.name} {dtype} wide"
+        added = ops.add_wide(residual.clone(), ops.wide_linear(x, stored, scale))
+        close(f"add {what}", added[::2], (residual.double() + x.double() @ dense.T)[::2], dtype)
+        close(f"add {what}, large", added[1:2], (residual.double() + x.double() @ dense.T)[1:2], dtype)
+        logits = ops.wide_linear(x, stored, scale, gain, 1e-5).value(torch.float32)
+        close(f"head {what}", logits, normed(x, gain, 1e-5) @ dense.T, dtype)
+        pair, pair_scale, pair_dense = narrow(kind, 2 * 26, k, seed=5)
+        gate, up = (normed(x, gain, 1e-5) @ pair_dense.T).chunk(2, dim=1)
+        got = ops.gate(ops.wide_linear(x, pair, pair_scale, gain, 1e-5), dtype)
+        close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, dtype, roundings=2)  # products are stored too
+        n_checked += 4
     stored, scale, _ = narrow(Int4(32), 10, 64, seed=1)
     x = rand(1, 64, seed=2)
     x[0, 3] = NAN

@@ -1,0 +1,79 @@
+"""Stored weights as dense ones, a stretch of rows at a time, for the matrix products of many rows; and activations to go with them.
+
+int4 weights become fp16: a nibble less the middle has 3 bits and a sign, a bf16 scale has 8 bits, and the row's power of two is
+taken off; so nothing is rounded but what is 2^-10 of the row's largest and less, there below 2^-24 of that. With zero points a
+bit may be lost, of a fp16's 11. Sparse values keep their type's numbers.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# (functions under triton.jit are compiled from their source; Triton ships no types)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _power_of_two(x):
+    """The power of two at or below positive float32 numbers."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _widen(
+    weight, places, group_scale, zero, out, powers, first,
+    KIND: tl.constexpr, ZERO: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, K / BK): row `first` + program 0 of a weight as `narrow._narrow` reads it, to row program 0 of out [rows, K]. "int4"
+    divides a row by its power of two, which goes to powers [N]."""
+    row = first + tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BK + tl.arange(0, BK)
+    live = col < K
+    if KIND == "int4":
+        word = tl.load(weight + row * (K // 8) + col // 8, mask=live, other=0)
+        shift = 8 * (col % 4) + (col % 8) // 4 * 4  # byte col % 4, its lower half for the first four of eight columns
+        groups = tl.arange(0, BG)
+        of_row = tl.load(group_scale + row * (K // G) + groups, mask=groups < K // G, other=0).to(tl.float32)
+        power = 16 * _power_of_two(tl.maximum(tl.max(tl.abs(of_row), 0), 1e-30))  # weights under 2: no sum leaves fp16
+        at_group = row * (K // G) + col // G
+        scale = tl.load(group_scale + at_group, mask=live, other=0).to(tl.float32)
+        lowest = tl.load(zero + at_group, mask=live, other=0).to(tl.int32) if ZERO else 8
+        value = (((word >> shift) & 15) - lowest).to(tl.float32) * (scale / power)
+        if tl.program_id(1) == 0:
+            tl.store(powers + row, power)
+    else:
+        id = tl.load(places + row * (K // 32) + col // 32, mask=live, other=0) >> (4 * (col // 4 % 8)) & 7
+        at = weight + row * (K // 2) + col // 4 * 2
+        lower, upper = tl.load(at, mask=live, other=0), tl.load(at + 1, mask=live, other=0)
+        of_lower = tl.where(id < 3, 0, tl.where(id < 5, 1, 2))
+        of_upper = tl.where(id == 0, 1, tl.where((id & 5) == 1, 2, 3))
+        here = col % 4
+        value = tl.where(here == of_lower, lower, tl.where(here == of_upper, upper, 0)).to(tl.float32)
+    tl.store(out + tl.program_id(0).to(tl.int64) * K + col, value.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _halve(x, out, powers, K: tl.constexpr, BK: tl.constexpr):
+    """Grid (M,): rows of x over their powers of two, which no fp16 number then leaves; powers [M]."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BK)
+    value = tl.load(x + row * K + cols, mask=cols < K, other=0).to(tl.float32)
+    power = _power_of_two(tl.maximum(tl.max(tl.abs(value), 0), 1e-30))
+    tl.store(out + row * K + cols, (value / power).to(out.dtype.element_ty), mask=cols < K)
+    tl.store(powers + row, power)
+
+
+@triton.jit
+def _add_scaled(
+    x, product, columns, rows, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Grid (M, N / BN): x += product, its columns and its rows times their factors."""
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    live = n < N
+    value = tl.load(product + m * N + n, mask=live, other=0).to(tl.float32)
+    if COLUMNS:
+        value *= tl.load(columns + n, mask=live, other=0).to(tl.float32)
+    if ROWS:
+        value *= tl.load(rows + m)
+    value += tl.load(x + m * N + n, mask=live, other=0).to(tl.float32)
+    tl.store(x + m * N + n, value.to(x.dtype.element_ty), mask=live)
