@@ -135,7 +135,7 @@ def _linear(
         M=m, N=n, K=k, R=rows, BK=tile.columns, T=tokens, SCALED=scale is not None, EPILOGUE=epilogue,
         H=heads, HKV=kv_heads, HD=head_dim, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
-    if isinstance(weight, Narrow) and m > 1:
+    if isinstance(weight, Narrow) and m > 1 and not tile.vector:
         del shared["SCALED"], shared["BK"]
         slices = min(tile.slices, next_power_of_2(k // weight.group))
         launch(_int4_on_tensor_cores, (blocks,))(
@@ -307,7 +307,8 @@ def wide_linear(
 
     Weights of another type than x's are widened some rows at a time, so that they stay in the GPU's cache.
     """
-    halves = isinstance(weight, Narrow) and weight.kind == "int4" and x.dtype == torch.bfloat16
+    int4 = isinstance(weight, Narrow) and weight.kind == "int4"
+    halves = int4 and x.dtype == torch.bfloat16
     dtype, factors = torch.float16 if halves else x.dtype, None
     if gain is not None:
         x = rms_norm(x, gain, eps, dtype=dtype)
@@ -316,25 +317,43 @@ def wide_linear(
     if isinstance(weight, Tensor) and weight.dtype == dtype:
         return Wide(torch.nn.functional.linear(x, weight), scale)
     (n, k), m = weight.shape, x.shape[0]
-    powers = torch.empty(n, dtype=torch.float32, device=x.device) if isinstance(weight, Narrow) else None
+    powers = torch.empty(n if int4 else 0, dtype=torch.float32, device=x.device)
     product = torch.empty(m, n, dtype=dtype, device=x.device)
     at_once = min(n, max(1, WIDENED_NUMBERS // k))
-    scratch = torch.empty(at_once, k, dtype=dtype, device=x.device)
-    for first in range(0, n, at_once):
-        rows = min(at_once, n - first)
-        if isinstance(weight, Narrow):
-            widen(weight, first, scratch[:rows], powers)
-        else:
-            scratch[:rows].copy_(weight[first : first + rows])
-        torch.mm(x, scratch[:rows].t(), out=product[:, first : first + rows])
-    columns = powers if isinstance(weight, Narrow) and weight.kind == "int4" else scale
-    return Wide(product, columns, factors)
+    scratch = torch.empty(2, at_once, k, dtype=dtype, device=x.device)
+    stretches = [slice(first, min(first + at_once, n)) for first in range(0, n, at_once)]
+    beside, multiplied = side_stream(x.device), list[torch.cuda.Event]()
+    if beside is not None:
+        beside.wait_stream(torch.cuda.current_stream(x.device))
+    for i, rows in enumerate(stretches):
+        room = scratch[i % 2, : rows.stop - rows.start]
+        if beside is None:
+            widen(weight, rows.start, room, powers)
+        else:  # while the stretch before is multiplied
+            if i >= 2:
+                beside.wait_event(multiplied[i - 2])
+            with torch.cuda.stream(beside):
+                widen(weight, rows.start, room, powers)
+            torch.cuda.current_stream(x.device).wait_stream(beside)
+        torch.mm(x, room.t(), out=product[:, rows])
+        if beside is not None:
+            multiplied.append(torch.cuda.current_stream(x.device).record_event())
+    return Wide(product, powers if int4 else scale, factors)
 
 
-def widen(weight: Narrow, first: int, out: Tensor, powers: Tensor | None) -> None:
-    """Rows of a weight from `first` on as dense ones, to out [rows, K], and the powers of two that they were divided by, to their
-    places in powers [N]."""
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A second stream of a GPU, for what runs while a matrix is multiplied."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def widen(weight: Tensor | Narrow, first: int, out: Tensor, powers: Tensor) -> None:
+    """Rows of a weight from `first` on as dense ones, to out [rows, K]; of int4, the powers of two that they were divided by, to
+    their places in powers [N]."""
     rows, k = out.shape
+    if isinstance(weight, Tensor):
+        out.copy_(weight[first : first + rows])
+        return
     parts = [out if part is None else part for part in (weight.places, weight.scale, weight.zero)]
     values = weight.weight.view(torch.int8) if weight.kind == "sparse_int8" else weight.weight
     launch(_widen, (rows, triton.cdiv(k, 2048)))(

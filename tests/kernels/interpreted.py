@@ -48,7 +48,9 @@ def close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, roundings: i
     """Relative error by norms: far under one rounding of the activations' type."""
     assert got.shape == want.shape, f"{name}: {tuple(got.shape)} != {tuple(want.shape)}"
     error = ((got.double() - want).norm() / want.norm()).item()
-    limit = roundings * (1e-5 if dtype == torch.float32 else 1.2e-2)  # the interpreter truncates to bf16: twice the error
+    limit = roundings * (
+        1e-5 if dtype == torch.float32 else 1.2e-2
+    )  # the interpreter truncates to bf16: twice the error
     assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}"
 
 
