@@ -23,6 +23,7 @@ from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
     MOST_SPLITS,
     SHARED_BYTES,
+    VECTOR_ROWS,
     AttentionTile,
     Tile,
     attention_tile,
@@ -36,13 +37,13 @@ MOST_ROWS = 8
 """Rows of activations in one linear launch, of weights in the activations' type."""
 MOST_ROWS_OF_NARROW = 128
 """The same for weights that a library would first have to widen."""
-MOST_ROWS_OF_WORDS, MOST_ROWS_OF_DIGITS = 1, 16
-"""The same for weights that are stored as words of several: sparse ones, and int4 that tensor cores can multiply."""
+MOST_ROWS_OF_DIGITS = 64
+"""The same for int4 weights that tensor cores can multiply."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
 MOST_INTEGER = {"int4": 2.0**22 - 1, "sparse_int8": 2.0**20 - 1, "sparse": 0.0}
 """The largest integer that an activation becomes beside weights of this kind."""
-WIDENED_NUMBERS = 8 << 20
-"""Numbers of a weight that are widened at once: 16 MB, a third of an H100's cache."""
+WIDENED_NUMBERS = 96 << 20
+"""Numbers of a weight that are widened at once: 192 MB. Shorter stretches, which a GPU's cache could hold, cost more launches."""
 ARGMAX_STRETCH = 2048
 MOST_VOCABULARY = 32768  # that one program holds
 
@@ -74,7 +75,8 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 def takes(rows: int, weight: Tensor | Narrow, x: Tensor) -> bool:
     """Whether our products are made for so many rows of x: for more, a library's are faster."""
     if isinstance(weight, Narrow):
-        return rows <= (MOST_ROWS_OF_DIGITS if has_digits(weight) else MOST_ROWS_OF_WORDS)
+        few = VECTOR_ROWS if weight.kind == "int4" else 1
+        return rows <= (MOST_ROWS_OF_DIGITS if has_digits(weight) else few)
     narrow = weight.element_size() < x.element_size() == 2
     return rows <= (MOST_ROWS_OF_NARROW if narrow else MOST_ROWS)
 
@@ -305,7 +307,7 @@ def wide_linear(
 ) -> Wide:
     """x W^T for more rows than `takes` allows, behind an RMS norm if there is a gain, by PyTorch's matrix product.
 
-    Weights of another type than x's are widened some rows at a time, so that they stay in the GPU's cache.
+    Weights of another type than x's are widened first, a large matrix in stretches.
     """
     int4 = isinstance(weight, Narrow) and weight.kind == "int4"
     halves = int4 and x.dtype == torch.bfloat16
@@ -320,45 +322,24 @@ def wide_linear(
     powers = torch.empty(n if int4 else 0, dtype=torch.float32, device=x.device)
     product = torch.empty(m, n, dtype=dtype, device=x.device)
     at_once = min(n, max(1, WIDENED_NUMBERS // k))
-    scratch = torch.empty(2, at_once, k, dtype=dtype, device=x.device)
-    stretches = [slice(first, min(first + at_once, n)) for first in range(0, n, at_once)]
-    beside, multiplied = side_stream(x.device), list[torch.cuda.Event]()
-    if beside is not None:
-        beside.wait_stream(torch.cuda.current_stream(x.device))
-    for i, rows in enumerate(stretches):
-        room = scratch[i % 2, : rows.stop - rows.start]
-        if beside is None:
-            widen(weight, rows.start, room, powers)
-        else:  # while the stretch before is multiplied
-            if i >= 2:
-                beside.wait_event(multiplied[i - 2])
-            with torch.cuda.stream(beside):
-                widen(weight, rows.start, room, powers)
-            torch.cuda.current_stream(x.device).wait_stream(beside)
-        torch.mm(x, room.t(), out=product[:, rows])
-        if beside is not None:
-            multiplied.append(torch.cuda.current_stream(x.device).record_event())
+    scratch = torch.empty(at_once, k, dtype=dtype, device=x.device)
+    for first in range(0, n, at_once):
+        rows = min(at_once, n - first)
+        widen(weight, first, scratch[:rows], powers)
+        torch.mm(x, scratch[:rows].t(), out=product[:, first : first + rows])
     return Wide(product, powers if int4 else scale, factors)
-
-
-@functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A second stream of a GPU, for what runs while a matrix is multiplied."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def widen(weight: Tensor | Narrow, first: int, out: Tensor, powers: Tensor) -> None:
     """Rows of a weight from `first` on as dense ones, to out [rows, K]; of int4, the powers of two that they were divided by, to
     their places in powers [N]."""
     rows, k = out.shape
-    if isinstance(weight, Tensor):
-        out.copy_(weight[first : first + rows])
-        return
-    parts = [out if part is None else part for part in (weight.places, weight.scale, weight.zero)]
-    values = weight.weight.view(torch.int8) if weight.kind == "sparse_int8" else weight.weight
+    narrow = Narrow("rows", k, weight) if isinstance(weight, Tensor) else weight
+    parts = [out if part is None else part for part in (narrow.places, narrow.scale, narrow.zero)]
+    values = narrow.weight.view(torch.int8) if narrow.kind == "sparse_int8" else narrow.weight
     launch(_widen, (rows, triton.cdiv(k, 2048)))(
-        values, *parts, out, powers, first, KIND=weight.kind, ZERO=weight.zero is not None, K=k, G=weight.group,
-        BG=next_power_of_2(k // weight.group), BK=2048, num_warps=8,
+        values, *parts, out, powers, first, KIND=narrow.kind, ZERO=narrow.zero is not None, K=k, G=narrow.group,
+        BG=next_power_of_2(max(1, k // narrow.group)), BK=2048, num_warps=8,
     )  # fmt: skip
 
 

@@ -160,6 +160,8 @@ CARDS = {"H100": ("H100",), "H200": ("H200", "H100")}
 """What a GPU's name contains -> whose rows it takes. An H200 is the H100's chip with a faster memory: most tiles are the same."""
 SHARED_BYTES = 101_376
 """What a program may have on a GPU of compute capability 8.6, 8.9 or 12.0 (L4, L40S, A10, RTX); 8.0 and 9.0 have more."""
+VECTOR_ROWS = 2
+"""Rows of activations up to which int4 weights are multiplied without tensor cores."""
 VERY_SHORT_CACHE_SLOTS = 256
 SHORT_CACHE_SLOTS = 1024
 MOST_SPLITS = 16
@@ -189,7 +191,7 @@ def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, storage: Storag
         if (name, kind, n, k, storage) in table:
             return table[name, kind, n, k, storage]
     if isinstance(storage, str):
-        return narrow_tile(epilogue, k, storage) if m == 1 else digits_tile(epilogue)
+        return narrow_tile(epilogue, k, storage) if m == 1 else digits_tile(epilogue, k, m)
     if m == 1:
         return one_row_tile(epilogue, k, storage)
     if m > 8:
@@ -216,9 +218,13 @@ def narrow_tile(epilogue: str, k: int, kind: str) -> Tile:
     return Tile(rows // 2 if epilogue == "gated" else rows, columns, warps=4 if columns >= 1024 else 2)
 
 
-def digits_tile(epilogue: str) -> Tile:
-    """For two rows and more of int4 weights: 16 of them, four groups at a time, each a warp's."""
-    return Tile(8 if epilogue == "gated" else 16, 512, warps=4, stages=3, slices=4)
+def digits_tile(epilogue: str, k: int, m: int) -> Tile:
+    """For two rows and more of int4 weights. Two rows go as one does, with limbs made apart; more to tensor cores: 64 weight
+    rows, four groups at a time, each a warp's.
+    """
+    if m <= VECTOR_ROWS:
+        return Tile(2 if epilogue == "gated" else 4, max(64, min(4096, next_power_of_2(k))), 4, apart=True, vector=True)
+    return Tile(32 if epilogue == "gated" else 64, 512, warps=4, stages=3 if m <= 16 else 2, slices=4)
 
 
 def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: int = 2) -> Tile:
@@ -281,5 +287,5 @@ def attention_tile(pairs: int, rows: int, slots: int, key_bytes: int) -> Attenti
         at_once = max(16, min(128, 32_768 // key_bytes))
         return AttentionTile(at_once, max(2, min(8, 64 // pairs)), at_once, 8, 1)
     if slots <= VERY_SHORT_CACHE_SLOTS or key_bytes > 512:
-        return AttentionTile(32, 8, 32, 2, 1, vector=True)
+        return AttentionTile(32, 4 if slots <= VERY_SHORT_CACHE_SLOTS else 8, 32, 2, 1, vector=True)
     return AttentionTile(64, 8, 64, 4, 1)

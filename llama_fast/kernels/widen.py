@@ -23,8 +23,8 @@ def _widen(
     weight, places, group_scale, zero, out, powers, first,
     KIND: tl.constexpr, ZERO: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, K / BK): row `first` + program 0 of a weight as `narrow._narrow` reads it, to row program 0 of out [rows, K]. "int4"
-    divides a row by its power of two, which goes to powers [N]."""
+    """Grid (rows, K / BK): row `first` + program 0 of a weight as `narrow._narrow` reads it, to row program 0 of out [rows, K]; KIND "rows":
+    numbers of another type. "int4" divides a row by its power of two, which goes to powers [N]."""
     row = first + tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BK + tl.arange(0, BK)
     live = col < K
@@ -40,6 +40,8 @@ def _widen(
         value = (((word >> shift) & 15) - lowest).to(tl.float32) * (scale / power)
         if tl.program_id(1) == 0:
             tl.store(powers + row, power)
+    elif KIND == "rows":
+        value = tl.load(weight + row * K + col, mask=live, other=0.0).to(tl.float32)
     else:
         id = tl.load(places + row * (K // 32) + col // 32, mask=live, other=0) >> (4 * (col // 4 % 8)) & 7
         at = weight + row * (K // 2) + col // 4 * 2

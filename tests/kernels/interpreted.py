@@ -136,6 +136,8 @@ def check_narrow() -> int:
         shapes += [
             (kind, (m, Tile(rows, 128, 2, slices=2), n)) for m, n, rows in ((2, 37, 16), (3, 10, 16), (9, 26, 32))
         ]
+    vector = Tile(4, 256, 2, blocks=2, apart=True, vector=True)
+    shapes += [(kind, (2, vector, 10)) for kind in (Int4(), Int4(32, True))]
     for kind, (m, tile, n) in shapes:
         x, residual, gain = rand(m, k, seed=1), rand(m, n, seed=2), rand(k, seed=3)
         x[:, 5] *= 100  # one activation of many times the others' size
