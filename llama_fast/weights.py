@@ -42,7 +42,9 @@ def named_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The same as ("layers.0.attention.wq.scale", tensor), as a file names them; ValueError for what no file holds."""
     if checkpoint.low_rank:
-        raise ValueError("an adapter beside encoded weights cannot be saved with them: adapt the dense model, then encode it")
+        raise ValueError(
+            "an adapter beside encoded weights cannot be saved with them: adapt the dense model, then encode it"
+        )
     for stem, stored in encoded(checkpoint, plan, dtype, device):
         for part, tensor in stored.tensors.items():
             yield f"{stem}.{part}", tensor
@@ -137,7 +139,7 @@ def low_rank_of(
 ) -> tuple[Tensor, Tensor] | None:
     """This process's part of what an adapter adds to an encoded matrix: up [out, r], the scale in it, and down [r, in].
 
-    `up` is cut with the matrix's rows and `down` with its columns, so that what is summed over the processes is still the product.
+    `up` is cut with the matrix's rows and `down` with its columns: summed over the processes, it is still the product.
     """
     pair = checkpoint.low_rank.get(stem)
     if pair is None:

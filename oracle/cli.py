@@ -75,7 +75,9 @@ def verify(
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
     if subject != "ours" and (fused or compile or encoding or draft or adapter):
-        raise ValueError(f"--adapter, --encoding, --compile, --fused and --draft are for our own models, not for {subject!r}")
+        raise ValueError(
+            f"--adapter, --encoding, --compile, --fused and --draft are for our own models, not for {subject!r}"
+        )
     on = where(device)
     if fused and on.type != "cuda":
         raise ValueError("--fused needs a CUDA device: on a CPU judge --compile")

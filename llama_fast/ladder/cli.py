@@ -123,7 +123,13 @@ def generate(
     summary = Summary.of(llama, outputs, proposer)
     print("\n".join(summary.lines()))
     if json_file is not None and ranks.is_first():
-        content = {"model": model, "adapter": adapter, "plan": str(plan), "dtype": str(kind).removeprefix("torch."), **summary.as_json()}
+        content = {
+            "model": model,
+            "adapter": adapter,
+            "plan": str(plan),
+            "dtype": str(kind).removeprefix("torch."),
+            **summary.as_json(),
+        }
         if summary.speculation is not None:
             content["speculation"] = summary.speculation.as_json()
         content["samples"] = [asdict(output) for output in outputs]

@@ -34,6 +34,12 @@ def write_adapter(
             tensors[f"base_model.model.{stem}.{part}"] = 0.3 * torch.randn(shape, generator=random)
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
-    stated = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r, "target_modules": list(modules)}
+    stated = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": r,
+        "lora_alpha": 2 * r,
+        "target_modules": list(modules),
+    }
     (directory / "adapter_config.json").write_text(json.dumps(stated | fields))
     return directory

@@ -131,7 +131,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         TIED,
         {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
-    "whole parts of a block": ({}, {"target_modules": LINEAR, "modules_to_save": ["mlp", "norm", "layers.1.self_attn"]}),
+    "whole parts of a block": (
+        {},
+        {"target_modules": LINEAR, "modules_to_save": ["mlp", "norm", "layers.1.self_attn"]},
+    ),
     "whole parts with biases": (BIASED, {"target_modules": LINEAR, "modules_to_save": ["k_proj"], "bias": "all"}),
     "another start that leaves the base": ({}, {"target_modules": LINEAR, "init_lora_weights": "gaussian"}),
     "heads of 24, no groups": (
@@ -187,7 +190,7 @@ def refused(model: Path, adapter: Path, *fragments: str) -> None:
 def test_a_part_read_by_itself_is_that_part_of_the_whole(rich: Trained) -> None:
     """To the last bit: several ranks, and rows encoded in stripes, then hold the numbers of one matrix."""
     checkpoint = with_adapter(open_checkpoint(rich.model), rich.adapter)
-    for name, weight in checkpoint.weights.items():
+    for weight in checkpoint.weights.values():
         whole = weight[:]
         assert tuple(whole.shape) == tuple(weight.shape) and whole.dtype == weight.dtype
         assert torch.equal(weight[3:11], whole[3:11])
