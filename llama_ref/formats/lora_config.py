@@ -22,17 +22,10 @@ BIASES = ("none", "all", "lora_only")
 SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """The values of init_lora_weights that leave the base model as it is."""
 
-REFUSED = (
-    *("use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "trainable_token_indices"),
-    *(
-        "alora_invocation_tokens",
-        "arrow_config",
-        "kasa_config",
-        "velora_config",
-        "monteclora_config",
-        "megatron_config",
-    ),
-)
+UNSUPPORTED = (
+    "use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
 """Fields that, unless null, false or empty, ask for more than a product of two matrices beside a third."""
 
 OF_TRAINING = (
@@ -104,7 +97,7 @@ class LoraConfig:
         for pattern in self.layers_pattern or (r"[^.]*",):
             found = _matches(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module, "layers_pattern")
             if found is not None:
-                return int(found["index"])
+                return int(found.group("index"))
         return None
 
 
@@ -113,13 +106,13 @@ def lora_config(data: Mapping[str, Any], where: object) -> LoraConfig:
     kind = data.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"peft_type={kind!r:.80} is not supported (known: LORA)")
-    for name in REFUSED:
+    for name in UNSUPPORTED:
         if data.get(name):
             raise ValueError(f"{name}={data[name]!r:.80} is not supported")
     _check_base(data.get("init_lora_weights"))
     if flag(data, "fan_in_fan_out"):
         warnings.warn(f"{where}: fan_in_fan_out is true, but no matrix of a Llama is stored so: ignored", stacklevel=3)
-    unread = [name for name, value in data.items() if value and name not in READ + OF_TRAINING + REFUSED]
+    unread = [name for name, value in data.items() if value and name not in READ + OF_TRAINING + UNSUPPORTED]
     if unread:
         told = " ".join(", ".join(unread).split())
         warnings.warn(f"{where}: {told:.200} is not read", stacklevel=3)

@@ -68,7 +68,7 @@ NO_READERS = {  # modules that read no field of a file
     *("weight_files", "weights"),
 }
 NO_FIELDS = {  # what is asked for something else than a field of a file
-    *("files", "message", "named", "stored", "tensors", "checkpoint.weights", "name", "shard", "OF_MODEL"),
+    *("files", "message", "named", "stored", "tensors", "checkpoint.weights", "name", "shard", "OF_MODEL", "expected"),
     *("_HF_CONTEXT", "DEFAULTS[name]", "self.chat_templates", "files.get(JSON_FILE, '')"),
 }
 
