@@ -86,7 +86,7 @@ class Stored:
     """One matrix of shape [out, in] (or a norm's vector) as this process stores it: one value from the checkpoint to the kernel.
 
     Where the model has biases, `bias` [out] is added to the product; encodings never see it. Nor do they see `low_rank`, an
-    adapter's up [out, r] and down [r, in], whose product is added to the matrix.
+    adapter's up [out, r] and down [r, in] in float32, whose product is added to the matrix.
     """
 
     encoding: Encoding

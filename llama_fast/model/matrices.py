@@ -39,7 +39,8 @@ class Matrix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.encoding.product(x, self.parts)
         if self.adapter_up is not None and self.adapter_down is not None:
-            y = y + F.linear(F.linear(x, self.adapter_down), self.adapter_up)
+            wide = x.to(self.adapter_down.dtype)
+            y = (y + F.linear(F.linear(wide, self.adapter_down), self.adapter_up)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

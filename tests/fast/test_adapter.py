@@ -138,13 +138,13 @@ def test_the_pair_is_cut_as_its_matrix_is(saved: Saved) -> None:
     adapted = with_adapter(open_checkpoint(saved.int8), saved.adapter)
     ranks = [Plan(Int8(), shard=TensorParallel(rank, 2)) for rank in range(2)]
     for stem in ("layers.0.attention.wq", "layers.1.attention.wo"):
-        parts = [low_rank_of(adapted, stem, plan, torch.float32, CPU) for plan in (Plan(Int8()), *ranks)]
+        parts = [low_rank_of(adapted, stem, plan, CPU) for plan in (Plan(Int8()), *ranks)]
         (up, down), (up0, down0), (up1, down1) = parts  # type: ignore[misc]
         if stem.endswith("wo"):
             assert torch.equal(down, torch.cat([down0, down1], 1)) and torch.equal(up, up1)
         else:
             assert torch.equal(up, torch.cat([up0, up1])) and torch.equal(down, down1)
-    assert low_rank_of(adapted, "layers.0.attention.wk", ranks[0], torch.float32, CPU) is None
+    assert low_rank_of(adapted, "layers.0.attention.wk", ranks[0], CPU) is None
 
 
 def refused(action: Callable[[], object], *fragments: str) -> None:
