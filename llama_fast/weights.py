@@ -32,7 +32,7 @@ def encoded(
         if part != "weight":  # read together with its weight
             continue
         stored, bias = encode_one(checkpoint, stem, plan, dtype, device), bias_of(checkpoint, stem, plan)
-        low_rank = low_rank_of(checkpoint, stem, plan, device)
+        low_rank = low_rank_of(checkpoint, stem, plan, dtype, device)
         bias = None if bias is None else bias.to(device, dtype or bias.dtype)
         yield stem, replace(stored, bias=bias, low_rank=low_rank)
 
@@ -134,10 +134,12 @@ def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:
     return bias if columns.indices(shape[1])[0] == 0 else torch.zeros_like(bias)
 
 
-def low_rank_of(checkpoint: Checkpoint, stem: str, plan: Plan, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def low_rank_of(
+    checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | None, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
     """This process's part of what an adapter adds to an encoded matrix: up [out, r], the scale in it, and down [r, in].
 
-    In float32, whatever the model computes in, as peft keeps them: bf16 would round the sum three times more.
+    In float32 for a model in bf16 too, as peft keeps them: bf16 would round the sum three times more.
     `up` is cut with the matrix's rows and `down` with its columns: summed over the processes, it is still the product.
     """
     pair = checkpoint.low_rank.get(stem)
@@ -145,7 +147,8 @@ def low_rank_of(checkpoint: Checkpoint, stem: str, plan: Plan, device: torch.dev
         return None
     rows, columns = plan.shard.part(stem, expected_shapes(checkpoint.config)[f"{stem}.weight"], checkpoint.config)
     up, down = pair.scale * pair.up[rows, :].double(), pair.down[:, columns]
-    return up.float().to(device).contiguous(), down.float().to(device).contiguous()
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return up.to(device, wide).contiguous(), down.to(device, wide).contiguous()
 
 
 def is_encoded(stem: str, config: LlamaConfig) -> bool:
@@ -170,7 +173,7 @@ class DecodedWeights(Mapping[str, Tensor]):
             return self._checkpoint.weights[name][:].to(self._device, self._dtype)
         stored = encode_one(self._checkpoint, stem, self._plan, self._dtype, self._device)
         decoded = stored.encoding.decode(stored.parts)
-        low_rank = low_rank_of(self._checkpoint, stem, self._plan, self._device)
+        low_rank = low_rank_of(self._checkpoint, stem, self._plan, self._dtype, self._device)
         if low_rank is None:
             return decoded
         up, down = (part.double() for part in low_rank)

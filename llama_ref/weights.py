@@ -46,11 +46,15 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """What an adapter adds to a matrix [out, in]: scale * up @ down, of `up` [out, r] and `down` [r, in]."""
+    """What an adapter adds to a matrix [out, in]: scale * up @ down, of `up` [out, r] and `down` [r, in].
+
+    With a `magnitude` [out] every row of the sum is then given that length (DoRA).
+    """
 
     up: TensorSource
     down: TensorSource
     scale: float
+    magnitude: TensorSource | None = None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from llama_ref.weights import (
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 TABLES = ("tok_embeddings", "output")
+MAGNITUDE = "lora_magnitude_vector"
 COPIES = ("modules_to_save", "original_module")
 """peft's names for the two sides of a module that is stored whole: with bias="all" it stores their biases once more, unread."""
 
@@ -77,10 +78,10 @@ def with_adapter(checkpoint: Checkpoint, directory: str | Path) -> Checkpoint:
         name = f"{stem}.weight"
         if _parts(weights, stem) == [name] and weights[name].dtype in FLOATS:
             weights[name] = Merged(weights[name], pair)
-        elif stem == "tok_embeddings":
+        elif stem == "tok_embeddings" or pair.magnitude is not None:
+            what = "the table of embeddings" if pair.magnitude is None else f"{stem} with a magnitude (DoRA)"
             raise CheckpointError(
-                f"{directory}: adapts the table of embeddings, which the model stores as {checkpoint.encoding}: adapt the "
-                "dense model"
+                f"{directory}: adapts {what}, which the model stores as {checkpoint.encoding}: adapt the dense model"
             )
         else:
             beside[stem] = pair
@@ -148,11 +149,15 @@ class _Reader:
         module, r = _module(stem), self.lora.rank(_module(stem))
         down, up = (f"{PREFIX}{name}" for name in _names(stem))
         if stem == TABLES[0]:
+            if self.lora.dora:
+                raise ValueError(f"use_dora=true is not supported for {module}, a table that is looked up")
             self.wanted |= {down: (r, shape[0]), up: (shape[1], r)}
         else:
             self.wanted |= {down: (r, shape[1]), up: (shape[0], r)}
             if self.lora.lora_bias:
                 self.wanted[f"{PREFIX}{module}.lora_B.bias"] = shape[:1]
+            if self.lora.dora:
+                self.wanted[f"{PREFIX}{module}.{MAGNITUDE}"] = shape[:1]
         self.scales[stem] = self.lora.scale(module)
 
     def adapter(self) -> Adapter:
@@ -163,7 +168,9 @@ class _Reader:
             if stem == TABLES[0]:  # of E^T: up @ down is [D, V]
                 adapter.pairs[stem] = LowRank(Transposed(down), Transposed(up), scale)
                 continue
-            adapter.pairs[stem] = LowRank(self._in_order(f"{stem}.weight", up), down, scale)
+            length = self.stored.get(f"{PREFIX}{_module(stem)}.{MAGNITUDE}")
+            length = None if length is None else self._in_order(f"{stem}.weight", length)
+            adapter.pairs[stem] = LowRank(self._in_order(f"{stem}.weight", up), down, scale, length)
             bias = self.stored.get(f"{PREFIX}{_module(stem)}.lora_B.bias")
             if bias is not None:
                 adapter.vectors[stem] = scale * self._in_order(f"{stem}.bias", bias)[:].double()

@@ -1,7 +1,7 @@
 """adapter_config.json of a PEFT directory: which modules a LoRA changes, and by how much. As peft 0.21 reads it.
 
-Modules have Hugging Face's names, as "model.layers.3.self_attn.q_proj". What would make another arithmetic of the file (DoRA, a
-changed base, replicated layers) is refused by the name of its field.
+Modules have Hugging Face's names, as "model.layers.3.self_attn.q_proj". What would make another arithmetic of the file (a changed
+base, replicated layers, BD-LoRA) is refused by the name of its field.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """The values of init_lora_weights that leave the base model as it is."""
 
 UNSUPPORTED = (
-    "use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "trainable_token_indices",
+    "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
 """Fields that, unless null, false or empty, ask for more than a product of two matrices beside a third."""
@@ -37,7 +37,7 @@ OF_TRAINING = (
 READ = (
     *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
-    *("lora_bias", "fan_in_fan_out", "init_lora_weights", "ensure_weight_tying"),
+    *("lora_bias", "use_dora", "fan_in_fan_out", "init_lora_weights", "ensure_weight_tying"),
 )
 
 
@@ -60,6 +60,7 @@ class LoraConfig:
     saved: tuple[str, ...]
     bias: str
     lora_bias: bool
+    dora: bool
     ties_tables: bool
     base_model: str
 
@@ -137,6 +138,7 @@ def lora_config(data: Mapping[str, Any], where: object) -> LoraConfig:
         saved=_texts(data, "modules_to_save"),
         bias=bias,
         lora_bias=flag(data, "lora_bias"),
+        dora=flag(data, "use_dora"),
         ties_tables=flag(data, "ensure_weight_tying"),
         base_model=base if isinstance(base, str) else "",
     )

@@ -32,7 +32,7 @@ class Transposed:
 
 @dataclass(frozen=True)
 class Merged:
-    """base + scale * up @ down, in float32 (float64 over a float64 base).
+    """base + scale * up @ down, in float32 (float64 over a float64 base); rows have the length that a magnitude says.
 
     Sums are made in float64 and rounded once, so that a part read by itself has the numbers that it has in the whole.
     """
@@ -50,14 +50,19 @@ class Merged:
 
     def __getitem__(self, key: Key, /) -> torch.Tensor:
         (start, stop), columns = spans(key, self.shape)
-        down = self.added.down[:, slice(*columns)].double()
-        parts = [
-            self._rows(slice(row, min(row + ROWS_AT_ONCE, stop)), slice(*columns), down)
-            for row in range(start, max(stop, start + 1), ROWS_AT_ONCE)
-        ]
-        return torch.cat(parts)
+        # a row's length is that of all its columns, whichever of them are asked for
+        read = slice(*columns) if self.added.magnitude is None else slice(None)
+        down = self.added.down[:, read].double()
+        wanted = slice(None) if self.added.magnitude is None else slice(*columns)
+        blocks = range(start, max(stop, start + 1), ROWS_AT_ONCE)
+        parts = (self._rows(slice(row, min(row + ROWS_AT_ONCE, stop)), read, down) for row in blocks)
+        return torch.cat([part[:, wanted].to(self.dtype) for part in parts])
 
     def _rows(self, rows: slice, columns: slice, down: torch.Tensor) -> torch.Tensor:
+        """Some rows in float64."""
         part = self.base[rows, columns].double()
-        up = self.added.up[rows, :].to(part)
-        return (part + self.added.scale * (up @ down.to(part))).to(self.dtype)
+        part = part + self.added.scale * (self.added.up[rows, :].to(part) @ down.to(part))
+        if self.added.magnitude is None:
+            return part
+        length = self.added.magnitude[(rows,)].to(part) / torch.linalg.vector_norm(part, dim=1)
+        return part * length[:, None]

@@ -138,13 +138,14 @@ def test_the_pair_is_cut_as_its_matrix_is(saved: Saved) -> None:
     adapted = with_adapter(open_checkpoint(saved.int8), saved.adapter)
     ranks = [Plan(Int8(), shard=TensorParallel(rank, 2)) for rank in range(2)]
     for stem in ("layers.0.attention.wq", "layers.1.attention.wo"):
-        parts = [low_rank_of(adapted, stem, plan, CPU) for plan in (Plan(Int8()), *ranks)]
+        parts = [low_rank_of(adapted, stem, plan, torch.bfloat16, CPU) for plan in (Plan(Int8()), *ranks)]
         (up, down), (up0, down0), (up1, down1) = parts  # type: ignore[misc]
+        assert up.dtype == down.dtype == torch.float32
         if stem.endswith("wo"):
             assert torch.equal(down, torch.cat([down0, down1], 1)) and torch.equal(up, up1)
         else:
             assert torch.equal(up, torch.cat([up0, up1])) and torch.equal(down, down1)
-    assert low_rank_of(adapted, "layers.0.attention.wk", ranks[0], CPU) is None
+    assert low_rank_of(adapted, "layers.0.attention.wk", ranks[0], torch.bfloat16, CPU) is None
 
 
 def refused(action: Callable[[], object], *fragments: str) -> None:
@@ -160,6 +161,8 @@ def test_what_cannot_stand_beside_encoded_weights_is_refused(saved: Saved, tmp_p
     adapted = with_adapter(stored, saved.adapter)
     refused(lambda: with_adapter(adapted, saved.adapter), "no second can")
     refused(lambda: dict(named_tensors(adapted, Plan(Int8()), None, CPU)), "adapt the dense model, then encode it")
+    dora = write_adapter(tmp_path / "dora", stored.config, ["o_proj"], use_dora=True)
+    refused(lambda: with_adapter(stored, dora), "layers.0.attention.wo with a magnitude (DoRA)", "stores as int8")
     table = write_adapter(tmp_path / "table", replace(stored.config, tie_embeddings=False), ["embed_tokens"])
     if stored.config.tie_embeddings:
         with pytest.raises(CheckpointError, match="adapts the table of embeddings, which the model stores as int8"):

@@ -93,7 +93,7 @@ def _write_adapters(root: Path) -> None:
     fields: dict[str, Any] = {"layers_to_transform": [0, 1], "layers_pattern": ["layers"], "use_rslora": True}
     fields |= {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"^model.layers.0": 5}, "exclude_modules": ["lm_head"]}
     fields |= {"bias": "none", "lora_bias": False, "modules_to_save": [], "init_lora_weights": True}
-    fields |= {"ensure_weight_tying": False, "fan_in_fan_out": False, "use_dora": False, "target_parameters": None}
+    fields |= {"ensure_weight_tying": False, "fan_in_fan_out": False, "use_dora": True, "target_parameters": None}
     tables = ("embed_tokens", "lm_head", "q_proj")
     for name, modules, more in (("lora", EVERY_LINEAR, fields), ("lora-bin", tables, {"modules_to_save": ["mlp"]})):
         shutil.copytree(root / "hf", root / name)

@@ -30,7 +30,8 @@ def write_adapter(
         down, up = ("lora_A.weight", (r, columns[0])), ("lora_B.weight", (rows, r))
         if stem.endswith("embed_tokens"):
             down, up = ("lora_embedding_A", (r, rows)), ("lora_embedding_B", (columns[0], r))
-        for part, shape in (down, up):
+        lengths = [("lora_magnitude_vector", (rows,))] if fields.get("use_dora") else []
+        for part, shape in (down, up, *lengths):
             tensors[f"base_model.model.{stem}.{part}"] = 0.3 * torch.randn(shape, generator=random)
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")

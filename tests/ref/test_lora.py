@@ -113,6 +113,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "rslora": ({}, {"target_modules": LINEAR, "use_rslora": True, "rank_pattern": {"o_proj": 9}}),
+    "dora": ({}, {"target_modules": [*LINEAR, "lm_head"], "use_dora": True, "use_rslora": True}),
+    "dora in a model with biases": (BIASED, {"target_modules": LINEAR, "use_dora": True, "bias": "all"}),
     "all biases": (BIASED, {"target_modules": ["q_proj", "down_proj"], "bias": "all"}),
     "the pairs' biases": (BIASED, {"target_modules": ["q_proj", "k_proj", "up_proj"], "bias": "lora_only"}),
     "no biases of a model that has some": (BIASED, {"target_modules": LINEAR}),
@@ -187,9 +189,11 @@ def refused(model: Path, adapter: Path, *fragments: str) -> None:
         assert fragment in str(caught.value)
 
 
-def test_a_part_read_by_itself_is_that_part_of_the_whole(rich: Trained) -> None:
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_part_read_by_itself_is_that_part_of_the_whole(rich: Trained, train: Train, dora: bool) -> None:
     """To the last bit: several ranks, and rows encoded in stripes, then hold the numbers of one matrix."""
-    checkpoint = with_adapter(open_checkpoint(rich.model), rich.adapter)
+    trained = train({}, target_modules=LINEAR, use_dora=True) if dora else rich
+    checkpoint = with_adapter(open_checkpoint(trained.model), trained.adapter)
     for weight in checkpoint.weights.values():
         whole = weight[:]
         assert tuple(whole.shape) == tuple(weight.shape) and whole.dtype == weight.dtype
@@ -262,7 +266,8 @@ def test_a_pickled_adapter_is_read(rich: Trained, damaged: Path) -> None:
     [
         ({"peft_type": "LOHA"}, ("peft_type='LOHA'", "known: LORA")),
         ({"peft_type": None}, ("peft_type=None",)),
-        ({"use_dora": True}, ("use_dora=True is not supported",)),
+        ({"use_dora": True}, ("14 missing", "self_attn.q_proj.lora_magnitude_vector")),
+        ({"use_dora": 1}, ("use_dora=1 must be true or false",)),
         ({"use_qalora": True}, ("use_qalora=True",)),
         ({"layer_replication": [[0, 2], [1, 2]]}, ("layer_replication=[[0, 2], [1, 2]]",)),
         ({"target_parameters": ["mlp.experts"]}, ("target_parameters=['mlp.experts']",)),
@@ -321,6 +326,11 @@ def test_an_adapter_of_another_shape_is_refused_with_numbers(rich: Trained, save
     refused(save_tiny(num_hidden_layers=1, **BIASED).directory, rich.adapter, "extra", "layers.1")
     refused(save_tiny(hidden_size=48, **BIASED).directory, rich.adapter, "is [4, 32], not [4, 48]")
     refused(save_tiny().directory, rich.adapter, "extra", "base_layer.bias")
+
+
+def test_the_lengths_of_what_is_looked_up_are_refused(train: Train) -> None:
+    trained = train({}, target_modules=["embed_tokens", "q_proj"], use_dora=True)
+    refused(trained.model, trained.adapter, "use_dora=true is not supported for model.embed_tokens")
 
 
 def test_a_directory_without_an_adapter_is_refused(rich: Trained, tmp_path: Path) -> None:
