@@ -64,5 +64,5 @@ class Merged:
         part = part + self.added.scale * (self.added.up[rows, :].to(part) @ down.to(part))
         if self.added.magnitude is None:
             return part
-        length = self.added.magnitude[(rows,)].to(part) / torch.linalg.vector_norm(part, dim=1)
-        return part * length[:, None]
+        length: torch.Tensor = torch.linalg.vector_norm(part, dim=1)
+        return part * (self.added.magnitude[(rows,)].to(part) / length)[:, None]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_fast import Llama, Plan, build
+from llama_fast.caches.static import Static
 from llama_fast.encodings.int8 import Int8
 from llama_fast.model.matrices import Joined
 from llama_fast.model.roofline import stored_bytes
@@ -21,6 +22,10 @@ from llama_fast.weights import low_rank_of, named_tensors
 from llama_ref.checkpoint import Checkpoint, CheckpointError, open_checkpoint, save_checkpoint, with_adapter
 from llama_ref.model import Llama as Reference
 from llama_ref.tokenizers.tokenizer import RandomTokenizer
+from oracle.questions.cases import standard_case
+from oracle.questions.judge import Bench, judge
+from oracle.subjects.fast import FastSubject
+from oracle.verify import references
 from tests.fast.conftest import CONFIG
 from tests.ref.lora_files import EVERY_LINEAR, write_adapter
 
@@ -97,6 +102,16 @@ def test_beside_encoded_weights_the_product_is_added(saved: Saved, fuse: bool) -
 
 def dense_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return dict(build(checkpoint, Plan(Int8()), "cpu").reference_weights())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_oracle_agrees_beside_encoded_weights(saved: Saved, dtype: torch.dtype) -> None:
+    """In bf16 because the pair stays in float32: rounded with every product, the sum left its budget."""
+    adapted = with_adapter(open_checkpoint(saved.int8), saved.adapter)
+    runner = build(adapted, Plan(Int8(), Static(), fuse_projections=True), "cpu", dtype)
+    case = standard_case(adapted.config.vocab_size, adapted.config.max_context)
+    verdict = judge(FastSubject(runner, len(case.rows), case.longest), Bench(*references(runner, adapted)), case)
+    assert verdict.outcome.value == "AGREE", str(verdict)
 
 
 class Together:
