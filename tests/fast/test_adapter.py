@@ -24,8 +24,9 @@ from llama_ref.model import Llama as Reference
 from llama_ref.tokenizers.tokenizer import RandomTokenizer
 from oracle.questions.cases import standard_case
 from oracle.questions.judge import Bench, judge
+from oracle.questions.localise import first_beyond
 from oracle.subjects.fast import FastSubject
-from oracle.verify import references
+from oracle.verify import references, stage_reports
 from tests.fast.conftest import CONFIG
 from tests.ref.lora_files import EVERY_LINEAR, write_adapter
 
@@ -105,13 +106,17 @@ def dense_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_oracle_agrees_beside_encoded_weights(saved: Saved, dtype: torch.dtype) -> None:
-    """In bf16 because the pair stays in float32: rounded with every product, the sum left its budget."""
-    adapted = with_adapter(open_checkpoint(saved.int8), saved.adapter)
+def test_the_oracle_agrees_beside_encoded_weights(saved: Saved, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also stage by stage in bf16, because the pair stays in float32: rounded with every product, a stage left its budget."""
+    stored = open_checkpoint(saved.int8)
+    adapted = with_adapter(stored, write_adapter(tmp_path / "small", stored.config, lora_alpha=2))
     runner = build(adapted, Plan(Int8(), Static(), fuse_projections=True), "cpu", dtype)
     case = standard_case(adapted.config.vocab_size, adapted.config.max_context)
-    verdict = judge(FastSubject(runner, len(case.rows), case.longest), Bench(*references(runner, adapted)), case)
+    subject = FastSubject(runner, len(case.rows), case.longest)
+    truth, yardstick = references(runner, adapted)
+    verdict = judge(subject, Bench(truth, yardstick), case)
     assert verdict.outcome.value == "AGREE", str(verdict)
+    assert first_beyond(stage_reports(subject, truth, yardstick, case.rows)) is None
 
 
 class Together:
