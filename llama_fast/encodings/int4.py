@@ -4,9 +4,9 @@
     >>> parts["weight"].shape, parts["scale"].shape
     (torch.Size([2, 4]), torch.Size([2, 1]))
 
-A weight is (nibble - zero) * scale, with a nibble of 0 to 15 and a zero of 8 where no other is stored. Eight nibbles share a
-word of 32 bits. Nibble n of word j of a group of G columns belongs to the group's column n * G / 8 + j: then the four bytes
-that `word & 0x0f0f0f0f` leaves, and the four behind a shift, meet activations that lie in runs, and a group's words are its own.
+A weight is (nibble - zero) * scale, with a nibble of 0 to 15 and a zero of 8 where no other is stored. Eight neighbouring
+columns share a word of 32 bits: byte b of word j holds column 8 j + b below and column 8 j + 4 + b above. So the four bytes
+that `word & 0x0f0f0f0f` leaves are four neighbours, as are the four behind a shift.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class Int4:
 
     def stored(self, nibbles: Tensor, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
         """Parts of nibbles uint8 [out, in], scales and zeros [out, groups]: how a file's own integers come in, unchanged."""
-        return {"weight": packed(nibbles, self.group), "scale": scale} | ({} if zero is None else {"zero": zero})
+        return {"weight": packed(nibbles), "scale": scale} | ({} if zero is None else {"zero": zero})
 
     def decode(self, parts: Parts) -> Tensor:
         """Float32 [out, in]: an integer of five bits times a bf16 scale, so nothing is rounded."""
-        grouped = unpacked(parts["weight"], self.group).unflatten(1, (-1, self.group)).float()
+        grouped = unpacked(parts["weight"]).unflatten(1, (-1, self.group)).float()
         zero = parts["zero"].float()[..., None] if "zero" in parts else MIDDLE
         weight: Tensor = (grouped - zero) * parts["scale"].float()[..., None]
         return weight.flatten(1)
@@ -102,19 +102,17 @@ def rows_of(parts: Parts, rows: slice) -> dict[str, Tensor]:
     return {name: part[rows] for name, part in parts.items()}
 
 
-def packed(nibbles: Tensor, group: int) -> Tensor:
+def packed(nibbles: Tensor) -> Tensor:
     """Numbers 0 to 15, uint8 [out, in], as words int32 [out, in / 8]."""
-    byte_OG8J = nibbles.view(nibbles.shape[0], -1, NIBBLES, group // NIBBLES)
-    low, high = byte_OG8J[:, :, 0::2], byte_OG8J[:, :, 1::2]  # nibbles 2 b and 2 b + 1 are byte b of a word
-    byte_OGJ4 = (low | high << 4).transpose(2, 3).contiguous()
-    return byte_OGJ4.view(torch.int32).flatten(1)
+    low_OW4, high_OW4 = nibbles.unflatten(1, (-1, 2, NIBBLES // 2)).unbind(2)
+    byte_OW4: Tensor = low_OW4 | high_OW4 << 4
+    return byte_OW4.contiguous().view(torch.int32).flatten(1)
 
 
-def unpacked(words: Tensor, group: int) -> Tensor:
+def unpacked(words: Tensor) -> Tensor:
     """The numbers again, uint8 [out, in]."""
-    byte_OGJ4 = words.contiguous().view(torch.uint8).view(words.shape[0], -1, group // NIBBLES, NIBBLES // 2)
-    nibble_OGJ8 = torch.stack([byte_OGJ4 & 15, byte_OGJ4 >> 4], -1).flatten(3)
-    return nibble_OGJ8.transpose(2, 3).flatten(1)
+    byte_OW4 = words.contiguous().view(torch.uint8).unflatten(1, (-1, NIBBLES // 2))
+    return torch.stack([byte_OW4 & 15, byte_OW4 >> 4], 2).flatten(1)
 
 
 ENCODINGS = (Int4(), Int4(32), Int4(128, True), Int4(32, True))

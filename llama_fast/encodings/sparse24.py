@@ -2,11 +2,11 @@
 
     >>> parts = Sparse24().encode(torch.tensor([[1.0, -4.0, 0.5, 2.0] * 8]), torch.float32)
     >>> parts["weight"][:, :4], hex(int(parts["places"][0, 0]) & 15)
-    (tensor([[-4.,  2., -4.,  2.]]), '0xd')
+    (tensor([[-4.,  2., -4.,  2.]]), '0x4')
 
-The two are those of the largest magnitude, so a matrix that was pruned beforehand is stored as it is. Nibble g of word w holds
-the places i0 + 4 * i1, i0 < i1, of columns 32 w + 4 g to 32 w + 4 g + 3. bf16 values and places are 9/16 of bf16's bytes,
-int8 values with a scale per row 5/16.
+The two are those of the largest magnitude, so a matrix that was pruned beforehand is stored as it is. Nibble g of word w says
+which two of columns 32 w + 4 g to 32 w + 4 g + 3 these are, by its number in `PAIRS`. bf16 values and places
+are 9/16 of bf16's bytes, int8 values with a scale per row 5/16.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from llama_ref.checkpoint import TensorSource
 WORD_COLUMNS = 32
 """Columns whose places share a word of 32 bits."""
 LARGEST_INT8 = 127
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def two_of_four(wide: Tensor) -> tuple[Tensor, Tensor]:
     """The two largest magnitudes of each four columns, [out, in / 2] in the columns' order, and the words of their places."""
     four_OG4 = wide.unflatten(1, (-1, 4))
     place_OG2 = four_OG4.abs().topk(2, -1, sorted=True).indices.sort(-1).values
-    nibble_OW8 = (place_OG2[..., 0] | place_OG2[..., 1] << 2).unflatten(1, (-1, 8))
+    first_OG, second_OG = place_OG2.unbind(-1)
+    nibble_OW8 = (second_OG - 1 + first_OG * (5 - first_OG) // 2).unflatten(1, (-1, 8))
     word_OW = (nibble_OW8 << (4 * torch.arange(8, device=wide.device))).sum(-1)  # int64: 32 bits without a sign
     signed_OW = torch.where(word_OW >= 2**31, word_OW - 2**32, word_OW).to(torch.int32)
     return four_OG4.gather(-1, place_OG2).flatten(1), signed_OW
@@ -100,7 +102,7 @@ def spread(values: Tensor, places: Tensor) -> Tensor:
     """The values at their places among zeros, [out, in] in the values' type."""
     shift_8 = 4 * torch.arange(8, device=places.device, dtype=torch.int32)
     nibble_OG = (places[..., None] >> shift_8).flatten(1)
-    place_OG2 = torch.stack([nibble_OG & 3, nibble_OG >> 2 & 3], -1).long()
+    place_OG2 = torch.tensor(PAIRS, device=places.device)[nibble_OG.bitwise_and(7).clamp(max=len(PAIRS) - 1).long()]
     zeros = values.new_zeros(values.shape[0], values.shape[1] // 2, 4)
     return zeros.scatter(-1, place_OG2, values.unflatten(1, (-1, 2))).flatten(1)
 
