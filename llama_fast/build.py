@@ -45,6 +45,10 @@ def build(
     check_encoded(checkpoint, plan.encoding)
     config = plan.shard.local_config(checkpoint.config)
     operations = plan.arithmetic.bind(config, plan, device)
+    if checkpoint.low_rank and not operations.compilable:
+        raise ValueError(
+            f"the fused kernels add no adapter to {checkpoint.encoding} weights: adapt the dense model, or take Compiled()"
+        )
     stored = dict(encoded(checkpoint, plan, dtype, device))
     model = construct(config, stored, plan, operations, dtype).eval().requires_grad_(False)
     return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))

@@ -85,17 +85,19 @@ class Encoding(Protocol):
 class Stored:
     """One matrix of shape [out, in] (or a norm's vector) as this process stores it: one value from the checkpoint to the kernel.
 
-    Where the model has biases, `bias` [out] is added to the product; encodings never see it.
+    Where the model has biases, `bias` [out] is added to the product; encodings never see it. Nor do they see `low_rank`, an
+    adapter's up [out, r] and down [r, in] in float32, whose product is added to the matrix.
     """
 
     encoding: Encoding
     shape: tuple[int, ...]
     parts: Parts
     bias: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, the bias too: what is written to a file."""
+        """The parts and the bias by name: what is written to a file."""
         return dict(self.parts) if self.bias is None else {**self.parts, "bias": self.bias}
 
 

@@ -137,12 +137,13 @@ class Llama:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         chat_template: str | None = None,
+        adapter: str | Path | None = None,
     ) -> Llama:
         """Open a model (directory, GGUF file, hub id, "smollm2-135m", "random:NAME[:SEED]") and build it.
 
         The default plan keeps the checkpoint's encoding, with the static cache and joined projections, not compiled;
         plan="int8" is that plan in int8. dtype="auto" is the device's default, as None is. `chat_template` is the name of
-        one of the checkpoint's. Raises ValueError for what cannot be opened or built.
+        one of the checkpoint's. `adapter` is a LoRA directory of PEFT. Raises ValueError for what cannot be opened or built.
         """
         device = where(device)
         dtype = default_dtype(device) if dtype is None or dtype == "auto" else floating("dtype", dtype)
@@ -150,7 +151,7 @@ class Llama:
         if not isinstance(plan, (Plan, type(None))):
             raise TypeError(f"plan={shown(plan)} must be a Plan, as Plan(encoding=Int8()), or a preset's name, as int8")
         found = resolve(named("model", model))
-        checkpoint = found.open(device, dtype)
+        checkpoint = found.open(device, dtype, adapter)
         plan = plan or optimised(encoding_named(checkpoint.encoding))
         return cls(build(checkpoint, plan, device, dtype), found.tokenizer(), chat_template)
 

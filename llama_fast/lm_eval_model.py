@@ -106,6 +106,7 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
         chat_template_args: Mapping[str, Any] | None = None,
         enable_thinking: bool | None = None,
         think_end_token: str | int | None = None,
+        peft: str | None = None,
         **others: Any,
     ):
         """The harness passes its `--model_args` by these names, which are those of its `hf` class where that has them.
@@ -120,7 +121,7 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
         to = device_for(device)
         kind = default_dtype(to) if dtype is None or dtype == "auto" else floating("dtype", dtype)
         found = resolve(pretrained)
-        checkpoint = found.open(to, kind)
+        checkpoint = found.open(to, kind, peft)
         plan = optimised(encoding_named(encoding or checkpoint.encoding), bool(compile))
         words = (found if tokenizer is None else resolve(str(tokenizer))).tokenizer()
         self.llama = Llama(build(checkpoint, plan, to, kind), words, chat_template)

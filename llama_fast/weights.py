@@ -32,13 +32,19 @@ def encoded(
         if part != "weight":  # read together with its weight
             continue
         stored, bias = encode_one(checkpoint, stem, plan, dtype, device), bias_of(checkpoint, stem, plan)
-        yield stem, stored if bias is None else replace(stored, bias=bias.to(device, dtype or bias.dtype))
+        low_rank = low_rank_of(checkpoint, stem, plan, dtype, device)
+        bias = None if bias is None else bias.to(device, dtype or bias.dtype)
+        yield stem, replace(stored, bias=bias, low_rank=low_rank)
 
 
 def named_tensors(
     checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same as ("layers.0.attention.wq.scale", tensor), as a file names them."""
+    """The same as ("layers.0.attention.wq.scale", tensor), as a file names them; ValueError for what no file holds."""
+    if checkpoint.low_rank:
+        raise ValueError(
+            "an adapter beside encoded weights cannot be saved with them: adapt the dense model, then encode it"
+        )
     for stem, stored in encoded(checkpoint, plan, dtype, device):
         for part, tensor in stored.tensors.items():
             yield f"{stem}.{part}", tensor
@@ -128,6 +134,23 @@ def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:
     return bias if columns.indices(shape[1])[0] == 0 else torch.zeros_like(bias)
 
 
+def low_rank_of(
+    checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | None, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """This process's part of what an adapter adds to an encoded matrix: up [out, r], the scale in it, and down [r, in].
+
+    In float32 for a model in bf16 too, as peft keeps them: bf16 would round the sum three times more.
+    `up` is cut with the matrix's rows and `down` with its columns: summed over the processes, it is still the product.
+    """
+    pair = checkpoint.low_rank.get(stem)
+    if pair is None:
+        return None
+    rows, columns = plan.shard.part(stem, expected_shapes(checkpoint.config)[f"{stem}.weight"], checkpoint.config)
+    up, down = pair.scale * pair.up[rows, :].double(), pair.down[:, columns]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return up.to(device, wide).contiguous(), down.to(device, wide).contiguous()
+
+
 def is_encoded(stem: str, config: LlamaConfig) -> bool:
     """Whether the plan's encoding holds this weight: every matrix that is read whole for every token.
 
@@ -149,7 +172,12 @@ class DecodedWeights(Mapping[str, Tensor]):
         if name.endswith(".bias"):
             return self._checkpoint.weights[name][:].to(self._device, self._dtype)
         stored = encode_one(self._checkpoint, stem, self._plan, self._dtype, self._device)
-        return stored.encoding.decode(stored.parts)
+        decoded = stored.encoding.decode(stored.parts)
+        low_rank = low_rank_of(self._checkpoint, stem, self._plan, self._dtype, self._device)
+        if low_rank is None:
+            return decoded
+        up, down = (part.double() for part in low_rank)
+        return decoded.double() + up @ down
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama_ref.arguments import named
+from llama_ref.formats.lora import with_adapter
 from llama_ref.formats.saved import is_saved, open_saved, save_checkpoint
 from llama_ref.random_weights import random_checkpoint
 from llama_ref.weights import Checkpoint, CheckpointError, TensorSource, expected_shapes
@@ -20,6 +21,7 @@ __all__ = [
     "open_checkpoint",
     "random_checkpoint",
     "save_checkpoint",
+    "with_adapter",
 ]
 
 

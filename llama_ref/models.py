@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from llama_ref.arguments import named
-from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
+from llama_ref.checkpoint import Checkpoint, open_checkpoint, random_checkpoint, with_adapter
 from llama_ref.config import NAMED
 from llama_ref.packaged_model import SMOLLM2_135M, ModelError, fetch
 from llama_ref.tokenizers.contract import Tokenizer
@@ -38,12 +38,22 @@ class Model:
     shape: str | None = None
     seed: int = 0
 
-    def open(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
-        """Its checkpoint. `device` and `dtype` say where random weights are made; a file's tensors stay as stored."""
+    def open(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        adapter: str | Path | None = None,
+    ) -> Checkpoint:
+        """Its checkpoint, with a LoRA directory of PEFT applied to it if one is named.
+
+        `device` and `dtype` say where random weights are made; a file's tensors stay as stored.
+        """
         if self.path is not None:
-            return open_checkpoint(self.path)
-        assert self.shape is not None
-        return random_checkpoint(NAMED[self.shape], self.seed, device, dtype)
+            checkpoint = open_checkpoint(self.path)
+        else:
+            assert self.shape is not None
+            checkpoint = random_checkpoint(NAMED[self.shape], self.seed, device, dtype)
+        return checkpoint if adapter is None else with_adapter(checkpoint, adapter)
 
     @property
     def has_tokenizer(self) -> bool:

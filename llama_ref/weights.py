@@ -8,7 +8,7 @@ stand in Meta's order: the two halves of rotary pair i are rows 2i and 2i + 1 of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -44,17 +44,32 @@ class TensorSource(Protocol):
     def __getitem__(self, key: Key, /) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """What an adapter adds to a matrix [out, in]: scale * up @ down, of `up` [out, r] and `down` [r, in].
+
+    With a `magnitude` [out] every row of the sum is then given that length (DoRA).
+    """
+
+    up: TensorSource
+    down: TensorSource
+    scale: float
+    magnitude: TensorSource | None = None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A config and its weights by canonical name; `path` is None where no file lies behind them.
 
-    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given.
+    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given. `low_rank` holds what an
+    adapter adds to encoded matrices when they multiply, by name without ".weight"; into dense ones it is merged.
     """
 
     config: LlamaConfig
     weights: Mapping[str, TensorSource]
     path: Path | None = None
     encoding: str = "dense"
+    low_rank: Mapping[str, LowRank] = field(default_factory=dict)
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

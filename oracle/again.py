@@ -18,13 +18,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for word in ("model", "encoding", "device", "dtype", "ask"):
         parser.add_argument(f"--{word}", required=True)
+    parser.add_argument("--adapter")
     parser.add_argument("--fused", action="store_true")
     parser.add_argument("--cache-length", type=int, required=True)
     asked = parser.parse_args()
     device, dtype = torch.device(asked.device), getattr(torch, asked.dtype)
     encoding = encoding_named(asked.encoding)
     plan = fused(encoding) if asked.fused else optimised(encoding)
-    runner = build(resolve(asked.model).open(device=device, dtype=dtype), plan, device=device, dtype=dtype)
+    checkpoint = resolve(asked.model).open(device, dtype, asked.adapter)
+    runner = build(checkpoint, plan, device=device, dtype=dtype)
     question = json.loads(asked.ask)
     prompts = question["prompts"]
     subject = FastSubject(runner, batch=len(prompts), cache_length=asked.cache_length)

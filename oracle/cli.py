@@ -43,6 +43,7 @@ def verify(
     subject: Annotated[
         str, typer.Option(help="ours, transformers, or package.module:function of tokens [B, T] to logits [B, T, V]")
     ] = "ours",
+    adapter: Annotated[str | None, typer.Option(help="a LoRA directory of PEFT, applied to the model")] = None,
     encoding: Annotated[
         str | None, typer.Option(help="how weights are stored; the checkpoint's own by default")
     ] = None,
@@ -73,15 +74,17 @@ def verify(
     writable(json, html)
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
-    if subject != "ours" and (fused or compile or encoding or draft):
-        raise ValueError(f"--encoding, --compile, --fused and --draft are for our own models, not for {subject!r}")
+    if subject != "ours" and (fused or compile or encoding or draft or adapter):
+        raise ValueError(
+            f"--adapter, --encoding, --compile, --fused and --draft are for our own models, not for {subject!r}"
+        )
     on = where(device)
     if fused and on.type != "cuda":
         raise ValueError("--fused needs a CUDA device: on a CPU judge --compile")
     in_type = in_type or default_dtype(on)
     other = None if text is None else text.read_text(encoding="utf-8")
     found = resolve(model)
-    checkpoint = found.open(device=on, dtype=in_type)
+    checkpoint = found.open(on, in_type, adapter)
     encode, witness = texts(found)
     if subject != "ours":
         other_subject = other_named(subject, found, checkpoint.config.vocab_size, in_type, on)
@@ -89,6 +92,7 @@ def verify(
     kept = presets.encoding_named(encoding or checkpoint.encoding)
     plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
     words = ["--model", model, "--encoding", kept.name, "--device", on.type, "--dtype", str(in_type)[6:]]
+    words += [] if adapter is None else ["--adapter", adapter]
     extras = Extras(
         tokenizer=found.tokenizer() if found.has_tokenizer else None,
         witness=witness,
@@ -97,7 +101,8 @@ def verify(
     )
     prompts = text_rows(encode, [7, 12]) if encode is not None else ()
     proposers = proposers_named(draft, draft_encoding, speculate, plan, on, checkpoint.config, prompts)
-    certificate = run(checkpoint, plan, on, in_type, encode, model, say, extras)
+    name = model if adapter is None else f"{model} with {adapter}"
+    certificate = run(checkpoint, plan, on, in_type, encode, name, say, extras)
     if proposers is not None:
         verify_speculation(certificate, checkpoint, plan, on, in_type, proposers, prompts, say)
     finish(certificate, json, html)

@@ -46,6 +46,7 @@ ModelFlag = Annotated[
 ]
 DeviceFlag = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.")]
 DtypeFlag = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bf16 on a GPU, float32 on a CPU.")]
+AdapterFlag = Annotated[str | None, typer.Option(help="A LoRA directory of PEFT, applied to the model.")]
 EncodingFlag = Annotated[str | None, typer.Option(help="dense or int8; by default as the checkpoint is stored.")]
 
 TRACED_TOKENS = 16
@@ -73,6 +74,7 @@ def generate(
         int | None, typer.Option(help="Into the JSON: each token's log-probability, and of so many others.", min=0)
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
+    adapter: AdapterFlag = None,
     encoding: EncodingFlag = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first token.")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="Decode by our own kernels; needs a GPU.")] = False,
@@ -103,7 +105,7 @@ def generate(
     member = ranks.join(where(device))
     to, kind = member.device, dtype_named(dtype, member.device)
     found = ranks.one_after_another(lambda: resolve(model))
-    checkpoint = found.open(to, kind)
+    checkpoint = found.open(to, kind, adapter)
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
     kept = encoding_named(encoding or checkpoint.encoding)
@@ -121,7 +123,13 @@ def generate(
     summary = Summary.of(llama, outputs, proposer)
     print("\n".join(summary.lines()))
     if json_file is not None and ranks.is_first():
-        content = {"model": model, "plan": str(plan), "dtype": str(kind).removeprefix("torch."), **summary.as_json()}
+        content = {
+            "model": model,
+            "adapter": adapter,
+            "plan": str(plan),
+            "dtype": str(kind).removeprefix("torch."),
+            **summary.as_json(),
+        }
         if summary.speculation is not None:
             content["speculation"] = summary.speculation.as_json()
         content["samples"] = [asdict(output) for output in outputs]
@@ -177,6 +185,7 @@ def chat(
     chat_template: Annotated[
         str | None, typer.Option(help="Which of the checkpoint's templates makes the text, by name.")
     ] = None,
+    adapter: AdapterFlag = None,
     encoding: EncodingFlag = None,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile while the first reply is made.")
@@ -191,7 +200,7 @@ def chat(
     ends = stop_strings(stop)
     found = resolve(model)
     to, kind = where(device), dtype_named(dtype, where(device))
-    checkpoint = found.open(to, kind)
+    checkpoint = found.open(to, kind, adapter)
     plan = presets.optimised(encoding_named(encoding or checkpoint.encoding), compile)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
     talk(Chat(llama, system, max_new_tokens, sampling, ends), sys.stdin.isatty(), begin)
@@ -249,6 +258,7 @@ def quantize(
     model: ModelFlag = DEFAULT_MODEL,
     out: Annotated[Path, typer.Option(help="The directory to write; it must be new or empty.")] = Path("quantized"),
     encoding: Annotated[str, typer.Option(help="int8.")] = "int8",
+    adapter: AdapterFlag = None,
     device: DeviceFlag = None,
 ) -> None:
     """Encode a checkpoint once and save it: a directory that loads again without the original."""
@@ -259,7 +269,7 @@ def quantize(
         raise ValueError("encoding dense changes nothing: name a smaller one, as int8")
     check_can_write(out)
     found = resolve(model)
-    checkpoint = found.open()
+    checkpoint = found.open(adapter=adapter)
     if checkpoint.encoding != "dense":
         raise ValueError(f"{model} is stored as {checkpoint.encoding} already")
     named = named_tensors(checkpoint, Plan(encoding=kind), None, where(device))
@@ -295,6 +305,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens a sample, whatever the EOS ids say.", min=2)] = 200,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEFAULT_PROMPT,
     profile: Annotated[Path | None, typer.Option(help="Write a profiler's trace here, and explain each rung.")] = None,
+    adapter: AdapterFlag = None,
     device: DeviceFlag = None,
 ) -> None:
     """Climb the ladder: measure every rung, prove it, plot it. Exit code 1: one does not agree, or one asked for is left out."""
@@ -316,7 +327,7 @@ def bench(
     with Live(model) as live:
         live.say("opening the model")
         found = ranks.one_after_another(lambda: resolve(model))
-        checkpoint = found.open(to, default_dtype(to))
+        checkpoint = found.open(to, default_dtype(to), adapter)
         ids = found.tokenizer().encode(prompt)
         alone = shard.all_reduce.alone
         if rungs:
@@ -342,6 +353,7 @@ def bench(
         save(ladder, out)  # whatever comes after
         same = ["--model", model, "--prompt", prompt, "--device", to.type]
         same += ["--samples", str(samples), "--new-tokens", str(new_tokens)]
+        same += [] if adapter is None else ["--adapter", adapter]
         failed: dict[str, str] = {}
         for rung in elsewhere:  # a job for each: what ends one leaves the others
             if to.type == "cuda":

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.contracts import Encoding, Stored
 
 
 class Matrix(nn.Module):
-    """x @ matrix.T, plus the bias where there is one."""
+    """x @ matrix.T, plus an adapter's x @ down.T @ up.T and the bias where there are any."""
 
     def __init__(self, stored: Stored):
         super().__init__()
@@ -24,6 +25,11 @@ class Matrix(nn.Module):
             self.register_buffer(name, tensor)
         self.bias: Tensor | None
         self.register_buffer("bias", stored.bias)
+        up, down = stored.low_rank or (None, None)
+        self.adapter_up: Tensor | None
+        self.adapter_down: Tensor | None
+        self.register_buffer("adapter_up", up)
+        self.register_buffer("adapter_down", down)
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -32,6 +38,9 @@ class Matrix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.encoding.product(x, self.parts)
+        if self.adapter_up is not None and self.adapter_down is not None:
+            wide = x.to(self.adapter_down.dtype)
+            y = (y + F.linear(F.linear(wide, self.adapter_down), self.adapter_up)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -90,4 +99,14 @@ def joined(several: Sequence[Stored]) -> Stored:
     parts = {name: torch.cat([stored.parts[name] for stored in several]) for name in first.parts}
     biases = [stored.bias for stored in several if stored.bias is not None]
     shape = (sum(stored.shape[0] for stored in several), *first.shape[1:])
-    return Stored(first.encoding, shape, parts, torch.cat(biases) if biases else None)
+    return Stored(first.encoding, shape, parts, torch.cat(biases) if biases else None, _joined_pairs(several))
+
+
+def _joined_pairs(several: Sequence[Stored]) -> tuple[Tensor, Tensor] | None:
+    """The pairs of matrices of one input as one: the thin matrices that meet the input stacked, the others along a diagonal."""
+    found = [stored.low_rank for stored in several if stored.low_rank is not None]
+    if not found:
+        return None
+    none = found[0][1].new_empty(0, several[0].shape[1])
+    pairs = [stored.low_rank or (none.new_empty(stored.shape[0], 0), none) for stored in several]
+    return torch.block_diag(*(up for up, _ in pairs)), torch.cat([down for _, down in pairs])

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from llama_ref.checkpoint import open_checkpoint
+from tests.ref.lora_files import write_adapter
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "42", "dogs", "run", "home", "é€"]
 SPECIALS = ("<s>", "</s>", "<|eot_id|>", "<|im_end|>")
 CONTEXT = 48
@@ -309,6 +312,26 @@ def test_what_was_thought_is_left_out(pair: Callable[..., Any]) -> None:
             ours.loglikelihood(instances("loglikelihood", [("a", "b")]))
 
 
+def test_an_adapter_has_the_harness_own_name(save: Save, quiet: None, tmp_path: Path) -> None:
+    from llama_fast import Llama
+    from llama_fast.lm_eval_model import LlamaFast
+
+    directory = save(True)
+    adapter = write_adapter(tmp_path / "adapter", open_checkpoint(directory).config, r=2)
+    asked = instances("loglikelihood", [("the cat", " sat"), ("the", " mat")])
+    plain, adapted = (
+        LlamaFast(str(directory), "cpu", peft=peft).loglikelihood(asked, disable_tqdm=True)
+        for peft in (None, str(adapter))
+    )
+    llama = Llama.from_pretrained(directory, device="cpu", adapter=adapter)
+    told = []
+    for context, continuation in (request.args for request in asked):
+        start = len(llama.encode(context))
+        told.append(sum(llama.score(context + continuation)[0][start - 1 :]))
+    assert [value for value, _ in adapted] == pytest.approx(told, abs=1e-4)
+    assert [value for value, _ in plain] != pytest.approx(told, abs=1e-2)
+
+
 def test_what_changes_nothing_is_accepted_and_what_would_change_answers_is_refused(save: Save, quiet: None) -> None:
     from llama_fast.lm_eval_model import LlamaFast
 
@@ -316,7 +339,7 @@ def test_what_changes_nothing_is_accepted_and_what_would_change_answers_is_refus
     LlamaFast(directory, "cpu", trust_remote_code=True, revision="main", parallelize=False, peft=None)
     assert LlamaFast(directory, "cpu", batch_size="auto:4", max_batch_size=5).batch_size == 5
     for arguments, message in (
-        ({"peft": "adapter"}, "model argument peft='adapter' is not supported"),
+        ({"peft": "no-adapter"}, "no-adapter: no such directory"),
         ({"parallelize": True}, "model argument parallelize=True is not supported"),
         ({"batch_size": "many"}, "batch_size=many: a whole number of rows, or auto"),
         ({"max_length": 49}, r"max_length=49 must lie in 1..48, the model's context"),

@@ -56,6 +56,8 @@ def test_any_function_can_be_judged(
         (("--subject", "no_such_module:f"), "No module named 'no_such_module'"),
         (("--subject", "math:no_such_function"), "no_such_function"),
         (("--subject", "transformers", "--encoding", "int8"), "are for our own models"),
+        (("--subject", "transformers", "--adapter", "lora"), "are for our own models"),
+        (("--adapter", "no/such/lora"), "no/such/lora: no such directory"),
         (("--fused",), "--fused needs a CUDA device"),
         (("--fused", "--compile"), "choose one"),
         (("--text", "no/such/text"), "no/such/text"),

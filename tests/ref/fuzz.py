@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
+from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint, with_adapter
 from llama_ref.config import LlamaConfig, RopeScaling
 from llama_ref.convert import convert
 from llama_ref.tokenizers.chat import chat_text
@@ -63,6 +63,7 @@ def write_seeds(root: Path) -> None:
     _write_fields(root)
     _write_pickled_shards(root, state)
     _write_tied(root, state)
+    _write_adapters(root)
     _write_gguf(root / "gguf")
     _write_gguf_vocabularies(root)
     _write_tokenizers(root)
@@ -81,6 +82,27 @@ def _write_fields(root: Path) -> None:
     config |= {"rope_interleaved": False, "rope_parameters": {"rope_type": "default"}, **beside, **others}
     (root / "fields" / "config.json").write_text(json.dumps({"rope_scaling": rope} | config | {"rope_scaling": rope}))
     (root / "fields" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+
+
+def _write_adapters(root: Path) -> None:
+    """Two adapters inside a model's directory: every field that is read; and one in a pickle, with tables and whole modules."""
+    from safetensors.torch import load_file
+
+    from tests.ref.lora_files import EVERY_LINEAR, write_adapter
+
+    fields: dict[str, Any] = {"layers_to_transform": [0, 1], "layers_pattern": ["layers"], "use_rslora": True}
+    fields |= {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"^model.layers.0": 5}, "exclude_modules": ["lm_head"]}
+    fields |= {"bias": "none", "lora_bias": False, "modules_to_save": [], "init_lora_weights": True}
+    fields |= {"ensure_weight_tying": False, "fan_in_fan_out": False, "use_dora": True, "target_parameters": None}
+    tables = ("embed_tokens", "lm_head", "q_proj")
+    for name, modules, more in (("lora", EVERY_LINEAR, fields), ("lora-bin", tables, {"modules_to_save": ["mlp"]})):
+        shutil.copytree(root / "hf", root / name)
+        write_adapter(root / name / "adapter", CONFIG, modules, **more)
+    file = root / "lora-bin" / "adapter" / "adapter_model.safetensors"
+    whole = {key: tensor for key, tensor in _state(root / "hf").items() if ".mlp." in key}
+    tensors = load_file(file) | {f"base_model.model.{key}": tensor for key, tensor in whole.items()}
+    torch.save({key: tensor.clone() for key, tensor in tensors.items()}, file.with_name("adapter_model.bin"))
+    file.unlink()
 
 
 def _write_pickled_shards(root: Path, state: dict[str, torch.Tensor]) -> None:
@@ -226,6 +248,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "fields": ("config.json", "config.json", "generation_config.json"),
     "tied": ("model.safetensors", "config.json"),
     "pickled-shards": ("pytorch_model.bin.index.json", "pytorch_model-1.bin"),
+    "lora": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    "lora-bin": ("adapter/adapter_config.json", "adapter/adapter_model.bin"),
     "saved": ("model.safetensors", "config.json"),
     "pickled": ("pytorch_model.bin",),
     "legacy": ("pytorch_model.bin",),
@@ -414,7 +438,7 @@ def run_case(number: int, seeds: Path, work: Path) -> tuple[str, str]:
     pattern = draw.choice(TARGETS[kind])
     target = sorted(work.glob(pattern))[0]
     target.write_bytes(mutated(target.name, target.read_bytes(), draw))
-    limit = MEMORY_BYTES + GROWTH * sum(file.stat().st_size for file in work.iterdir())
+    limit = MEMORY_BYTES + GROWTH * sum(file.stat().st_size for file in work.rglob("*"))
     with contextlib.suppress(OSError):  # where the kernel can: the peak begins anew, whatever ran before
         Path("/proc/self/clear_refs").write_text("5")
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
@@ -448,6 +472,8 @@ def _load(work: Path, kind: str) -> None:
         chat_text(tokenizer, [{"role": "user", "content": "Hi"}])
         return
     checkpoint = open_checkpoint(work)
+    if (work / "adapter").is_dir():
+        checkpoint = with_adapter(checkpoint, work / "adapter")
     for tensor in checkpoint.weights.values():
         whole = tensor[:]
         assert tuple(whole.shape) == tuple(tensor.shape)

@@ -29,6 +29,7 @@ FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it 
     "hf_config": ("config.json",),
     "hf_rope": ("config.json",),
     "huggingface": ("config.json", "generation_config.json"),
+    "lora_config": ("adapter_config.json",),
     "json_tokenizer": ("tokenizer_config.json", "tokenizer.json"),
     "meta_config": ("params.json",),
     "pickled_files": (".bin, .pth",),
@@ -55,6 +56,8 @@ NO_READERS = {  # modules that read no field of a file
         "gguf_pretokenizers",
         "interrupts",
         "lfs_pointers",
+        "lora",
+        "low_rank",
         "meta_layout",
         "model",
         "models",
@@ -65,7 +68,7 @@ NO_READERS = {  # modules that read no field of a file
     *("weight_files", "weights"),
 }
 NO_FIELDS = {  # what is asked for something else than a field of a file
-    *("files", "message", "named", "stored", "tensors", "checkpoint.weights", "name", "shard", "OF_MODEL"),
+    *("files", "message", "named", "stored", "tensors", "checkpoint.weights", "name", "shard", "OF_MODEL", "expected"),
     *("_HF_CONTEXT", "DEFAULTS[name]", "self.chat_templates", "files.get(JSON_FILE, '')"),
 }
 

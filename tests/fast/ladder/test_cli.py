@@ -16,6 +16,7 @@ from llama_fast import Llama
 from llama_fast.ladder import cli
 from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.tokenizers.tokenizer import RandomTokenizer
+from tests.ref.lora_files import write_adapter
 
 Run = Callable[..., tuple[int, str, str]]
 PYTORCHS_OWN = re.compile(r"[VIWE]\d{4} [\d:.]+ \d+ torch/")
@@ -100,6 +101,31 @@ def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tm
     assert run("generate", "--model", out, *arguments)[1].splitlines()[0] == direct
     code, _, err = run("quantize", "--model", out, "--out", tmp_path / "again")
     assert code == 2 and "stored as int8 already" in err
+
+
+def test_an_adapter_is_applied_by_every_command(run: Run, model: Path, tmp_path: Path, untied: Checkpoint) -> None:
+    """Quantised with it, a model answers as the adapted one does in int8."""
+    adapter, file = write_adapter(tmp_path / "adapter", untied.config), tmp_path / "out.json"
+    arguments = ("--prompt", "ab", "--max-new-tokens", 9, "--temperature", 0, "--json", file)
+
+    def answer(*words: object) -> list[int]:
+        code, _, err = run("generate", *words, *arguments)
+        assert code == 0, err
+        told = json.loads(file.read_text())
+        assert told["adapter"] == (str(adapter) if "--adapter" in words else None)
+        return list(told["samples"][0]["tokens"])
+
+    plain, adapted = answer("--model", model), answer("--model", model, "--adapter", adapter)
+    assert plain != adapted
+    llama = Llama.from_pretrained(model, device="cpu", adapter=adapter)
+    assert llama.generate("ab", max_new_tokens=9).ids == adapted
+    assert run("quantize", "--model", model, "--adapter", adapter, "--out", tmp_path / "small")[0] == 0
+    whole = answer("--model", model, "--adapter", adapter, "--encoding", "int8")
+    assert answer("--model", tmp_path / "small") == whole
+    assert run("quantize", "--model", model, "--out", tmp_path / "plain")[0] == 0
+    assert answer("--model", tmp_path / "plain", "--adapter", adapter) != answer("--model", tmp_path / "plain")
+    code, out, err = run("generate", "--model", model, "--adapter", model)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "adapter_config.json: no such file" in err
 
 
 @pytest.mark.parametrize(
