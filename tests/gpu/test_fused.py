@@ -101,3 +101,47 @@ def test_prompts_short_and_long_ragged_and_sampled(runner: Runner, config: Llama
         cache = runner.allocate(2, 64)
         first, second = (generate(runner, [[5, 6, 7], [8, 9]], 20, sampling, cache=cache) for _ in range(2))
         assert first.completions == second.completions
+
+
+@pytest.mark.parametrize("rows", [9, 12, 24, 64])
+def test_more_rows_than_a_kernel_takes_are_recorded_and_right(runner: Runner, config: LlamaConfig, rows: int) -> None:
+    """Ragged prompts, and then steps by recordings: against float64, by the error of the bf16 reference."""
+    truth, yardstick = (
+        Reference(config, runner.reference_weights(), dtype) for dtype in (torch.float64, torch.bfloat16)
+    )
+    generator = torch.Generator("cuda").manual_seed(rows)
+    tokens_BL = torch.randint(config.vocab_size, (rows, 24), device="cuda", generator=generator)
+    exact_BLV = truth(tokens_BL)
+    allowed = 1.5 * relative_error(yardstick(tokens_BL), exact_BLV)
+    lengths_B = 3 + torch.arange(rows, device="cuda") % 9
+    row_B = torch.arange(rows, device="cuda")
+    cache = runner.allocate(rows, 32)
+    logits_BV = runner.prefill(tokens_BL[:, :12], lengths_B, cache)
+    assert relative_error(logits_BV, exact_BLV[row_B, lengths_B - 1]) < allowed
+    for step in range(8):
+        at_B = lengths_B + step
+        logits_BV = runner.decode(tokens_BL[row_B, at_B][:, None], at_B, cache)[:, 0]
+        assert relative_error(logits_BV, exact_BLV[row_B, at_B]) < allowed, step
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_a_turn_behind_what_the_cache_holds_is_recorded_and_right(
+    runner: Runner, config: LlamaConfig, rows: int
+) -> None:
+    """Three turns of unequal starts and lengths, each replayed, then one that is too long to be recorded."""
+    truth, yardstick = (
+        Reference(config, runner.reference_weights(), dtype) for dtype in (torch.float64, torch.bfloat16)
+    )
+    tokens_BL = torch.randint(config.vocab_size, (rows, 240), device="cuda", generator=torch.Generator("cuda"))
+    exact_BLV = truth(tokens_BL)
+    allowed = 1.5 * relative_error(yardstick(tokens_BL), exact_BLV)
+    row_B = torch.arange(rows, device="cuda")
+    cache, sampler = runner.allocate(rows, 256), runner.greedy(rows)
+    start_B = 4 + row_B % 3
+    runner.prefill(tokens_BL[:, :6], start_B, cache)
+    for width in (5, 7, 6, 150):
+        lengths_B = (width - row_B % 2).clamp(min=1)
+        at_BT = (start_B[:, None] + torch.arange(width, device="cuda")).clamp(max=239)
+        _, logits_BV = runner.extend(tokens_BL[row_B[:, None], at_BT], start_B, lengths_B, cache, sampler)
+        start_B = start_B + lengths_B
+        assert relative_error(logits_BV, exact_BLV[row_B, start_B - 1]) < allowed, width
