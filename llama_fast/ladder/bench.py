@@ -22,7 +22,8 @@ import torch
 
 from llama_fast.build import build, rebuild
 from llama_fast.contracts import KVCache
-from llama_fast.engine.generate import Generation, check_request, generate
+from llama_fast.engine.generate import Generation, generate
+from llama_fast.engine.request import check_request
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.speculation import Speculation, Statistics
 from llama_fast.ladder.bandwidth import Wall, synchronize
