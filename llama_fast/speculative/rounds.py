@@ -70,6 +70,9 @@ class Source(Protocol):
         or -1 where there are none; the first is NO_GUESS where it is not known before proposals are asked for.
         """
 
+    def finish(self) -> None:
+        """The generation has ended, or nobody wants more of it."""
+
 
 class Compilations:
     """Small functions, compiled for fixed shapes where a runner's plan compiles its own; kept by their shapes. Beside a step of
@@ -236,6 +239,7 @@ class Rounds:
     def finish(self) -> None:
         self.launched.clear()
         self.readback = Readback(self.target.device)
+        self.source.finish()
         self.report_costs()
 
     def look(self, rows: Sequence[Sequence[int]]) -> None:
@@ -325,9 +329,7 @@ class Rounds:
         if self.source.blind:
             draft_BK, q_BKV, logits_BTV = draft_BK[:, :0].contiguous(), None, logits_BTV[:, :1].contiguous()
         finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, self.choose.code)
-        report_BN = finish_round(
-            self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B
-        )
+        report_BN = finish_round(self.choose, draft_BK, q_BKV, logits_BTV, state)
         return (begun, proposed, self.clock.mark()), report_BN
 
     def take(self) -> Taken:
