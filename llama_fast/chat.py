@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-from llama_fast.contracts import KVCache
-from llama_fast.engine.generate import stream
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.request import STOP, Request
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.text import stop_strings
-from llama_fast.llama import Llama, Row
+from llama_fast.llama import Llama
 from llama_ref.arguments import made, shown, whole
 from llama_ref.arguments import text as checked_text
 from llama_ref.tokenizers.chat import last_words, may_go_on, with_words
@@ -43,8 +43,7 @@ class Chat:
         self.reused_tokens = 0
         """How many tokens of the last turn's prompt the cache already held."""
         self.prompt_tokens = 0
-        self._cache: KVCache | None = None
-        self._held: list[int] = []
+        self._engine: Engine | None = None
 
     def say(self, text: str, begin: str = "") -> Generator[str, None, None]:
         """The reply in pieces; `begin` are its first words, which are not told again.
@@ -75,31 +74,38 @@ class Chat:
             raise ValueError(
                 f"the conversation has {len(ids)} tokens, the model's context is {runner.config.max_context}: start anew"
             )
-        new_tokens = min(self.max_new_tokens, room)
-        cache = self._room_for(len(ids) + new_tokens)
-        held = min(common(ids, self._held), len(ids) - 1)
-        self.reused_tokens, self.prompt_tokens = held, len(ids)
-        self._held = self._held[:held]  # what stands behind it is about to be written over
-        row = Row(self.llama.writer(ids, self.stop))
-        eos_ids = runner.config.eos_ids
+        request = Request(ids, min(self.max_new_tokens, room), self.sampling, runner.config.eos_ids)
+        engine, said, ended = self._room_for(request.positions), "", False
+        engine.close()  # a turn that nobody listens to any more
+        before, tokens = engine.reused_tokens, 0
+        turn = engine.add(request, self.llama.writer(ids, self.stop))
         try:
-            yield from row.said(stream(runner, [ids], new_tokens, self.sampling, eos_ids, cache, held=held), eos_ids)
+            while engine.answers(turn):
+                events = engine.step()
+                self.reused_tokens, self.prompt_tokens = engine.reused_tokens - before, len(ids)
+                for event in events:
+                    said, tokens = said + event.text, tokens + 1
+                    ended = event.finish_reason == STOP
+                    if event.text:
+                        yield event.text
         finally:
-            if row.tokens:
-                self._held = [*ids, *row.tokens[:-1]]  # the last one was chosen, and not yet read
-                said = "".join(row.pieces)  # space at its end belongs to a reply that may go on
-                self.messages = with_reply(messages, conversation, said.rstrip() if row.ended else said)
+            engine.cancel(turn)
+            if tokens:
+                # space at its end belongs to a reply that may go on
+                self.messages = with_reply(messages, conversation, said.rstrip() if ended else said)
 
     def forget(self) -> None:
         """Back to before the first turn; what the model was told at the start stays."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
-    def _room_for(self, length: int) -> KVCache:
-        """The conversation's cache; a longer one, empty, where it is too short."""
+    def _room_for(self, length: int) -> Engine:
+        """The conversation's engine, whose cache holds what was read; a longer one, empty, where it is too short."""
         runner = self.llama.runner
-        if self._cache is None or (self._cache.capacity is not None and self._cache.capacity < length):
-            self._cache, self._held = runner.allocate(1, min(2 * length, runner.config.max_context)), []
-        return self._cache
+        if self._engine is None or self._engine.length < length:
+            cache = runner.allocate(1, min(2 * length, runner.config.max_context))
+            room = min(cache.capacity or runner.config.max_context, runner.config.max_context)
+            self._engine = Engine(runner, 1, room, cache, keeps_prefixes=True)
+        return self._engine
 
 
 def with_reply(messages: Sequence[dict[str, Any]], conversation: str, said: str) -> list[dict[str, Any]]:
@@ -113,8 +119,3 @@ def with_reply(messages: Sequence[dict[str, Any]], conversation: str, said: str)
     if not conversation.endswith(begun):
         begun = begun.rstrip()  # the template trims it, and what was said brings its own space
     return [*messages[:-1], with_words(messages[-1], begun + said)]
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How long two sequences are the same: ([1, 2, 3], [1, 2, 4, 5]) -> 2."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))

@@ -244,6 +244,12 @@ class KVCache(Protocol):
     def reserve(self, start_B: Tensor, T: int) -> None:
         """Make each row's slots up to start_B + T - 1 writable."""
 
+    def rows(self, first: int, count: int) -> KVCache:
+        """Some of the rows as a cache: what is written there is written here, and no other row is touched.
+
+        It is the same object every time, so that what was recorded for it is found again.
+        """
+
 
 class Cache(Protocol):
     """How keys and values are kept."""
@@ -317,8 +323,12 @@ class SamplingKernels(Protocol):
     MOST_VOCABULARY: int
     """The largest vocabulary that `distribution` and `draw` take; `likeliest` takes any."""
 
-    def distribution(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
-        """The distribution [M, V] from which tokens with these logits are drawn."""
+    def distribution(self, logits: Tensor, temperature: Tensor, top_k: Tensor | None, min_p: Tensor | None) -> Tensor:
+        """The distributions [M, V] from which tokens with these logits are drawn, each row by its own settings [B].
+
+        M is a multiple of B: as many logits of each row, one row after another. Temperature 0 is the largest logit alone, and
+        a top_k of 0 keeps everything, as None does for all.
+        """
 
     def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
         """The tokens [M] at which the cumulative sums of p [M, V] pass the uniforms [M]."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from llama_fast.build import build, default_dtype, where
-from llama_fast.contracts import KVCache
-from llama_fast.engine.generate import check, check_ids, pad, stream
-from llama_fast.engine.logprobs import Logprobs, TokenLogprob
+from llama_fast.engine.caches import Caches
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.generate import together
+from llama_fast.engine.logprobs import TokenLogprob
 from llama_fast.engine.prompts import conversation_of, prompt_of, prompts_of
+from llama_fast.engine.request import Event, Request, check_ids, check_request, requests_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.speculation import Speculation, Statistics
 from llama_fast.engine.text import TextStream, stop_strings
+from llama_fast.engine.transfer import pad
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named, optimised, plan_named
 from llama_ref.arguments import floating, made, named, row_of_ids, rows_of_ids, shown, whole
@@ -84,39 +87,6 @@ class Score:
     greedy: list[bool]
 
 
-@dataclass
-class Row:
-    """One prompt's continuation while it grows."""
-
-    writer: TextStream
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    ended: bool = False
-
-    def take(self, token: int, eos_ids: Sequence[int]) -> str:
-        """Add a token; the text it completes."""
-        self.tokens.append(token)
-        self.pieces.append(self.writer.push(token))
-        self.ended = self.writer.stopped or token in eos_ids
-        return self.pieces[-1]
-
-    def said(self, steps: Iterable[Sequence[int | None]], eos_ids: Sequence[int]) -> Iterator[str]:
-        """The pieces of a row that is alone in its batch, as they come."""
-        for (token,) in steps:
-            if token is not None and (piece := self.take(token, eos_ids)):
-                yield piece
-            if self.ended:
-                break
-        if rest := self.finish():
-            yield rest
-
-    def finish(self) -> str:
-        """The text that was held back."""
-        self.pieces.append(self.writer.finish())
-        self.ended = self.ended or self.writer.stopped
-        return self.pieces[-1]
-
-
 class Llama:
     """A model, its tokenizer and a cache that is kept between calls."""
 
@@ -127,7 +97,7 @@ class Llama:
         self.chat_template = chat_template
         if chat_template is not None:
             template_named(tokenizer, chat_template)  # a wrong name is said at once
-        self._cache: dict[int, KVCache] = {}
+        self.caches = Caches(runner)
 
     @classmethod
     def from_pretrained(
@@ -188,34 +158,35 @@ class Llama:
         """
         found, one = prompts_of("prompts", prompts)
         ids = [self._ids(prompt) for prompt in found]
-        rows = [Row(self.writer(prompt, stop)) for prompt in ids]
-        told = None if logprobs is None else Logprobs(len(ids), whole("logprobs", logprobs))
+        stop = stop_strings(stop)
+        told = None if logprobs is None else whole("logprobs", logprobs)
         if on_text is not None and not callable(on_text):
             raise TypeError(f"on_text={shown(on_text)} must be called with a row and its text: a function")
-        eos_ids = self.runner.config.eos_ids
-        began, first = time.perf_counter(), 0.0
         sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        steps, counted = self._steps(ids, max_new_tokens, sampling, eos_ids, draft, told)
-        with closing(steps):
-            for step in steps:
-                first = first or time.perf_counter() - began
-                for b, (row, token) in enumerate(zip(rows, step, strict=True)):
-                    if token is None or row.ended:
-                        continue
-                    piece = row.take(token, eos_ids)
-                    if piece and on_text is not None:
-                        on_text(b, piece)
-                if all(row.ended for row in rows):
-                    break
+        requests = self._requests(ids, max_new_tokens, sampling, draft, told)
+        began, first = time.perf_counter(), 0.0
+        rows: list[list[Event]] = [[] for _ in ids]
+        with self._answering(requests, [self.writer(row, stop) for row in ids], draft) as engine:
+            while engine.busy:
+                for event in engine.step():
+                    first = first or time.perf_counter() - began
+                    rows[event.id].append(event)
+                    if event.text and on_text is not None:
+                        on_text(event.id, event.text)
         total = time.perf_counter() - began
-        outputs = []
-        for b, row in enumerate(rows):
-            rest = row.finish()
-            if rest and on_text is not None:
-                on_text(b, rest)
-            reason, text = "stop" if row.ended else "length", "".join(row.pieces)
-            of_row = None if told is None else told.rows[b][: len(row.tokens)]
-            outputs.append(Output(text, row.tokens, reason, len(ids[b]), first, total, counted, of_row))
+        outputs = [
+            Output(
+                "".join(event.text for event in row),
+                [event.token for event in row],
+                row[-1].finish_reason or "",
+                len(request.ids),
+                first,
+                total,
+                engine.statistics,
+                None if told is None else [event.logprob for event in row if event.logprob is not None],
+            )
+            for row, request in zip(rows, requests, strict=True)
+        ]
         return outputs[0] if one else outputs
 
     def stream(
@@ -237,18 +208,15 @@ class Llama:
         No piece splits a character, and none shows a part of a stop string. What cannot be served is refused here, and
         not when the first piece is asked for.
         """
-        ids = [self.encode(prompt)]
-        row = Row(self.writer(ids[0], stop))
+        ids, stop = [self.encode(prompt)], stop_strings(stop)
         sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        self._check(ids, max_new_tokens, sampling, draft)
-        return self._pieces(ids, row, max_new_tokens, sampling, draft)
+        (request,) = self._requests(ids, max_new_tokens, sampling, draft)
+        return self._pieces(request, self.writer(request.ids, stop), draft)
 
-    def _pieces(
-        self, ids: list[list[int]], row: Row, max_new_tokens: int, sampling: Sampling, draft: Speculation | None
-    ) -> Generator[str, None, None]:
-        eos_ids = self.runner.config.eos_ids
-        with closing(self._steps(ids, max_new_tokens, sampling, eos_ids, draft)[0]) as steps:
-            yield from row.said(steps, eos_ids)
+    def _pieces(self, request: Request, writer: TextStream, draft: Speculation | None) -> Generator[str, None, None]:
+        with self._answering([request], [writer], draft) as engine:
+            while engine.busy:
+                yield from (event.text for event in engine.step() if event.text)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's ids: text by the tokenizer, a conversation by its template, ids as they are."""
@@ -295,7 +263,7 @@ class Llama:
         """
         rows = rows_of_ids("rows", rows)
         read = [row[:-1] or row for row in rows]  # what would follow the last token is not asked
-        check(self.runner, read, 0, scoring=True)
+        check_request(self.runner.config, read, 0, scoring=True)
         check_ids([row[-1] for row in rows], self.runner.config.vocab_size)
         logits_BTV = self.runner.score(pad(read, self.runner.device)[0])
         scores = []
@@ -307,60 +275,35 @@ class Llama:
             scores.append(Score(logprobs_T.tolist(), greedy_T.tolist()))
         return scores
 
-    def _steps(
+    def _requests(
         self,
         ids: list[list[int]],
         max_new_tokens: int,
         sampling: Sampling,
-        eos_ids: Sequence[int],
         draft: Speculation | None,
-        logprobs: Logprobs | None = None,
-    ) -> tuple[Generator[list[int | None], None, None], Statistics | None]:
-        """The steps, and the counts that they fill in if there is a draft."""
-        needed = self._check(ids, max_new_tokens, sampling, draft)
-        if draft is None:
-            cache = self._lend_cache(len(ids), needed)
-            steps = stream(self.runner, ids, max_new_tokens, sampling, eos_ids, cache, logprobs)
-            return self._returning(cache, len(ids), steps), None
-        if logprobs is not None:
-            raise ValueError("logprobs are not told with a draft: score() the text afterwards")
-        cache = self._lend_cache(len(ids), min(needed + draft.slack, self.runner.config.max_context))
-        try:
-            session = draft.begin(self.runner, ids, max_new_tokens, sampling, eos_ids, cache)
-        except ValueError:
-            self._return_cache(cache, len(ids))
-            raise
-        return self._returning(cache, len(ids), session.steps()), session.statistics
-
-    def _check(self, ids: list[list[int]], max_new_tokens: int, sampling: Sampling, draft: Speculation | None) -> int:
-        """The positions that a request needs, before anything is lent for it."""
+        logprobs: int | None = None,
+    ) -> list[Request]:
+        """The requests of a batch, checked before a cache is taken for them."""
         sampling.seeds(len(ids))
         if draft is not None:
             made("draft", draft, "who proposes tokens, as Draft(runner) or Ngram()", "begin", "slack")
-        return check(self.runner, ids, max_new_tokens)
+        check_request(self.runner.config, ids, max_new_tokens)
+        return requests_of(ids, max_new_tokens, sampling, self.runner.config.eos_ids, logprobs)
+
+    @contextmanager
+    def _answering(
+        self, requests: Sequence[Request], writers: Sequence[TextStream], draft: Speculation | None
+    ) -> Iterator[Engine]:
+        """An engine for requests that start together; its cache is put back when they have ended, or nobody wants them."""
+        length = max(request.positions for request in requests)
+        room = length if draft is None else max(length, min(length + draft.slack, self.runner.config.max_context))
+        cache = self.caches.take(len(requests), room)
+        try:
+            with closing(together(self.runner, requests, cache, draft, writers)) as engine:
+                yield engine
+        finally:
+            self.caches.put_back(cache)
 
     def cache_length(self, batch: int) -> int | None:
         """Slots of the cache kept for this batch size; None if there is none, or a generation is using it."""
-        return self._cache[batch].length if batch in self._cache else None
-
-    def _lend_cache(self, batch: int, length: int) -> KVCache | None:
-        """The batch size's last cache if it is long enough: the same addresses and shapes, so compiled code stays.
-
-        It is nobody else's until it is returned: generations may be interleaved, and each then has its own.
-        """
-        if not self.runner.plan.cache.fixed_addresses:
-            return None
-        kept = self._cache.pop(batch, None)
-        return kept if kept is not None and kept.length >= length else self.runner.allocate(batch, length)
-
-    def _return_cache(self, cache: KVCache | None, batch: int) -> None:
-        if cache is not None and cache.length > (self.cache_length(batch) or 0):
-            self._cache[batch] = cache
-
-    def _returning(
-        self, cache: KVCache | None, batch: int, steps: Iterator[list[int | None]]
-    ) -> Generator[list[int | None], None, None]:
-        try:
-            yield from steps
-        finally:
-            self._return_cache(cache, batch)
+        return self.caches.length(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,14 +35,31 @@ class GrowingLayer:
         write_at(self.v, v_BTKd, position_BT)
 
 
-class GrowingCache:
-    """As many slots as the longest row has positions."""
+class RowsOfLayer(GrowingLayer):
+    """Some rows of such a layer, cut out of its tensors of the moment."""
 
-    def __init__(self, config: LlamaConfig, batch: int, dtype: torch.dtype, device: torch.device):
-        self.batch = batch
-        self.capacity = None
-        shape = (batch, config.n_kv_heads, 0, config.head_dim)
-        self.layers = [GrowingLayer(shape, dtype, device) for _ in range(config.n_layers)]
+    def __init__(self, layer: GrowingLayer, part: slice):
+        self.layer, self.part = layer, part
+
+    @property
+    def k(self) -> Tensor:  # type: ignore[override]
+        return self.layer.k[self.part]
+
+    @property
+    def v(self) -> Tensor:  # type: ignore[override]
+        return self.layer.v[self.part]
+
+    def grow(self, slots: int) -> None:
+        self.layer.grow(slots)
+
+
+class GrowingCache:
+    """As many slots as the longest row has positions. Where one row needs more, all get them."""
+
+    def __init__(self, layers: Sequence[GrowingLayer], batch: int):
+        self.batch, self.capacity = batch, None
+        self.layers = list(layers)
+        self._parts: dict[tuple[int, int], GrowingCache] = {}
 
     @property
     def length(self) -> int:
@@ -57,6 +75,13 @@ class GrowingCache:
             for layer in self.layers:
                 layer.grow(missing)
 
+    def rows(self, first: int, count: int) -> GrowingCache:
+        assert 0 <= first < first + count <= self.batch
+        if (first, count) not in self._parts:
+            part = slice(first, first + count)
+            self._parts[first, count] = GrowingCache([RowsOfLayer(layer, part) for layer in self.layers], count)
+        return self._parts[first, count]
+
 
 @dataclass(frozen=True)
 class Growing:
@@ -68,4 +93,5 @@ class Growing:
     def allocate(
         self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        return GrowingCache(config, batch, dtype, device)
+        shape = (batch, config.n_kv_heads, 0, config.head_dim)
+        return GrowingCache([GrowingLayer(shape, dtype, device) for _ in range(config.n_layers)], batch)

@@ -6,6 +6,7 @@ Shapes: B batch, S slots, K key/value heads, d head width, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,9 +22,8 @@ from llama_ref.config import LlamaConfig
 class StaticLayer:
     """Keys and values in two tensors [B, K, S, d] that are written in place for ever."""
 
-    def __init__(self, shape_BKSd: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        self.k = torch.zeros(shape_BKSd, dtype=dtype, device=device)  # zeros: whatever a masked slot holds is
-        self.v = torch.zeros(shape_BKSd, dtype=dtype, device=device)  # multiplied by 0, and 0 x NaN is NaN
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -37,10 +37,11 @@ class StaticLayer:
 class StaticCache:
     """S slots a row, all there from the start."""
 
-    def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        self.batch, self.length, self.capacity = batch, length, length
-        shape = (batch, config.n_kv_heads, length, config.head_dim)
-        self.layers = [StaticLayer(shape, dtype, device) for _ in range(config.n_layers)]
+    def __init__(self, layers: Sequence[StaticLayer]):
+        self.batch, _, self.length, _ = layers[0].k.shape
+        self.capacity = self.length
+        self.layers = list(layers)
+        self._parts: dict[tuple[int, int], StaticCache] = {}
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +49,13 @@ class StaticCache:
 
     def reserve(self, start_B: Tensor, T: int) -> None:
         """Nothing to do, and no look at `start_B`: a GPU may still be computing it."""
+
+    def rows(self, first: int, count: int) -> StaticCache:
+        assert 0 <= first < first + count <= self.batch
+        if (first, count) not in self._parts:
+            part = slice(first, first + count)
+            self._parts[first, count] = StaticCache([StaticLayer(at.k[part], at.v[part]) for at in self.layers])
+        return self._parts[first, count]
 
 
 @dataclass(frozen=True)
@@ -73,4 +81,9 @@ class Static:
         slots = rounded if self.length is None else self.length
         if length > slots:
             raise ValueError(f"{length} positions do not fit a static cache of {slots}")
-        return StaticCache(config, batch, slots, dtype, device)
+        shape = (batch, config.n_kv_heads, slots, config.head_dim)
+
+        def zeros() -> Tensor:  # not empty: whatever a masked slot holds is multiplied by 0, and 0 x NaN is NaN
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return StaticCache([StaticLayer(zeros(), zeros()) for _ in range(config.n_layers)])

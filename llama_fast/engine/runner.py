@@ -110,10 +110,11 @@ class Runner:
         return self.run_prefill(self.model, tokens_BT, (None, None), cache, self.greedy(B))[1]
 
     def prepared(self, choose: BatchSampler, positions: int) -> BatchSampler:
-        """`choose`, for a request of so many positions: where no compiler merges them, uniforms are hashed at once, and tokens
-        chosen by the kernels that the plan has.
+        """`choose`, for requests of so many positions: where no compiler merges them, uniforms are hashed at once, and tokens
+        chosen by the kernels that the plan has; where one does, code that was compiled stays.
         """
-        if not self.plan.compiler.compiles_each_shape:
+        choose.steady = self.plan.compiler.compiles_each_shape
+        if not choose.steady:
             choose.look_ahead(positions)
             choose.kernels = self.plan.arithmetic.sampling_kernels
         return choose

@@ -8,13 +8,16 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama_fast.contracts import SamplingKernels
+from llama_fast.engine.transfer import upload
 from llama_ref.arguments import is_whole, real, several, whole
 
 MASK_32 = 0xFFFFFFFF
@@ -76,11 +79,47 @@ def seed_or_seeds(given: int | Sequence[int]) -> int | tuple[int, ...]:
     return tuple(whole("seed", one) for one in several("seed", given, "a whole number, or one for each prompt"))
 
 
-class BatchSampler:
-    """A Sampling made ready for B rows on a device.
+class Code(NamedTuple):
+    """What of the rows' settings changes the code that chooses; all else is numbers in tensors."""
 
-    What changes the code (greedy or not, whether a filter is there) is a Python value; what only changes numbers is a
-    tensor, so that another temperature or seed does not recompile.
+    drawn: bool = False
+    """Whether a row draws; else all take the largest logit."""
+    mixed: bool = False
+    """Whether rows differ in what is said here, so that the code must look at what each row wants."""
+    top_k: int = 0
+    """The k of all rows, or where they differ a bound on them; 0 keeps everything."""
+    nucleus: bool = False
+    floored: bool = False
+    penalised: bool = False
+
+    def covers(self, other: Code) -> bool:
+        """Whether this code is right for rows that need the other."""
+        wider = self.mixed and self.top_k >= other.top_k and all(a or not b for a, b in zip(self, other, strict=True))
+        return self == other or wider
+
+
+LEAST_BOUND = 256
+"""Of k, in code for any settings."""
+
+
+def code_of(settings: Iterable[Sampling]) -> Code:
+    """The code that rows with these settings need, as little of it as possible."""
+    kinds, penalised = set(), False
+    for one in settings:
+        drawn = one.temperature > 0
+        kinds.add((drawn, (drawn and one.top_k) or 0, drawn and one.top_p < 1, drawn and one.min_p > 0))
+        penalised |= one.repetition_penalty != 1
+    if not kinds:
+        return Code()
+    drawn, top_k, nucleus, floored = (max(of) for of in zip(*kinds, strict=True))
+    return Code(drawn, len(kinds) > 1, top_k, nucleus, floored, penalised)
+
+
+class BatchSampler:
+    """Chooses a token for each of B rows on a device. Each row has settings of its own, which may change between two steps.
+
+    What changes the code is the Python value `code`; what only changes numbers is a tensor, so that another temperature or
+    seed does not recompile. Where all rows filter alike, the code asks none of them what it wants.
     """
 
     def __init__(
@@ -91,57 +130,129 @@ class BatchSampler:
         written: Sequence[Sequence[int]] | None = None,
         vocab_size: int = 0,
     ):
-        """`seeds`: one per row. A repetition penalty also needs what is `written` in each row, of `vocab_size` tokens."""
-        penalised = sampling.repetition_penalty != 1
-        if penalised and written is None:
-            raise ValueError("repetition_penalty looks at the tokens before each; it cannot be had with a draft")
-        self.greedy: bool = sampling.temperature == 0 and not penalised
-        self.coldest = sampling.temperature == 0
-        self.top_k = sampling.top_k
-        self.nucleus = sampling.top_p < 1
-        self.floored = sampling.min_p > 0
-        self.min_p = torch.tensor(sampling.min_p, dtype=torch.float32, device=device)
-        self.penalty = torch.tensor(sampling.repetition_penalty, dtype=torch.float32, device=device)
-        self.seen_BV = seen(written, vocab_size).to(device) if penalised and written is not None else None
-        self.temperature = torch.tensor(max(sampling.temperature, 1e-6), dtype=torch.float32, device=device)
-        self.top_p = torch.tensor(sampling.top_p, dtype=torch.float32, device=device)
-        words = [[seed & MASK_32, (seed >> 32) & MASK_32] for seed in seeds]
-        self.key_B2 = torch.tensor(words, dtype=torch.int64, device=device)
+        """One sampling for all rows, and a seed for each; see `set_rows`. Without seeds there are no rows."""
+        self._allocate(len(seeds), device, vocab_size)
+        self.set_rows(0, [replace(sampling, seed=seed) for seed in seeds], written)
+
+    @classmethod
+    def of_free_rows(cls, rows: int, device: torch.device, vocab_size: int) -> BatchSampler:
+        """A sampler of rows that are still to be set; until then, what it chooses for them means nothing."""
+        sampler = cls(Sampling(), (), device)
+        sampler._allocate(rows, device, vocab_size)
+        return sampler
+
+    def _allocate(self, rows: int, device: torch.device, vocab_size: int) -> None:
+        self.settings: list[Sampling | None] = [None] * rows
+        self.vocab_size = vocab_size
+        self.code = Code()
+        self.steady = False
+        """Whether code is kept as long as it is right, because another one would have to be compiled."""
+        self.temperature_B = torch.ones(rows, dtype=torch.float32, device=device)
+        """0 where a row takes the largest logit."""
+        self.top_k_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.top_p_B = torch.ones(rows, dtype=torch.float32, device=device)
+        self.min_p_B = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.penalty_B = torch.ones(rows, dtype=torch.float32, device=device)
+        self.key_B2 = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        self.seen_BV: Tensor | None = None
         self.ahead_BSL: Tensor | None = None
+        self.positions = 0
         self.kernels: SamplingKernels | None = None
         """Where nothing is compiled: what chooses in few launches, for vocabularies that it takes."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every row takes its largest logit, and nothing is looked at beside logits."""
+        return not (self.code.drawn or self.code.penalised)
+
+    def set_rows(
+        self, first: int, settings: Sequence[Sampling], written: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Rows from the `first` on choose by these settings, one seed each, from now on.
+
+        A repetition penalty also needs what is `written` in each row; ValueError without it.
+        """
+        if written is None and any(one.repetition_penalty != 1 for one in settings):
+            raise ValueError("repetition_penalty looks at the tokens before each; it cannot be had with a draft")
+        part, begun = slice(first, first + len(settings)), self.code != Code() or any(self.settings)
+        self.settings[part] = settings
+        needed = code_of(one for one in self.settings if one is not None)
+        if not (self.steady and begun):
+            self.code = needed
+        elif not self.code.covers(needed):
+            bound = max(LEAST_BOUND, 1 << (needed.top_k - 1).bit_length() if needed.top_k else 0, self.code.top_k)
+            self.code = Code(True, True, bound, True, True, penalised=self.vocab_size > 0)
+        device = self.key_B2.device
+        temperatures = [max(one.temperature, 1e-6) if one.temperature else 0.0 for one in settings]
+        self.temperature_B[part] = upload(temperatures, device, torch.float32)
+        self.top_k_B[part] = upload([one.top_k or 0 for one in settings], device, torch.int64)
+        self.top_p_B[part] = upload([one.top_p for one in settings], device, torch.float32)
+        self.min_p_B[part] = upload([one.min_p for one in settings], device, torch.float32)
+        self.penalty_B[part] = upload([one.repetition_penalty for one in settings], device, torch.float32)
+        seeds = [int(seed) for one in settings for seed in one.seeds(1)]
+        words = [[seed & MASK_32, seed >> 32] for seed in seeds]
+        self.key_B2[part] = upload(words, device, torch.int64).view(-1, 2)
+        if self.code.penalised:
+            if self.seen_BV is None:
+                self.seen_BV = torch.zeros(len(self.settings), self.vocab_size, dtype=torch.bool, device=device)
+            self.seen_BV[part] = upload(seen(written or [[] for _ in settings], self.vocab_size), device)
+        if any(one.temperature for one in settings):
+            self._hash_ahead(part)
+
+    def free_row(self, row: int) -> None:
+        """Nobody asks for this row's token any more."""
+        self.settings[row] = None
+        if not self.steady:
+            self.code = code_of(one for one in self.settings if one is not None)
+
+    def rows(self, first: int, count: int) -> BatchSampler:
+        """The sampler of some of the rows alone, which stay this one's."""
+        part, of = slice(first, first + count), copy.copy(self)
+        of.settings = self.settings[part]
+        of.temperature_B, of.top_k_B, of.top_p_B = self.temperature_B[part], self.top_k_B[part], self.top_p_B[part]
+        of.min_p_B, of.penalty_B, of.key_B2 = self.min_p_B[part], self.penalty_B[part], self.key_B2[part]
+        of.seen_BV = None if self.seen_BV is None else self.seen_BV[part]
+        of.ahead_BSL = None if self.ahead_BSL is None else self.ahead_BSL[part]
+        return of
 
     def look_ahead(self, positions: int) -> None:
         """Hash the uniforms of all positions below this at once: a draw then looks one up, and launches no hundred small kernels.
 
         For code that is not compiled; a compiler makes one kernel of the hash.
         """
-        if not self.coldest:
-            lane_N = torch.arange(STREAMS * positions, device=self.key_B2.device)
-            position_BN = (lane_N % positions).expand(len(self.key_B2), -1)
-            self.ahead_BSL = self.uniforms(position_BN, lane_N // positions).view(-1, STREAMS, positions)
+        self.positions = positions
+        if self.code.drawn:
+            self._hash_ahead(slice(0, len(self.settings)))
+
+    def _hash_ahead(self, part: slice) -> None:
+        if not self.positions:
+            return
+        key_B2 = self.key_B2[part]
+        lane_N = torch.arange(STREAMS * self.positions, device=key_B2.device)
+        position_BN, stream_N = (lane_N % self.positions).expand(len(key_B2), -1), lane_N // self.positions
+        found_BSL = hashed(key_B2, position_BN, stream_N).view(-1, STREAMS, self.positions)
+        if len(key_B2) == len(self.key_B2):
+            self.ahead_BSL = found_BSL
+            return
+        if self.ahead_BSL is None:
+            self.ahead_BSL = found_BSL.new_zeros(len(self.key_B2), STREAMS, self.positions)
+        self.ahead_BSL[part] = found_BSL
 
     def uniforms(self, position_BN: Tensor, stream_N: Tensor) -> Tensor:
         """The uniforms [B, N] of each row at its positions, in the streams [N]."""
-        B, N = position_BN.shape
-        if self.ahead_BSL is not None:
-            row_B1 = torch.arange(B, device=position_BN.device)[:, None]
-            return self.ahead_BSL[row_B1, stream_N, position_BN]
-        key_RB2 = self.key_B2[:, None].expand(B, N, 2).reshape(-1, 2)
-        return uniform(key_RB2, position_BN.reshape(-1), stream_N.expand(B, N).reshape(-1)).view(B, N)
-
-    @property
-    def code(self) -> tuple[object, ...]:
-        """What of it changes the code: two choosers with equal values here run the same compiled graph."""
-        return (self.greedy, self.coldest, self.top_k, self.nucleus, self.floored, self.seen_BV is not None)
+        if self.ahead_BSL is None:
+            return hashed(self.key_B2, position_BN, stream_N)
+        row_B1 = torch.arange(len(position_BN), device=position_BN.device)[:, None]
+        return self.ahead_BSL[row_B1, stream_N, position_BN]
 
     def __call__(self, logits_BV: Tensor, position_B: Tensor) -> Tensor:
         """The token [B] that stands at `position_B`; on equal logits the lowest id."""
-        if self.seen_BV is not None:
-            logits_BV = logits_BV.float()
-            lowered_BV = torch.where(logits_BV > 0, logits_BV / self.penalty, logits_BV * self.penalty)
+        if self.code.penalised:
+            assert self.seen_BV is not None
+            logits_BV, penalty_B1 = logits_BV.float(), self.penalty_B[:, None]
+            lowered_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
             logits_BV = torch.where(self.seen_BV, lowered_BV, logits_BV)
-        if self.coldest:
+        if not self.code.drawn:
             return logits_BV.argmax(-1) if self.kernels is None else self.kernels.likeliest(logits_BV)
         if self.ahead_BSL is not None:
             u_B = self.ahead_BSL[:, 0].gather(1, position_B[:, None])[:, 0]
@@ -151,22 +262,40 @@ class BatchSampler:
 
     def note(self, token_B: Tensor) -> None:
         """The token that each row now also holds. Apart from choosing, so that no compiled graph writes to its inputs."""
-        if self.seen_BV is not None:
+        if self.code.penalised:
+            assert self.seen_BV is not None
             self.seen_BV.scatter_(1, token_B[:, None], True)
 
-    def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """The distribution that tokens are drawn from, float32 [B, V]."""
-        if self.kernels is not None and not self.nucleus and logits_BV.shape[-1] <= self.kernels.MOST_VOCABULARY:
-            return self.kernels.distribution(
-                logits_BV, self.temperature, self.top_k, self.min_p if self.floored else None
-            )
-        scaled_BV = logits_BV.float() / self.temperature
-        if self.top_k is not None and self.top_k < scaled_BV.shape[-1]:
-            least_B1 = scaled_BV.topk(self.top_k, -1).values[:, -1:]
-            scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, -torch.inf)
-        p_BV = scaled_BV.softmax(-1)
-        p_BV = keep_nucleus(p_BV, self.top_p) if self.nucleus else p_BV
-        return keep_likely(p_BV, self.min_p) if self.floored else p_BV
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distributions that tokens are drawn from, float32 of the logits' shape: [B, V], or [B, T, V].
+
+        A row that takes the largest logit has all weight there.
+        """
+        code, V = self.code, logits.shape[-1]
+        if self.kernels is not None and not code.nucleus and V <= self.kernels.MOST_VOCABULARY:
+            top_k_B, min_p_B = self.top_k_B if code.top_k else None, self.min_p_B if code.floored else None
+            p_MV = self.kernels.distribution(logits.reshape(-1, V), self.temperature_B, top_k_B, min_p_B)
+            return p_MV.view(logits.shape)
+        each = (-1, *[1] * (logits.dim() - 1))  # of values [B], beside logits
+        temperature, top_p, min_p = self.temperature_B.view(each), self.top_p_B.view(each), self.min_p_B.view(each)
+        scaled = logits.float() / (torch.where(temperature == 0, 1.0, temperature) if code.mixed else temperature)
+        if code.mixed and code.top_k:
+            largest, k = scaled.topk(min(code.top_k, V), -1).values, self.top_k_B.view(each)
+            at = (k - 1).clamp(0, largest.shape[-1] - 1).expand(*logits.shape[:-1], 1)
+            scaled = scaled.masked_fill(scaled < torch.where(k == 0, -torch.inf, largest.gather(-1, at)), -torch.inf)
+        elif 0 < code.top_k < V:
+            scaled = scaled.masked_fill(scaled < scaled.topk(code.top_k, -1).values[..., -1:], -torch.inf)
+        p = scaled.softmax(-1)
+        if code.nucleus:
+            kept = keep_nucleus(p, top_p)
+            p = torch.where(top_p < 1, kept, p) if code.mixed else kept
+        if code.floored:
+            kept = keep_likely(p, min_p)
+            p = torch.where(min_p > 0, kept, p) if code.mixed else kept
+        if code.mixed:
+            certain = torch.zeros_like(p).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+            p = torch.where(temperature == 0, certain, p)
+        return p
 
     def draw(self, p_BV: Tensor, uniform_B: Tensor) -> Tensor:
         """The token [B] of each distribution at which the cumulative probability passes u."""
@@ -181,6 +310,13 @@ def seen(written: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
     for row, ids in zip(seen_BV, written, strict=True):
         row[list(ids)] = True
     return seen_BV
+
+
+def hashed(key_B2: Tensor, position_BN: Tensor, stream_N: Tensor) -> Tensor:
+    """The uniforms [B, N] of rows with these keys at their positions, in the streams [N]."""
+    B, N = position_BN.shape
+    key_RB2 = key_B2[:, None].expand(B, N, 2).reshape(-1, 2)
+    return uniform(key_RB2, position_BN.reshape(-1), stream_N.expand(B, N).reshape(-1)).view(B, N)
 
 
 def keep_likely(p_BV: Tensor, min_p: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ Shapes: K proposed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llama_fast.contracts import KVCache
+from llama_fast.engine.request import Request
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import Sampling
+from llama_fast.engine.steps import Stepper
 
 
 @dataclass
@@ -99,13 +100,10 @@ def added(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
     return {key: one.get(key, 0) + other.get(key, 0) for key in sorted({*one, *other})}
 
 
-class Session(Protocol):
-    """One generation under way."""
+class Rounds(Stepper, Protocol):
+    """A stepper that counts what was proposed and what stood."""
 
     statistics: Statistics
-
-    def steps(self) -> Iterator[list[int | None]]:
-        """As `generate.stream`: lists of one token a row, None where a row has none in this step."""
 
 
 class Speculation(Protocol):
@@ -122,13 +120,8 @@ class Speculation(Protocol):
     def read_bytes(self, statistics: Statistics) -> float:
         """Bytes of weights that its proposals read."""
 
-    def begin(
-        self,
-        target: Runner,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        eos_ids: Collection[int],
-        cache: KVCache | None,
-    ) -> Session:
-        """Ready to run; ValueError, with the numbers, for what cannot be."""
+    def check(self, target: Runner, requests: Sequence[Request], capacity: int | None) -> int:
+        """Positions that are left for proposals in rows of so many; ValueError, with the numbers, for what cannot be."""
+
+    def begin(self, target: Runner, requests: Sequence[Request], cache: KVCache) -> Rounds:
+        """The steps of requests that start together in a cache of as many rows; ValueError for what cannot be."""

@@ -14,7 +14,7 @@ def _ordered(bits):
 
 
 @triton.jit
-def _bound_of_largest(x, K: tl.constexpr):
+def _bound_of_largest(x, K):
     """A bound that the K largest of a vector of float32 reach, and those equal to the least of them: found bit by bit, by counting."""
     key = _ordered(tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True))  # one zero, as for comparisons
     # int64, so that no candidate overflows; the least int32 is where the search begins
@@ -30,21 +30,37 @@ def _bound_of_largest(x, K: tl.constexpr):
 
 @triton.jit
 def _distribution(
-    logits, temperature, min_p, out, V: tl.constexpr, BV: tl.constexpr, TOP_K: tl.constexpr, FLOORED: tl.constexpr
-):
-    """Grid (M,): softmax of logits / temperature, of the TOP_K largest alone (0: of all), of tokens not below min_p of the likeliest."""
+    logits, temperature, top_k, min_p, out,
+    V: tl.constexpr, BV: tl.constexpr, EACH: tl.constexpr, CUT: tl.constexpr, FLOORED: tl.constexpr,
+):  # fmt: skip
+    """Grid (M,): softmax of logits / temperature, of the top_k largest alone (0: of all), of tokens not below min_p of the likeliest.
+
+    EACH logits belong to one row of settings. Temperature 0 gives all weight to the first of the largest.
+    """
     row = tl.program_id(0).to(tl.int64)
+    of = row // EACH
     v = tl.arange(0, BV)
     x = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
-    x = tl.div_rn(x, tl.load(temperature))
-    if TOP_K:
-        x = tl.where((x >= _bound_of_largest(x, TOP_K)) | (x != x), x, float("-inf"))  # what is no number stays seen
-    p = tl.exp(x - tl.max(x, 0))
-    p = p / tl.sum(p, 0)
-    if FLOORED:
-        p = tl.where(p >= tl.load(min_p) * tl.max(p, 0), p, 0.0)
+    warmth = tl.load(temperature + of)
+    if warmth == 0:
+        first = tl.min(tl.where(x == tl.max(x, 0), v, BV), 0)
+        tl.store(out + row * V + v, tl.where(x == x, (v == first).to(tl.float32), x), mask=v < V)
+    else:
+        x = tl.div_rn(x, warmth)
+        if CUT:
+            k = tl.load(top_k + of).to(tl.int32)
+            if (k > 0) & (k < V):
+                x = tl.where(
+                    (x >= _bound_of_largest(x, k)) | (x != x), x, float("-inf")
+                )  # what is no number stays seen
+        p = tl.exp(x - tl.max(x, 0))
         p = p / tl.sum(p, 0)
-    tl.store(out + row * V + v, p, mask=v < V)
+        if FLOORED:
+            least = tl.load(min_p + of)
+            if least > 0:
+                p = tl.where(p >= least * tl.max(p, 0), p, 0.0)
+                p = p / tl.sum(p, 0)
+        tl.store(out + row * V + v, p, mask=v < V)
 
 
 @triton.jit

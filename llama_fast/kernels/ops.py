@@ -515,14 +515,19 @@ def padded_vocabulary(vocab: int) -> int:
     return next_power_of_2(vocab)
 
 
-def distribution(logits: Tensor, temperature: Tensor, top_k: int | None = None, min_p: Tensor | None = None) -> Tensor:
-    """The distribution that tokens are drawn from: `sampling.BatchSampler.probabilities` but for top_p. logits [M, V]; float32 [M, V]."""
+def distribution(
+    logits: Tensor, temperature: Tensor, top_k: Tensor | None = None, min_p: Tensor | None = None
+) -> Tensor:
+    """The distributions that tokens are drawn from: `sampling.BatchSampler.probabilities` but for top_p. float32 [M, V].
+
+    Of the logits [M, V] each of the B rows has M / B; temperature, top_k (int64) and min_p are [B].
+    """
     rows, vocab = logits.shape
     wide = padded_vocabulary(vocab)
     out = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)
     launch(_distribution, (rows,))(
-        logits.contiguous(), temperature, temperature if min_p is None else min_p, out, V=vocab, BV=wide,
-        TOP_K=top_k if top_k is not None and top_k < vocab else 0, FLOORED=min_p is not None, num_warps=32,
+        logits.contiguous(), temperature, temperature if top_k is None else top_k, temperature if min_p is None else min_p,
+        out, V=vocab, BV=wide, EACH=rows // len(temperature), CUT=top_k is not None, FLOORED=min_p is not None, num_warps=32,
     )  # fmt: skip
     return out
 

@@ -18,9 +18,9 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from llama_fast.contracts import KVCache
-from llama_fast.engine.generate import stream
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.request import Request
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.speculation import Speculation
 from llama_fast.ladder.bandwidth import synchronize
 
@@ -139,19 +139,22 @@ def decode_some(decoder: Decoder, prompt: Sequence[int], new_tokens: int) -> int
 
     What is on its way to the device when the label begins is made up for by what is when it ends.
     """
-    runner, draft = decoder.runner, decoder.draft
-    session = draft.begin(runner, [prompt], new_tokens, Sampling(), (), decoder.cache) if draft else None
-    tokens = session.steps() if session else stream(runner, [prompt], new_tokens, cache=decoder.cache)
-    wanted = min(PROFILED_IN_ROUNDS if draft else PROFILED, new_tokens // 2)
-    for _ in range(min(2, new_tokens - wanted)):  # the prefill and a step: from here on always as much is on its way
-        next(tokens)
-    before = session.statistics.decoded if session else 0
-    synchronize(runner.device)
+    request = Request(prompt, new_tokens)
+    engine = Engine(decoder.runner, 1, request.positions, decoder.cache, decoder.draft)
+    engine.add(request)
+    wanted = min(PROFILED_IN_ROUNDS if decoder.draft else PROFILED, new_tokens // 2)
+    seen = 0
+    while seen < min(2, new_tokens - wanted):  # the prefill and a step: from here on always as much is on its way
+        seen += len(engine.step())
+    before, seen = engine.statistics.decoded if engine.statistics else 0, 0
+    synchronize(decoder.runner.device)
     with record_function(label(decoder.name)):
-        for _ in range(wanted):
-            next(tokens)
-        synchronize(runner.device)
-    return max(1, session.statistics.decoded - before) if session else wanted
+        while engine.busy and seen < wanted:
+            seen += len(engine.step())
+        synchronize(decoder.runner.device)
+    decoded = engine.statistics.decoded - before if engine.statistics else seen
+    engine.close()
+    return max(1, decoded)
 
 
 def step_times(events: Sequence[Any], under: str, steps: int, on_gpu: bool) -> StepTimes:

@@ -20,20 +20,21 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from llama_fast.contracts import KVCache
-from llama_fast.engine.generate import check
+from llama_fast.engine.caches import Caches
+from llama_fast.engine.request import Request
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import BatchSampler, Sampling
+from llama_fast.engine.sampling import BatchSampler
 from llama_fast.engine.speculation import Statistics
 from llama_fast.model.roofline import stored_bytes, weight_bytes_per_step
 from llama_fast.speculative.adaptive_k import A_DRAFT, Costs
 from llama_fast.speculative.ngrams import Text
-from llama_fast.speculative.rounds import NO_GUESS, Compilations, Rounds, Source, agreement
+from llama_fast.speculative.rounds import NO_GUESS, Compilations, Ks, Rounds, Source, agreement, sampler_of
 from llama_fast.speculative.verification import State
 from llama_ref.arguments import flag, made, whole
 
@@ -50,6 +51,8 @@ class Proposer(ABC):
 
     only = AUTOMATIC[-1]
     """The one k that is tried where the shape of its check is compiled for it."""
+    blind = False
+    """Whether its proposals are only there to fill the shape."""
 
     def __init__(self, k: int | None, most: int, aligned: bool = False):
         """`k` None: chosen while generating, from 1 to `most`. `aligned`: a position's arithmetic is the same in every check."""
@@ -79,54 +82,38 @@ class Proposer(ABC):
         """Bytes of weights read for the proposals that were counted."""
         return 0.0
 
-    def begin(
-        self,
-        target: Runner,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        eos_ids: Collection[int],
-        cache: KVCache | None,
-    ) -> Rounds:
-        """A generation by rounds; ValueError, with the numbers, for what cannot be."""
-        needed = check(target, prompts, max_new_tokens)
-        room = target.config.max_context - needed
-        if cache is not None and cache.capacity is not None:
-            room = min(room, cache.capacity - needed)
+    def check(self, target: Runner, requests: Sequence[Request], capacity: int | None) -> int:
+        """Positions that are left for proposals in rows of so many; ValueError, with the numbers, for what cannot be."""
+        needed = max(request.positions for request in requests)
         self.fits(target, needed)
-        if self.k is None and target.device.type == "cuda":
-            room = min(room, max(1, CHEAP_ROWS // len(prompts) - 1))
-        ks = self.candidates(target, room)
+        room = (target.config.max_context if capacity is None else min(target.config.max_context, capacity)) - needed
         if self.k is not None and self.k > room:
             raise ValueError(
                 f"k={self.k} is larger than the context left: {needed} positions are asked for, and {room} remain"
             )
-        if cache is None:
-            cache = target.allocate(len(prompts), needed + max(ks, default=0))
-        source = self.source(target, len(prompts), needed + max(ks, default=0), sampling)
-        if self.aligned and sampling.temperature and not source.blind:
-            raise ValueError("aligned checks are for temperature 0: they promise bits, not a distribution")
-        fixed = self.k is not None
-        rounds = Rounds(
-            source,
-            target,
-            prompts,
-            max_new_tokens,
-            sampling,
-            eos_ids,
-            cache,
-            ks,
-            fixed,
-            self.compilations,
-            self.aligned,
-        )
+        for request in requests:
+            if request.logprobs is not None:
+                raise ValueError("logprobs are not told with a draft: score() the text afterwards")
+            if request.sampling.repetition_penalty != 1:
+                raise ValueError("repetition_penalty looks at the tokens before each; it cannot be had with a draft")
+            if self.aligned and request.sampling.temperature and not self.blind:
+                raise ValueError("aligned checks are for temperature 0: they promise bits, not a distribution")
+        return room
+
+    def begin(self, target: Runner, requests: Sequence[Request], cache: KVCache) -> Rounds:
+        """The steps of requests that start together, by rounds; ValueError, with the numbers, for what cannot be."""
+        room, needed = self.check(target, requests, cache.capacity), max(request.positions for request in requests)
+        on_gpu = target.device.type == "cuda"
+        if self.k is None and on_gpu:
+            room = min(room, max(1, CHEAP_ROWS // len(requests) - 1))
+        ks = self.candidates(target, room)
+        source = self.source(target, requests, needed + max(ks, default=0))
+        rounds = Rounds(source, target, cache, Ks(ks, self.k is not None, self.aligned), requests, self.compilations)
         kind = rounds.choose.code
-        rounds.adaptive_k.costs = self._costs.setdefault((len(prompts), cache.length, kind), Costs(agreement(target)))
+        rounds.adaptive_k.costs = self._costs.setdefault((len(requests), cache.length, kind), Costs(agreement(target)))
         compiler = target.plan.compiler
         rounds.rehearsal = self.is_new(cache, kind) and (compiler.compiles_each_shape or compiler.records_addresses)
-        if (
-            not fixed and target.device.type == "cuda"
-        ):  # up to eight rows cost a GPU the same, another shape costs kernels
+        if self.k is None and on_gpu:  # up to eight rows cost a GPU the same, another shape costs kernels
             rounds.width = max(ks, default=0) + 1
         if not ks:
             rounds.statistics.notice = f"plain decoding: {needed} positions leave no room for proposals"
@@ -152,8 +139,8 @@ class Proposer(ABC):
         """Raise ValueError where this proposer cannot serve that target for `needed` positions and its k beyond."""
 
     @abstractmethod
-    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
-        """For one generation of `batch` rows, up to `needed` positions."""
+    def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
+        """For one generation, of rows of up to `needed` positions."""
 
 
 class Draft(Proposer):
@@ -167,11 +154,11 @@ class Draft(Proposer):
     def __init__(self, runner: Runner, k: int | None = None, most: int = AUTOMATIC[-1], aligned: bool = False):
         super().__init__(k, most, aligned)
         self.runner = made("runner", runner, "a Runner, as build() makes one", "start", "step", "allocate")
-        self._cache: dict[int, KVCache] = {}
+        self.caches = Caches(runner)
 
     @property
     def held_bytes(self) -> int:
-        return stored_bytes(self.runner.model) + sum(cache.nbytes for cache in self._cache.values())
+        return stored_bytes(self.runner.model) + self.caches.nbytes
 
     def read_bytes(self, statistics: Statistics) -> float:
         return float(statistics.proposed * weight_bytes_per_step(self.runner.model))
@@ -195,15 +182,8 @@ class Draft(Proposer):
             target, min(room, self.runner.config.max_context - (target.config.max_context - room))
         )
 
-    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
-        return DraftSource(self.runner, self.cache(batch, needed), sampling, batch, needed, self.compilations)
-
-    def cache(self, batch: int, needed: int) -> KVCache:
-        """The draft's cache for `batch` rows: the last one, if it is long enough."""
-        kept = self._cache.get(batch)
-        if kept is None or kept.capacity is None or kept.capacity < needed:
-            kept = self._cache[batch] = self.runner.allocate(batch, needed)
-        return kept
+    def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
+        return DraftSource(self.caches, requests, needed, self.compilations)
 
 
 class DraftSource:
@@ -212,22 +192,14 @@ class DraftSource:
     blind = keeps_up = False
     runs_ahead = True
 
-    def __init__(
-        self,
-        runner: Runner,
-        cache: KVCache,
-        sampling: Sampling,
-        batch: int,
-        needed: int,
-        compilations: Compilations,
-    ):
+    def __init__(self, caches: Caches, requests: Sequence[Request], needed: int, compilations: Compilations):
+        runner = caches.runner
         self.name = f"draft {runner.plan}"
-        self.runner, self.cache = runner, cache
-        seeds = sampling.seeds(batch)
+        self.runner, self.caches, self.cache = runner, caches, caches.take(len(requests), needed)
         # The target's own transforms, so that q is like p.
-        self.choose = runner.prepared(BatchSampler(sampling, seeds, runner.device), needed + 1)
-        self.greedy = BatchSampler(Sampling(), seeds, runner.device)
-        self.pick = compilations.of(pick, runner, batch, self.choose.code)
+        self.choose = runner.prepared(sampler_of(requests, runner.device), needed + 1)
+        self.greedy = runner.greedy(len(requests))
+        self.pick = compilations.of(pick, runner, len(requests), self.choose.code)
 
     def guess(self, evidence: int) -> tuple[float, float]:
         return A_DRAFT
@@ -259,6 +231,9 @@ class DraftSource:
     def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         return [(0, NO_GUESS)] * len(tokens)
 
+    def finish(self) -> None:
+        self.caches.put_back(self.cache)
+
 
 def pick(choose: BatchSampler, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
     """The token proposed, and the distribution [B, V] it was drawn from: one for both, to the last bit."""
@@ -284,8 +259,8 @@ class Ngram(Proposer):
             raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none: 1 <= shortest <= longest")
         self.longest, self.shortest = longest, shortest
 
-    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
-        return NgramSource(batch, self.longest, self.shortest)
+    def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
+        return NgramSource(len(requests), self.longest, self.shortest)
 
 
 class NgramSource:
@@ -316,14 +291,19 @@ class NgramSource:
             text.extend(new)
         return [(text.match()[0] or -1, text.following(1)[0]) for text in self.texts]
 
+    def finish(self) -> None:
+        """It holds nothing that others could use."""
+
 
 class Padded(Proposer):
     """Plain decoding through aligned checks of k tokens: what speculation with these equals bit for bit."""
 
+    blind = True
+
     def __init__(self, k: int):
         super().__init__(whole("k", k), whole("k", k), aligned=True)
 
-    def source(self, target: Runner, batch: int, needed: int, sampling: Sampling) -> Source:
+    def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
         return PaddedSource()
 
 
@@ -344,3 +324,6 @@ class PaddedSource:
 
     def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         return [(0, NO_GUESS)] * len(tokens)
+
+    def finish(self) -> None:
+        """It holds nothing."""

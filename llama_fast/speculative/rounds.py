@@ -1,6 +1,6 @@
-"""The loop of speculation: propose, check, accept, look; one wait for the device per round.
+"""The steps of speculation: propose, check, accept, look; one wait for the device per round.
 
-What was written so far and where each row stands stay on the device (checks.py), and so does what a draft model proposes; a
+What was written so far and where each row stands stay on the device (verification.py), and so does what a draft model proposes; a
 lookup reads the tokens that come to the host. Position is an argument, so a rejected token is overwritten by the next
 round, in the target's cache as in the draft's. A row that has all its tokens stands still while the others go on.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,14 +21,18 @@ from torch import Tensor
 
 from llama_fast.compilers.compilation import own_code
 from llama_fast.contracts import KVCache
-from llama_fast.engine.generate import Readback, pad
+from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
-from llama_fast.engine.sampling import BatchSampler, Sampling
+from llama_fast.engine.sampling import BatchSampler
 from llama_fast.engine.speculation import Statistics
+from llama_fast.engine.steps import Taken
+from llama_fast.engine.transfer import Readback, pad, upload
 from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, AdaptiveK, Costs
 from llama_fast.speculative.verification import State, aligned, finish, within
 
 NO_GUESS = -1
+PROMPT = -1
+"""The k of what is under way while prompts are read: its one token is no plain step's."""
 
 
 class Source(Protocol):
@@ -65,6 +69,9 @@ class Source(Protocol):
         """Each row goes on with these tokens. (Evidence of its next proposals, their first) of each: evidence is at least 0,
         or -1 where there are none; the first is NO_GUESS where it is not known before proposals are asked for.
         """
+
+    def finish(self) -> None:
+        """The generation has ended, or nobody wants more of it."""
 
 
 class Compilations:
@@ -125,67 +132,71 @@ class Launched:
     marks: tuple[Mark, Mark, Mark]
 
 
-class Rounds:
-    """A generation by rounds of proposals and checks.
+@dataclass(frozen=True)
+class Ks:
+    """How many tokens a round may propose."""
 
-    `fixed`: every round proposes exactly ks[0]. `aligned`: its windows are those of `aligned`; for this it must be fixed, and
-    greedy where proposals are to stand.
-    """
+    choices: tuple[int, ...]
+    fixed: bool
+    """Whether every round proposes exactly the first of the choices."""
+    aligned: bool = False
+    """Whether windows are those of `aligned`: for this k must be fixed, and decoding greedy where proposals are to stand."""
+
+
+def sampler_of(requests: Sequence[Request], device: torch.device) -> BatchSampler:
+    """A sampler of rows with these requests' settings."""
+    sampler = BatchSampler.of_free_rows(len(requests), device, 0)
+    sampler.set_rows(0, [request.sampling for request in requests])
+    return sampler
+
+
+class Rounds:
+    """Requests that start together go on by rounds of proposals and checks; a stepper of the engine."""
 
     def __init__(
         self,
         source: Source,
         target: Runner,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        eos_ids: Collection[int],
         cache: KVCache,
-        ks: Sequence[int],
-        fixed: bool,
+        ks: Ks,
+        requests: Sequence[Request],
         compilations: Compilations,
-        aligned: bool = False,
     ):
         self.source, self.target, self.cache = source, target, cache
-        self.prompts, self.max_new_tokens, self.eos_ids = prompts, max_new_tokens, eos_ids
-        self.ks, self.fixed, self.aligned = tuple(ks), fixed, aligned
+        self.ks, self.fixed, self.aligned = ks.choices, ks.fixed, ks.aligned
         self.width = 1  # tokens that a check has at least: one shape for every k
         self.rehearsal = False  # whether to compile and time every shape before the first round
-        self.adaptive_k = AdaptiveK(self.ks, Costs(), max_new_tokens, source.guess)
+        self.rows: Sequence[Row] = ()
+        longest = max(request.max_new_tokens for request in requests)
+        self.adaptive_k = AdaptiveK(self.ks, Costs(), longest, source.guess)
         self.statistics = Statistics(source.name)
-        device = target.device
-        seeds = sampling.seeds(len(prompts))
-        self.choose = BatchSampler(sampling, seeds, device)
-        self.greedy = BatchSampler(Sampling(), seeds, device)  # what the target's own step chooses is not looked at
+        self.choose = sampler_of(requests, target.device)
+        self.greedy = target.greedy(len(requests))  # what the target's own step chooses is not looked at
         self.compilations = compilations
-        self.clock = Clock(device)
-        self.readback = Readback(device)
+        self.clock = Clock(target.device)
+        self.readback = Readback(target.device)
         self.launched: deque[Launched] = deque()
-        self.left = [max_new_tokens] * len(prompts)  # tokens that a row still wants; 0: it has ended
-        self.evidence = [0] * len(prompts)
-        self.guesses = [NO_GUESS] * len(prompts)  # the first of the next proposals
+        self.evidence = [0] * len(requests)
+        self.guesses = [NO_GUESS] * len(requests)  # the first of the next proposals
         self.joined = self.behind = False
+        self.due: int | None = None
+        """The k of the step that is to be launched."""
 
-    def steps(self) -> Iterator[list[int | None]]:
-        """One list per column of a round's tokens; None for a row that has none there."""
-        try:
-            yield from self.all_steps()
-        finally:  # also where the caller has seen enough
-            self.report_costs()
+    @property
+    def left(self) -> list[int]:
+        """Tokens that each row still wants; 0: it has ended."""
+        return [row.left for row in self.rows]
 
-    def all_steps(self) -> Iterator[list[int | None]]:
-        state, first = self.begin()
-        self.look([[token] for token in first])
-        yield from self.columns([[token] for token in first])
-        while any(self.left):
-            k = self.next_k()
-            if self.is_due(k):
-                self.launch(state, k)
-            else:
-                yield from self.columns(self.take())
+    def is_due(self) -> bool:
+        """Whether a step is to be launched before the oldest under way is read; of how many proposals is settled here."""
+        if not any(self.left) or any(step.k == PROMPT for step in self.launched):
+            return False
+        k = self.next_k()
+        self.due = k if self.may_launch(k) else None
+        return self.due is not None
 
-    def is_due(self, k: int) -> bool:
-        """Whether a step of k proposals is to be launched before the oldest under way is read.
+    def may_launch(self, k: int) -> bool:
+        """Whether a step of k proposals may be launched now.
 
         It must be needed whatever those under way bring, and nothing of theirs may be needed to propose.
         """
@@ -198,33 +209,47 @@ class Rounds:
         return self.fixed or k == 0 or not under_way or self.adaptive_k.covers(k, under_way, left)
 
     @torch.no_grad()
-    def begin(self) -> tuple[State, list[int]]:
-        """Prefill: the state with the first token of every row, and these tokens."""
-        device = self.target.device
-        tokens_BT, lengths_B = pad(self.prompts, device)
+    def start(self, first: int, rows: Sequence[Row]) -> None:
+        """Prefill: the first token of every row is on its way."""
+        device, self.rows = self.target.device, rows
+        requests = [row.request for row in rows]
+        tokens_BT, lengths_B = pad([request.ids for request in requests], device)
         B, width = tokens_BT.shape
-        columns = max(self.cache.length, width + self.max_new_tokens + max(self.ks, default=0)) + 1
+        news_B = upload([request.max_new_tokens for request in requests], device)
+        longest = width + max(request.max_new_tokens for request in requests) + max(self.ks, default=0)
+        columns = max(self.cache.length, longest) + 1
         history_BL = torch.zeros(B, columns, dtype=torch.int64, device=device)
         self.target.prepared(self.choose, columns + 1)
         history_BL[:, :width] = tokens_BT
         token_B, _ = self.target.start(tokens_BT, lengths_B, self.cache, self.choose)
         history_BL.scatter_(1, lengths_B[:, None], token_B[:, None])
-        state = State(history_BL, lengths_B.clone(), lengths_B + self.max_new_tokens - 1)
-        self.look(self.prompts)
+        self.state = State(history_BL, lengths_B.clone(), lengths_B + news_B - 1)
+        self.look([request.ids for request in requests])
         if self.rehearsal:
-            self.rehearse(state)
+            self.rehearse(self.state)
         if self.fixed and self.ks:
-            self.join(state)
+            self.join(self.state)
         self.readback.push(token_B[:, None])
-        return state, [token for (token,) in self.readback.pop()]
+        now = self.clock.mark()
+        self.launched.append(Launched(PROMPT, (now, now, now)))
+
+    def leave(self, slot: int) -> None:
+        """A row that has ended stands still, or goes on unseen, until the last one has."""
+
+    def finish(self) -> None:
+        self.launched.clear()
+        self.readback = Readback(self.target.device)
+        self.source.finish()
+        self.report_costs()
 
     def look(self, rows: Sequence[Sequence[int]]) -> None:
         found = self.source.look(rows)
         self.evidence, self.guesses = [of for of, _ in found], [guess for _, guess in found]
 
     def join(self, state: State) -> None:
-        longest = max(len(prompt) + self.max_new_tokens - left for prompt, left in zip(self.prompts, self.left))
-        self.source.join(state, max(2, longest))
+        # a row that has ended may go on unseen up to its last position
+        reach = [row.request.positions if row.ended else len(row.request.ids) + len(row.tokens) for row in self.rows]
+        self.source.join(state, max(2, *reach))
         self.joined, self.behind = True, False
 
     def rehearse(self, state: State) -> None:
@@ -273,7 +298,9 @@ class Rounds:
         )
 
     @torch.no_grad()
-    def launch(self, state: State, k: int) -> None:
+    def launch(self) -> None:
+        state, k = self.state, self.due
+        assert k is not None
         if k and not self.joined:
             self.join(state)
         marks, report_BN = self.run(state, k, self.behind or bool(self.launched))
@@ -302,18 +329,23 @@ class Rounds:
         if self.source.blind:
             draft_BK, q_BKV, logits_BTV = draft_BK[:, :0].contiguous(), None, logits_BTV[:, :1].contiguous()
         finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, self.choose.code)
-        report_BN = finish_round(
-            self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B
-        )
+        report_BN = finish_round(self.choose, draft_BK, q_BKV, logits_BTV, state)
         return (begun, proposed, self.clock.mark()), report_BN
 
-    def take(self) -> list[list[int]]:
+    def take(self) -> Taken:
         """Wait for the oldest step; the tokens that each row gets from it."""
+        if not self.launched:
+            return []
         launched, rows = self.launched.popleft(), self.readback.pop()
-        self.measure(launched.k, launched.marks)
-        tokens = self.of_round(launched.k, rows) if launched.k else self.of_step(rows)
-        self.look(tokens)
-        return tokens
+        if launched.k != PROMPT:
+            self.measure(launched.k, launched.marks)
+            rows = self.of_round(launched.k, rows) if launched.k else self.of_step(rows)
+        self.look(rows)
+        return [
+            (row, [(int(token), None) for token in tokens])
+            for row, tokens in zip(self.rows, rows, strict=True)
+            if not row.ended
+        ]
 
     def of_step(self, rows: list[list[int]]) -> list[list[int]]:
         self.statistics.plain_steps += 1
@@ -339,25 +371,13 @@ class Rounds:
 
     def row(self, b: int) -> int:
         """Where the newest token of row b stands in an aligned check."""
-        return (len(self.prompts[b]) + self.max_new_tokens - self.left[b] - 1) % (self.ks[0] + 1)
+        row = self.rows[b]
+        return (len(row.request.ids) + len(row.tokens) - 1) % (self.ks[0] + 1)
 
     def measure(self, k: int, marks: tuple[Mark, Mark, Mark]) -> None:
         if k:
             self.adaptive_k.costs.add(DRAFT, self.clock.seconds(marks[0], marks[1]) / k)
         self.adaptive_k.costs.add(k, self.clock.seconds(marks[1], marks[2]))
-
-    def columns(self, rows: list[list[int]]) -> Iterator[list[int | None]]:
-        """The tokens that are still wanted, column by column: a row ends at a stop id, or when it has all it wants."""
-        kept: list[list[int]] = []
-        for b, row in enumerate(rows):
-            row = row[: self.left[b]]
-            stop = next((i for i, token in enumerate(row) if token in self.eos_ids), None)
-            self.left[b] -= len(row)
-            if stop is not None:
-                row, self.left[b] = row[: stop + 1], 0
-            kept.append(row)
-        for i in range(max(map(len, kept), default=0)):
-            yield [row[i] if i < len(row) else None for row in kept]
 
     def report_costs(self) -> None:
         costs, statistics = self.adaptive_k.costs, self.statistics

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from llama_fast.build import build
 from llama_fast.contracts import KVCache
-from llama_fast.engine.generate import generate, pad, stream
-from llama_fast.engine.logprobs import Logprobs, TokenLogprob
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.generate import generate, stream
+from llama_fast.engine.logprobs import TokenLogprob
+from llama_fast.engine.request import Event, requests_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler, Sampling
+from llama_fast.engine.transfer import pad
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from oracle.questions.cases import random_row
@@ -88,14 +91,27 @@ def _held(runner: Runner, rows: Rows) -> Check:
     """Continuations behind a kept prefix are those of the whole prompt, greedy and drawn."""
     unlike, where = 0, ""
     for name, sampling in (("greedy", Sampling()), ("drawn", Sampling(1.0, seed=3))):
-        cache = held_cache(runner, rows, max(map(len, rows)) + NEW)
-        columns = list(stream(runner, rows, NEW, sampling, cache=cache, held=HELD))
+        engine = Engine(runner, len(rows), max(map(len, rows)) + NEW, keeps_prefixes=True)
+        answered([engine.add(request) for request in requests_of([row[:HELD] for row in rows], 1)], engine)
+        reused = engine.reused_tokens
+        said = answered([engine.add(request) for request in requests_of(rows, NEW, sampling)], engine)
+        if engine.reused_tokens - reused != HELD * len(rows):
+            return Check("rows that continue otherwise behind a kept prefix", 1, 0, f"{name}: nothing was kept", 1)
         whole = generate(runner, rows, NEW, sampling).completions
-        for b, completion in enumerate(whole):
-            if [column[b] for column in columns] != completion.tokens:
+        for b, (events, completion) in enumerate(zip(said, whole, strict=True)):
+            if [event.token for event in events] != completion.tokens:
                 unlike += 1
                 where = where or f"{name}, row {b}"
     return Check("rows that continue otherwise behind a kept prefix", unlike, 0, where, 2 * len(rows))
+
+
+def answered(ids: Sequence[int], engine: Engine) -> list[list[Event]]:
+    """What an engine says to requests of these numbers, until all have ended."""
+    said: dict[int, list[Event]] = {id: [] for id in ids}
+    while engine.busy:
+        for event in engine.step():
+            said[event.id].append(event)
+    return list(said.values())
 
 
 def penalised_check(subject: FastSubject, rows: Rows) -> Check:
@@ -128,9 +144,11 @@ def penalised_check(subject: FastSubject, rows: Rows) -> Check:
 
 def told_logprobs(runner: Runner, rows: Rows) -> tuple[list[list[int | None]], list[Tensor], list[list[TokenLogprob]]]:
     """Drawn tokens by column, the logits [B, V] that each column came from, and what each row was told beside them."""
-    recorder, told = Recorder(runner), Logprobs(len(rows), top=TOP)
-    columns = list(stream(cast(Runner, recorder), rows, NEW, Sampling(1.0, seed=9), logprobs=told))
-    return columns, recorder.logits, told.rows
+    recorder = Recorder(runner)
+    requests = requests_of(rows, NEW, Sampling(1.0, seed=9), logprobs=TOP)
+    events = list(stream(cast(Runner, recorder), requests))
+    told = [[event.logprob for event in row if event is not None and event.logprob is not None] for row in zip(*events)]
+    return [[None if event is None else event.token for event in column] for column in events], recorder.logits, told
 
 
 def told_check(

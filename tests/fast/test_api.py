@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_fast import Llama, Plan, Sampling, build
 from llama_fast.caches.static import Static
-from llama_fast.chat import Chat, common
+from llama_fast.chat import Chat
 from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.engine import common
 from llama_fast.engine.sampling import BatchSampler
 from llama_fast.recipes import optimised
 from llama_fast.speculative.proposers import Ngram
@@ -189,13 +190,13 @@ class Syncs(TorchDispatchMode):
 def test_choosing_never_waits_for_the_device() -> None:
     options = OPTIONS[-1]
     chooser = BatchSampler(Sampling(**options), [1, 2], torch.device("cpu"), [[1, 2], [3]], 97)
-    from llama_fast.engine.logprobs import Logprobs
+    from llama_fast.engine.logprobs import columns
 
     with Syncs() as syncs:
         logits_BV = torch.randn(2, 97)
         token_B = chooser(logits_BV, torch.tensor([4, 9]))
         chooser.note(token_B)
-        Logprobs(2, 3).columns(token_B[:, None], logits_BV)
+        columns(token_B[:, None], logits_BV, 3)
     assert syncs.count == 0
     with Syncs() as syncs:
         int(token_B[0])
@@ -269,13 +270,6 @@ def test_a_conversation_beyond_the_context_is_refused_and_forgets_the_turn(llama
     assert chat.messages == before
     list(chat.say("b" * 300))  # a longer cache than before
     assert len(chat.messages) == 4
-
-
-def test_held_positions_must_be_there(llama: Llama) -> None:
-    from llama_fast.engine.generate import stream
-
-    with pytest.raises(ValueError, match="held=3"):
-        next(stream(llama.runner, [[1, 2, 3, 4]], 2, held=3))
 
 
 def test_common() -> None:
@@ -373,13 +367,13 @@ def test_a_cache_is_kept_whatever_ends_a_generation(llama: Llama) -> None:
     if not isinstance(llama.runner.plan.cache, Static):
         pytest.skip("a growing cache is allocated anew for every call")
     llama.generate("Hello", 400)  # as long as the context: no request needs a longer one
-    kept = llama._cache[1]
+    kept = llama.caches.kept[1]
     next(llama.stream("Hello", 12))  # dropped at once
     with pytest.raises(ZeroDivisionError):
         llama.generate("Hello", 12, on_text=lambda row, piece: 1 / 0)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError):
         llama.generate("Hello", 12, draft=Ngram(k=10_000))
-    assert llama._cache[1] is kept
+    assert llama.caches.kept[1] is kept
 
 
 def test_static_caches_are_not_shared_with_generate(llama: Llama) -> None:

@@ -11,7 +11,7 @@ from llama_fast import Llama, Plan, build
 from llama_fast import recipes as presets
 from llama_fast.chat import Chat
 from llama_fast.engine.generate import stream
-from llama_fast.engine.logprobs import Logprobs
+from llama_fast.engine.request import requests_of
 from llama_fast.engine.sampling import Sampling
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
@@ -39,16 +39,15 @@ def test_no_step_waits_for_the_device(plan: str, sampling: Sampling) -> None:
     built, rows = runner(PLANS[plan]), [random_row(1003, 9, 1), random_row(1003, 5, 2)]
     cache = built.allocate(2, 128)
     for _ in range(2):  # compiled, and recorded
-        list(stream(built, rows, 12, sampling, cache=cache, logprobs=Logprobs(2, 3)))
-    told = Logprobs(2, 3)
-    steps = stream(built, rows, 40, sampling, cache=cache, logprobs=told)
+        list(stream(built, requests_of(rows, 12, sampling, logprobs=3), cache))
+    steps = stream(built, requests_of(rows, 40, sampling, logprobs=3), cache)
     next(steps)  # prompts come from the host, and may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         rest = list(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(rest) == 39 and [len(row) for row in told.rows] == [40, 40]
+    assert len(rest) == 39 and all(event is not None and event.logprob for step in rest for event in step)
 
 
 @pytest.mark.parametrize("plan", ["static", "fused"])
@@ -72,7 +71,8 @@ def test_a_turn_over_kept_keys_is_judged_as_a_whole_one(plan: str) -> None:
     for text in ("hello there", "and more of it", "again"):
         list(chat.say(text))
         seen += chat.reused_tokens
-        held = chat._held
+        assert chat._engine is not None
+        held = chat._engine.kept(0)
         verdict = bench.prefill(FastSubject(built), [held])
         assert verdict.outcome is Outcome.AGREE, verdict.failures
         known = bench.of([held])[0][0]

@@ -157,8 +157,8 @@ def main() -> None:
                 eight, large = torch.randn(8, k).to(dtype), torch.ones(2048, k)
                 ops.linear(eight, large.to(dtype), None)
                 ops.linear(eight, large.to(torch.int8), torch.ones(2048, 1, dtype=dtype))
-            number = torch.tensor(0.5)
-            for top_k, min_p in ((None, None), (200, number)):
+            number = torch.full((3,), 0.5)
+            for top_k, min_p in ((None, None), (torch.tensor([200, 0, 7]), number)):
                 ops.draw(
                     ops.distribution(torch.zeros(3, 32000), number, top_k, min_p), torch.zeros(3, dtype=torch.float64)
                 )

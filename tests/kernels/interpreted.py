@@ -286,7 +286,9 @@ def check_choosing() -> int:
         sampling = Sampling(0.7, top_k=top_k, min_p=min_p)
         choose = BatchSampler(sampling, [0] * 4, torch.device("cpu"))
         want = choose.probabilities(logits)
-        got = ops.distribution(logits, choose.temperature, top_k, choose.min_p if min_p else None)
+        got = ops.distribution(
+            logits, choose.temperature_B, choose.top_k_B if top_k else None, choose.min_p_B if min_p else None
+        )
         assert torch.equal(got > 0, want > 0), f"law {vocab} {sampling}: other tokens are kept"
         assert (got - want).abs().max() <= 1e-6, f"law {vocab} {sampling}: {(got - want).abs().max():.1e}"
         n_checked += 1
@@ -299,11 +301,14 @@ def check_choosing() -> int:
     signed = torch.tensor(
         [[3.0, 2.0, 1.0, -0.0, -0.0, -1.0, -2.0, -5.0], [0.0, 0.0, 0.0, -0.0, -1.0, -1.0, -2.0, -3.0]]
     )
-    assert ((ops.distribution(signed, torch.tensor(1.0), 3) > 0).sum(1) == torch.tensor([3, 4])).all(), (
+    one, three = torch.ones(1), torch.tensor([3])
+    assert ((ops.distribution(signed, one, three) > 0).sum(1) == torch.tensor([3, 4])).all(), (
         "zeros of both signs are equal"
     )
     broken = torch.tensor([[3.0, 2.0, NAN, 0.5, 0.1]])
-    assert ops.distribution(broken, torch.tensor(1.0), 3).isnan().all(), "a broken model must not look well"
+    assert ops.distribution(broken, one, three).isnan().all(), "a broken model must not look well"
+    assert ops.distribution(broken, one * 0, three).isnan().any(), "nor at temperature 0"
+    n_checked += check_rows_of_their_own()
     tail = torch.full((60, 300), 1e-8)  # of which float32 sums beside 1 would lose every one
     tail[:, 0] = 1.0
     at = torch.arange(1, 300, 5).double()
@@ -323,6 +328,33 @@ def check_choosing() -> int:
         assert (laws.gather(1, tokens[:, None]) > 0).all()
     assert torch.equal(ops.draw(laws, coins[:100]), draw(laws, coins[:100])), "a law need not sum to 1"
     return n_checked + 7
+
+
+def check_rows_of_their_own() -> int:
+    """Rows with other settings side by side, one set of logits each and two: each as it is alone."""
+    settings = [
+        Sampling(0.0, seed=1),
+        Sampling(0.7, top_k=3, seed=2),
+        Sampling(1.3, min_p=0.2, seed=3),
+        Sampling(0.9, top_k=35, seed=4),
+        Sampling(2.0, top_k=4, min_p=0.1, seed=5),
+    ]
+    choose = BatchSampler.of_free_rows(5, torch.device("cpu"), 35)
+    choose.set_rows(0, settings)
+    numbers = choose.temperature_B, choose.top_k_B, choose.min_p_B
+    for each in (1, 2):
+        logits = rand(5 * each, 35, seed=each)
+        logits[0, 4] = logits[0, 9] = 9.0  # a tie of the row that takes the largest
+        law = ops.distribution(logits, *numbers)
+        assert law[0].tolist() == [float(v == 4) for v in range(35)]
+        want = choose.probabilities(logits.view(5, each, 35)).view(5 * each, 35)
+        assert torch.equal(law > 0, want > 0) and (law - want).abs().max() <= 1e-6
+        for b, number in enumerate(zip(*numbers, strict=True)):
+            if b:
+                part = slice(b * each, b * each + each)
+                alone = ops.distribution(logits[part], *(value[None] for value in number))
+                assert torch.equal(law[part], alone), b
+    return 2
 
 
 CHECKS: dict[str, Callable[[], int]] = {

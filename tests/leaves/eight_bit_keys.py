@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,11 +15,8 @@ from llama_ref.config import LlamaConfig
 
 
 class EightBitLayer:
-    def __init__(self, shape_BKSd: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        self.dtype = dtype
-        whole = torch.zeros(2, *shape_BKSd, dtype=torch.int8, device=device)
-        scale = torch.zeros(2, *shape_BKSd[:3], 1, dtype=torch.float32, device=device)
-        self.tensors = whole[0], whole[1], scale[0], scale[1]
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype):
+        self.tensors, self.dtype = tuple(tensors), dtype
 
     @property
     def k(self) -> Tensor:
@@ -36,13 +34,16 @@ class EightBitLayer:
 
 
 class EightBitCache:
-    def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        self.batch, self.length, self.capacity = batch, length, length
-        shape = (batch, config.n_kv_heads, length, config.head_dim)
-        self.layers = [EightBitLayer(shape, dtype, device) for _ in range(config.n_layers)]
+    def __init__(self, layers: Sequence[EightBitLayer]):
+        self.batch, _, self.length, _ = layers[0].tensors[0].shape
+        self.capacity, self.layers, self._parts = self.length, list(layers), {}  # type: ignore[var-annotated]
         self.nbytes = sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     def reserve(self, start_B: Tensor, T: int) -> None: ...
+
+    def rows(self, first: int, count: int) -> KVCache:
+        cut = (EightBitLayer([t[first : first + count] for t in at.tensors], at.dtype) for at in self.layers)
+        return self._parts.setdefault((first, count), EightBitCache(list(cut)))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,7 @@ class EightBitKeys:
     def allocate(
         self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        return EightBitCache(config, batch, length, dtype, device)
+        shape = (batch, config.n_kv_heads, length)
+        kinds = [(config.head_dim, torch.int8)] * 2 + [(1, torch.float32)] * 2
+        made = [[torch.zeros(*shape, d, dtype=of, device=device) for d, of in kinds] for _ in range(config.n_layers)]
+        return EightBitCache([EightBitLayer(tensors, dtype) for tensors in made])

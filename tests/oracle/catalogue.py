@@ -21,8 +21,8 @@ from llama_fast.arithmetic import pytorch
 from llama_fast.caches import growing as growing_cache
 from llama_fast.caches import static as static_cache
 from llama_fast.encodings import dense, int8
-from llama_fast.engine import generate, logprobs, runner, sampling, text
-from llama_fast.engine.sampling import BatchSampler
+from llama_fast.engine import engine, generate, logprobs, request, runner, sampling, text
+from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.model import llama as fast
 from llama_fast.model import matrices
 from llama_fast.parallel import tensor_parallel
@@ -289,36 +289,23 @@ def logits_of_the_padding(forward: Any, *args: Any, last_B: Tensor | None = None
 # --- the generation loop
 
 
-def loop(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    return around(generate, "stream", change)
+def all_end_together(step: Any, self: Any) -> Any:
+    events = step(self)
+    if any(event.finish_reason == "stop" for event in events):
+        self.close()
+    return events
 
 
-def all_end_together(stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None) -> Any:
-    for step in stream(runner, prompts, n, how, (), cache):
-        yield step
-        if any(token in eos for token in step):
-            return
+def first_token_may_not_end(take: Any, self: Any, *args: Any) -> Any:
+    event = take(self, *args)
+    if len(self.tokens) == 1 and event.finish_reason == "stop":
+        self.finish_reason, event = None, replace(event, finish_reason=None)
+    return event
 
 
-def first_token_may_not_end(
-    stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None
-) -> Any:
-    done = [False] * len(prompts)
-    for i, step in enumerate(stream(runner, prompts, n, how, (), cache)):
-        yield [None if ended else token for token, ended in zip(step, done)]
-        done = [ended or (i > 0 and token in eos) for token, ended in zip(step, done)]
-        if all(done):
-            return
-
-
-def only_the_first_end_id(
-    stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None
-) -> Any:
-    return stream(runner, prompts, n, how, tuple(eos)[:1], cache)
-
-
-def one_token_more(stream: Any, runner: Any, prompts: Any, n: int, *rest: Any) -> Any:
-    return stream(runner, prompts, n + 1, *rest)
+def never_ends(take: Any, self: Any, *args: Any) -> Any:
+    self.request = replace(self.request, eos_ids=())
+    return take(self, *args)
 
 
 def second_best(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor) -> Tensor:
@@ -333,24 +320,35 @@ def same_position(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor)
 # --- sampling
 
 
-def chosen_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    """Another BatchSampler: change(self) after it is made."""
+def chosen_with(change: Callable[[Sampling], Sampling]) -> Callable[[Patch], None]:
+    """Rows of a BatchSampler with other settings than theirs."""
+    return around(
+        BatchSampler,
+        "set_rows",
+        lambda set_rows, self, first, settings, *rest: set_rows(self, first, [change(one) for one in settings], *rest),
+    )
 
-    def init(original: Any, self: Any, *args: Any) -> None:
-        original(self, *args)
-        change(self)
 
-    return around(BatchSampler, "__init__", init)
+def with_temperature(change: Callable[[float], float]) -> Callable[[Patch], None]:
+    return chosen_with(lambda one: replace(one, temperature=change(one.temperature) if one.temperature else 0.0))
 
 
-def ahead_of_row_0(look_ahead: Any, self: Any, positions: int) -> None:
-    look_ahead(self, positions)
+def with_top_k(change: Callable[[int], int]) -> Callable[[Patch], None]:
+    return chosen_with(lambda one: replace(one, top_k=None if one.top_k is None else change(one.top_k)))
+
+
+def first_seed(set_rows: Any, self: Any, first: int, settings: Any, *rest: Any) -> None:
+    set_rows(self, first, [replace(one, seed=settings[0].seed) for one in settings], *rest)
+
+
+def ahead_of_row_0(hash_ahead: Any, self: Any, part: slice) -> None:
+    hash_ahead(self, part)
     if self.ahead_BSL is not None:
         self.ahead_BSL = self.ahead_BSL[:1].expand_as(self.ahead_BSL)
 
 
-def likeliest_told(columns: Any, self: Any, token_B1: Tensor, logits_BV: Tensor) -> Tensor:
-    found: Tensor = columns(self, token_B1, logits_BV)
+def likeliest_told(columns: Any, token_B1: Tensor, logits_BV: Tensor, top: int) -> Tensor:
+    found: Tensor = columns(token_B1, logits_BV, top)
     return torch.cat([found[:, :1], logits_BV.double().log_softmax(-1).amax(-1, keepdim=True), found[:, 2:]], -1)
 
 
@@ -368,11 +366,6 @@ def plain_steps_greedy(run: Any, self: Any, state: Any, k: int, behind: bool) ->
         self.choose = choose
 
 
-def never_ends(init: Any, self: Any, *args: Any) -> None:
-    init(self, *args)
-    self.eos_ids = ()
-
-
 def saves_one_file(save: Any, self: Any, directory: Any) -> None:
     name, words = next(iter(self._files.items()))
     (directory / name).write_text(words, encoding="utf-8")
@@ -381,22 +374,6 @@ def saves_one_file(save: Any, self: Any, directory: Any) -> None:
 def flips_short_stripes(encode: Any, self: Any, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = encode(self, weight, dtype)
     return {name: part.flip(0) for name, part in parts.items()} if len(weight) < 20 else parts
-
-
-def one_more_of_k(self: Any) -> None:
-    self.top_k = None if self.top_k is None else self.top_k + 1
-
-
-def low_seed_bits(self: Any) -> None:
-    self.key_B2 = self.key_B2 * torch.tensor([1, 0])
-
-
-def first_seed(self: Any) -> None:
-    self.key_B2 = self.key_B2[:1].expand_as(self.key_B2)
-
-
-def inverse_temperature(self: Any) -> None:
-    self.temperature = 1 / self.temperature
 
 
 def without_the_last(keep: Any, p_BV: Tensor, top_p: Tensor) -> Tensor:
@@ -706,18 +683,18 @@ MODEL_FAULTS = [
 ]
 LOOP_FAULTS = [
     f("sometimes the second best", "loop", around(BatchSampler, "__call__", second_best), "own logits"),
-    f("all rows end together", "stop rules", loop(all_end_together), "end elsewhere", trial="loop"),
-    f("the first token may not end", "stop rules", loop(first_token_may_not_end), "end elsewhere", trial="loop"),
-    f("only the first end id", "stop rules", loop(only_the_first_end_id), "end elsewhere", trial="loop"),
-    f("one token more", "stop rules", loop(one_token_more), "as long as asked", trial="loop"),
+    f("all rows end together", "stop rules", around(engine.Engine, "step", all_end_together), "end elsewhere", trial="loop"),
+    f("the first token may not end", "stop rules", around(request.Row, "take", first_token_may_not_end), "end elsewhere", trial="loop"),
+    f("only the first end id", "stop rules", around(generate, "requests_of", lambda make, prompts, n, how, eos: make(prompts, n, how, tuple(eos)[:1])), "end elsewhere", trial="loop"),
+    f("one token more", "stop rules", around(generate, "requests_of", lambda make, prompts, n, *rest: make(prompts, n + 1, *rest)), "as long as asked", trial="loop"),
     f("two steps share a position", "loop", around(BatchSampler, "__call__", same_position), "neighbouring", trial="loop"),
-    f("temperature x 0.5", "loop", chosen_with(lambda self: setattr(self, "temperature", self.temperature * 0.5)), "distribution", trial="loop"),
-    f("seed forgotten", "loop", chosen_with(lambda self: setattr(self, "key_B2", torch.randint(2**31, self.key_B2.shape))), "same seed", trial="loop"),
-    f("seed ignored", "loop", chosen_with(lambda self: setattr(self, "key_B2", self.key_B2 * 0)), "another seed", trial="loop"),
-    f("k + 1 kept", "sampling", chosen_with(one_more_of_k), "probability", trial="sampling"),
-    f("upper half of the seed lost", "sampling", chosen_with(low_seed_bits), "draw alike", trial="sampling"),
-    f("seed of row 0", "sampling", chosen_with(first_seed), "draws over seeds", trial="sampling"),
-    f("temperature inverted", "sampling", chosen_with(inverse_temperature), "probability", trial="sampling"),
+    f("temperature x 0.5", "loop", with_temperature(lambda t: t * 0.5), "distribution", trial="loop"),
+    f("seed forgotten", "loop", chosen_with(lambda one: replace(one, seed=int(torch.randint(2**31, ())))), "same seed", trial="loop"),
+    f("seed ignored", "loop", chosen_with(lambda one: replace(one, seed=0)), "another seed", trial="loop"),
+    f("k + 1 kept", "sampling", with_top_k(lambda k: k + 1), "probability", trial="sampling"),
+    f("upper half of the seed lost", "sampling", chosen_with(lambda one: replace(one, seed=one.seed % 2**32)), "draw alike", trial="sampling"),
+    f("seed of row 0", "sampling", around(BatchSampler, "set_rows", first_seed), "draws over seeds", trial="sampling"),
+    f("temperature inverted", "sampling", with_temperature(lambda t: 1 / t), "probability", trial="sampling"),
     f("nucleus without its last token", "sampling", around(sampling, "keep_nucleus", without_the_last), "probability", trial="sampling"),
     f("nucleus not renormalised", "sampling", around(sampling, "keep_nucleus", not_renormalised), "probability", trial="sampling"),
     f("uniforms of 4 bits", "sampling", around(sampling, "uniform", lambda u, *args: (u(*args) * 16).floor() / 16), "draws over", trial="sampling"),
@@ -726,19 +703,19 @@ LOOP_FAULTS = [
     f("row 0's mask in large batches", "mask", masked(lambda m: m[:1].expand_as(m) if len(m) > 4 else m), "seven rows", trial="loop"),
     f("the longest row's last token behind a prefix", "loop", around(runner.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="loop"),
     f("one seed for all rows", "loop", around(sampling.Sampling, "seeds", lambda seeds, self, rows: seeds(self, rows)[:1] * rows), "draw alike", trial="loop"),
-    f("row 0's uniforms ahead", "loop", around(BatchSampler, "look_ahead", ahead_of_row_0), "draw alike", trial="loop"),
-    f("penalty squared", "loop", chosen_with(lambda self: setattr(self, "penalty", self.penalty**2)), "penalised", trial="loop"),
-    f("log-probability of the likeliest", "loop", around(logprobs.Logprobs, "columns", likeliest_told), "log-probability", trial="loop"),
-    f("at most 64 tokens", "sampling", chosen_with(lambda self: setattr(self, "top_k", self.top_k and min(self.top_k, 64))), "probability", trial="sampling"),
-    f("never colder than 0.1", "sampling", chosen_with(lambda self: self.temperature.clamp_(min=0.1)), "probability", trial="sampling"),
-    f("never warmer than 2", "sampling", chosen_with(lambda self: self.temperature.clamp_(max=2)), "probability", trial="sampling"),
+    f("row 0's uniforms ahead", "loop", around(BatchSampler, "_hash_ahead", ahead_of_row_0), "draw alike", trial="loop"),
+    f("penalty squared", "loop", chosen_with(lambda one: replace(one, repetition_penalty=one.repetition_penalty**2)), "penalised", trial="loop"),
+    f("log-probability of the likeliest", "loop", around(logprobs, "columns", likeliest_told), "log-probability", trial="loop"),
+    f("at most 64 tokens", "sampling", with_top_k(lambda k: min(k, 64)), "probability", trial="sampling"),
+    f("never colder than 0.1", "sampling", with_temperature(lambda t: max(t, 0.1)), "probability", trial="sampling"),
+    f("never warmer than 2", "sampling", with_temperature(lambda t: min(t, 2.0)), "probability", trial="sampling"),
     f("uniforms of 16 bits", "sampling", around(sampling, "uniform", lambda u, *args: (u(*args) * 2**16).floor() / 2**16), "parity", trial="sampling"),
     f("min-p of the whole", "sampling", around(sampling, "keep_likely", absolute_floor), "probability", trial="sampling"),
     f("one uniform judges and draws the last", "rounds", lambda patch: patch.setattr(checks, "JUDGE", checks.LAST), "law of 4", trial="rounds"),
     f("proposals drawn and judged by one uniform", "rounds", lambda patch: patch.setattr(speculative, "DRAWN", checks.JUDGE), "law of 4", trial="rounds"),
     f("plain steps between rounds are greedy", "rounds", around(rounds.Rounds, "run", plain_steps_greedy), "plain steps: law", trial="rounds"),
     f("proposals past the window stand", "rounds", around(rounds, "within", lambda within, row, draft, logits: (draft, within(row, draft, logits)[1])), "aligned", trial="rounds"),
-    f("rounds never end", "stop rules", around(rounds.Rounds, "__init__", never_ends), "end elsewhere", trial="speculation"),
+    f("rounds never end", "stop rules", around(request.Row, "take", never_ends), "end elsewhere", trial="speculation"),
     f("tokenizer saved without its settings", "tokenizer", around(tokenizer.JsonTokenizer, "save", saves_one_file), "saved tokenizer", trial="text"),
     f("short stripes upside down", "int8", around(int8.Int8, "encode", flips_short_stripes), "at a time", trial="round trip", plan=INT8),
     f("always accepted", "acceptance", accepting(always), "emitted law", trial="speculation"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.build import build
-from llama_fast.engine.logprobs import Logprobs
+from llama_fast.engine import logprobs
 from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint
 from oracle.questions.cases import random_row
@@ -40,14 +40,14 @@ def test_log_probabilities_of_every_token_are_compared(told: tuple[Any, Any, Any
 def test_a_log_probability_that_is_no_number_differs(
     column: int, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns = Logprobs.columns
+    columns = logprobs.columns
 
-    def broken(self: Logprobs, token_B1: Tensor, logits_BV: Tensor) -> Tensor:
-        found = columns(self, token_B1, logits_BV)
+    def broken(token_B1: Tensor, logits_BV: Tensor, top: int) -> Tensor:
+        found = columns(token_B1, logits_BV, top)
         found[1, column] = math.nan
         return found
 
-    monkeypatch.setattr(Logprobs, "columns", broken)
+    monkeypatch.setattr(logprobs, "columns", broken)
     runner = build(tiny, optimised(), torch.device("cpu"), torch.float32)
     check = told_check(*told_logprobs(runner, ROWS))
     assert (

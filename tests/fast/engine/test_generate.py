@@ -9,6 +9,7 @@ from llama_fast.build import build
 from llama_fast.caches.static import Static
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.generate import generate, stream
+from llama_fast.engine.request import requests_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Sampling
 from llama_fast.plan import Plan
@@ -78,8 +79,8 @@ def test_a_static_cache_serves_one_request_after_another(untied: Checkpoint) -> 
 
 
 def test_the_stream_is_the_completion(runner: Runner) -> None:
-    steps = list(stream(runner, PROMPTS, 6))
-    assert [list(row) for row in zip(*steps, strict=True)] == [
+    steps = list(stream(runner, requests_of(PROMPTS, 6)))
+    assert [[event and event.token for event in row] for row in zip(*steps, strict=True)] == [
         c.tokens for c in generate(runner, PROMPTS, 6).completions
     ]
 

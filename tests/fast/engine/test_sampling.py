@@ -91,9 +91,9 @@ class Recording:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def distribution(self, logits: Tensor, temperature: Tensor, top_k: int | None, min_p: Tensor | None) -> Tensor:
-        floor = None if min_p is None else float(min_p)
-        self.asked.append(f"law {float(temperature):.1f} {top_k} {floor}")
+    def distribution(self, logits: Tensor, temperature: Tensor, top_k: Tensor | None, min_p: Tensor | None) -> Tensor:
+        told = (None if values is None else [round(value, 1) for value in values.tolist()] for values in (top_k, min_p))
+        self.asked.append(" ".join(["law", *(f"{warmth:.1f}" for warmth in temperature.tolist()), *map(str, told)]))
         return torch.nn.functional.one_hot(logits.argmin(-1), logits.shape[-1]).float()
 
     def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ def test_kernels_choose_where_they_can() -> None:
         logits_BV = torch.tensor([[5.0, 1.0, -40.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], [-40.0, 1.0, 2.0, 60.0, *[1.0] * 5]])
         return choose(logits_BV[:, :vocab], torch.tensor([4, 9])).tolist(), kernels.asked
 
-    assert chosen(Sampling(0.7, top_k=3, min_p=0.5), 8) == ([2, 0], ["law 0.7 3 0.5", "draw"])
-    assert chosen(Sampling(0.7), 4) == ([2, 0], ["law 0.7 None None", "draw"])
+    assert chosen(Sampling(0.7, top_k=3, min_p=0.5), 8) == ([2, 0], ["law 0.7 0.7 [3, 3] [0.5, 0.5]", "draw"])
+    assert chosen(Sampling(0.7), 4) == ([2, 0], ["law 0.7 0.7 None None", "draw"])
     assert chosen(Sampling(0.1, top_p=0.5), 8) == ([0, 3], ["draw"])
     assert chosen(Sampling(0.1), 9) == ([0, 3], [])
     assert chosen(Sampling(0.0), 8) == ([0, 3], ["likeliest"])
@@ -171,3 +171,77 @@ def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
 def test_impossible_requests_fail_at_construction(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+MIXTURE = [
+    Sampling(0.0, seed=3),
+    Sampling(0.8, top_k=5, seed=4),
+    Sampling(1.2, top_p=0.7, seed=2**40 + 5),
+    Sampling(0.9, top_k=2, top_p=0.9, min_p=0.05, seed=6),
+    Sampling(1.5, min_p=0.1, seed=7),
+    Sampling(1.0, top_k=999, seed=8),
+    Sampling(0.0, repetition_penalty=1.5, seed=9),
+    Sampling(1.1, seed=10),
+]
+WRITTEN = [[1, 2], [3], [4, 5, 6], [7], [8], [9], [10, 11, 12], [13]]
+
+
+@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("ahead", [0, 64])
+def test_rows_with_other_settings_choose_to_the_bit_as_they_do_alone(steady: bool, ahead: int) -> None:
+    """Also those set while others run, in any order, and beside rows that nobody asks for any more."""
+    generator = torch.Generator().manual_seed(1)
+    mixed = BatchSampler.of_free_rows(len(MIXTURE), CPU, 40)
+    mixed.steady = steady
+    if ahead:
+        mixed.look_ahead(ahead)
+    compared = 0
+    for joining in (5, 0, 3, 1, 7, 2, 6, 4, None, 3, 0):
+        if joining is None:
+            for b in (0, 3):
+                mixed.free_row(b)
+        else:
+            mixed.set_rows(joining, [MIXTURE[joining]], [WRITTEN[joining]])
+        for _ in range(6):
+            logits = 3 * torch.randn(8, 40, generator=generator)
+            position = torch.randint(0, 60, (8,), generator=generator)
+            tokens, p = mixed(logits, position), mixed.probabilities(logits)
+            for b, one in enumerate(MIXTURE):
+                if mixed.settings[b] is not None:
+                    alone = BatchSampler(one, [one.seeds(1)[0]], CPU, [WRITTEN[b]], 40)
+                    assert alone(logits[b : b + 1], position[b : b + 1]) == tokens[b], b
+                    if one.temperature:
+                        assert torch.equal(alone.probabilities(logits[b : b + 1])[0], p[b]), b
+                    compared += 1
+    assert compared > 200
+
+
+def test_rows_that_filter_alike_need_no_more_code_than_one() -> None:
+    for one in MIXTURE:
+        choose = BatchSampler(one, [1, 2, 3], CPU, [[1]] * 3, 40)
+        assert not choose.code.mixed and choose.code == BatchSampler(one, [1], CPU, [[1]], 40).code
+    warm = BatchSampler.of_free_rows(2, CPU, 40)
+    warm.set_rows(0, [Sampling(0.5, top_k=7, seed=1), Sampling(1.5, top_k=7, seed=2)])
+    assert not warm.code.mixed
+
+
+def test_code_that_was_compiled_becomes_code_for_any_settings_and_stays() -> None:
+    choose = BatchSampler.of_free_rows(3, CPU, 5000)
+    choose.steady = True
+    codes = []
+    for i, one in enumerate([*MIXTURE, *MIXTURE, Sampling(1.0, top_k=300)]):
+        choose.set_rows(i % 3, [one], [[1]])
+        codes.append(choose.code)
+        choose.free_row((i + 1) % 3)
+    assert len(set(codes)) == 3  # greedy; any settings; any, and k up to 1024
+    assert codes[-1].top_k == 1024 and codes[5:] == [codes[5]] * len(codes[5:])
+
+
+def test_some_rows_of_a_sampler_stay_its_own() -> None:
+    choose = BatchSampler.of_free_rows(4, CPU, 40)
+    choose.set_rows(0, MIXTURE[3:7], WRITTEN[3:7])
+    part, logits = choose.rows(2, 2), torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(4)
+    assert torch.equal(part(logits[2:], position[2:]), choose(logits, position)[2:])
+    part.note(torch.tensor([0, 39]))
+    assert choose.seen_BV is not None and choose.seen_BV[3].nonzero()[:, 0].tolist() == [10, 11, 12, 39]

@@ -200,9 +200,9 @@ def test_a_launchers_nonsense_is_one_line(run: Run, monkeypatch: pytest.MonkeyPa
 def test_a_first_call_prepares_the_whole_request(model: Path) -> None:
     llama = Llama.from_pretrained(model, device="cpu")
     cli.warm_up(llama, "a", 100, {"temperature": 0.0, "logprobs": 2})
-    kept = llama._cache[1]
+    kept = llama.caches.kept[1]
     llama.generate("a", 100)
-    assert llama._cache[1] is kept, "a longer cache would be compiled for again, and timed"
+    assert llama.caches.kept[1] is kept, "a longer cache would be compiled for again, and timed"
 
 
 def test_a_stored_encoding_has_a_ladder_of_its_own(run: Run, model: Path, tmp_path: Path) -> None:

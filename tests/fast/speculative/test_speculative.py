@@ -17,6 +17,7 @@ from llama_fast.build import build
 from llama_fast.caches.static import Static
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.generate import generate, stream
+from llama_fast.engine.request import requests_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Sampling
 from llama_fast.model import matvec
@@ -207,9 +208,9 @@ def test_steps_launched_before_the_last_is_read_change_nothing(
         begin(self, device)
         self.depth = 2
 
-    def watched(self: rounds.Rounds, state: State, k: int, launch: Any = rounds.Rounds.launch) -> None:
+    def watched(self: rounds.Rounds, launch: Any = rounds.Rounds.launch) -> None:
         seen.append((self, len(self.launched)))
-        launch(self, state, k)
+        launch(self)
 
     monkeypatch.setattr(rounds.Readback, "__init__", ahead)
     monkeypatch.setattr(rounds.Rounds, "launch", watched)
@@ -238,11 +239,11 @@ def test_the_statistics_add_up(target: Runner, int8: Runner, other: Runner) -> N
 
 
 def test_the_stream_is_the_completion(target: Runner, int8: Runner) -> None:
-    draft = Draft(int8, 3)
-    session = draft.begin(target, PROMPTS, NEW, Sampling(), (), None)
-    steps = list(session.steps())
-    joined = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
-    plain = [[token for token in row if token is not None] for row in zip(*stream(target, PROMPTS, NEW), strict=True)]
+    requests = requests_of(PROMPTS, NEW)
+    joined, plain = (
+        [[event.token for event in row if event is not None] for row in zip(*steps, strict=True)]
+        for steps in (stream(target, requests, draft=Draft(int8, 3)), stream(target, requests))
+    )
     assert joined == plain
 
 
@@ -358,9 +359,9 @@ def test_a_position_off_by_one_is_noticed(target: Runner, int8: Runner, monkeypa
     """Where all proposals stand, the target's own token after them is taken for one that its cache knows."""
     finish = rounds.finish
 
-    def hasty(choose: Any, draft_BK: Tensor, q: Any, logits_BTV: Tensor, history_BL: Tensor, *places: Tensor) -> Tensor:
-        position_B, limit_B = places
-        report = finish(choose, draft_BK, q, logits_BTV, history_BL, position_B, limit_B)
+    def hasty(choose: Any, draft_BK: Tensor, q: Any, logits_BTV: Tensor, state: State) -> Tensor:
+        history_BL, position_B, limit_B = state.history_BL, state.position_B, state.limit_B
+        report = finish(choose, draft_BK, q, logits_BTV, state)
         newest_B1, all_B = history_BL.gather(1, position_B[:, None]), report[:, 1] == 3
         position_B.add_(all_B.long())
         limit_B.add_(all_B.long())
@@ -373,9 +374,8 @@ def test_a_position_off_by_one_is_noticed(target: Runner, int8: Runner, monkeypa
 
 def test_softmax_at_temperature_zero_is_noticed(untied: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     class Soft(rounds.BatchSampler):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)  # type: ignore[arg-type]
-            self.greedy = False
+        def set_rows(self, first: int, settings: Any, written: Any = None) -> None:
+            super().set_rows(first, [dataclasses.replace(one, temperature=1e-6) for one in settings], written)
 
     monkeypatch.setattr(rounds, "BatchSampler", Soft)
     with pytest.raises(AssertionError):

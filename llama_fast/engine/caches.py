@@ -1,0 +1,35 @@
+"""The caches of a runner between generations: whoever generates takes one, and puts it back."""
+
+from __future__ import annotations
+
+from llama_fast.contracts import KVCache
+from llama_fast.engine.runner import Runner
+
+
+class Caches:
+    """For each number of rows the longest cache that was put back: the same addresses and shapes, so compiled code stays.
+
+    A cache that was taken is nobody else's until it is put back: generations may be interleaved, and each then has its own.
+    """
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self.kept: dict[int, KVCache] = {}
+
+    def take(self, rows: int, length: int) -> KVCache:
+        """A cache with room for `length` positions; a new one if none is kept that is long enough."""
+        kept = self.kept.pop(rows, None)
+        return kept if kept is not None and kept.length >= length else self.runner.allocate(rows, length)
+
+    def put_back(self, cache: KVCache) -> None:
+        """Keep a cache for the next generation, if it is of a kind that is worth it and no longer one is there."""
+        if self.runner.plan.cache.fixed_addresses and cache.length > (self.length(cache.batch) or 0):
+            self.kept[cache.batch] = cache
+
+    def length(self, rows: int) -> int | None:
+        """Slots of the cache that is kept for so many rows; None if there is none, or a generation is using it."""
+        return self.kept[rows].length if rows in self.kept else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.kept.values())

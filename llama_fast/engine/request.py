@@ -1,0 +1,176 @@
+"""What is asked for one row, and the row while it is answered: `Row` is the one place that knows when a text ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from llama_fast.engine.logprobs import TokenLogprob
+from llama_fast.engine.sampling import Sampling
+from llama_ref.arguments import row_of_ids, set_of_ids, shown, whole
+from llama_ref.config import LlamaConfig
+
+STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
+"""Why a row ended: at an EOS id or a stop string; at as many tokens as were asked for; because nobody wants it any more."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt's ids and how they are to be continued: at most `max_new_tokens`, up to one of `eos_ids`, which is kept.
+
+    `sampling` is that of one row, with one seed. `logprobs`: tell each token's log-probability, and those of as many of the
+    likeliest; None tells none. Raises TypeError or ValueError that names the argument.
+    """
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_ids: Collection[int] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling={shown(self.sampling)} must be a Sampling")
+        fields = {
+            "ids": tuple(row_of_ids("ids", self.ids)),
+            "max_new_tokens": whole("max_new_tokens", self.max_new_tokens, 1),
+            "sampling": replace(self.sampling, seed=self.sampling.seeds(1)[0]),
+            "eos_ids": frozenset(set_of_ids("eos_ids", self.eos_ids)),
+            "logprobs": None if self.logprobs is None else whole("logprobs", self.logprobs),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        if not self.ids:
+            raise ValueError("a prompt is empty: there is nothing to continue")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs={self.logprobs} must not be negative")
+
+    @property
+    def positions(self) -> int:
+        """The positions that it needs: of its prompt, and of all tokens that it may get."""
+        return len(self.ids) + self.max_new_tokens
+
+
+def requests_of(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    eos_ids: Collection[int] = (),
+    logprobs: int | None = None,
+) -> list[Request]:
+    """A request for each prompt; row b draws with the b-th of `sampling.seeds`."""
+    whole("max_new_tokens", max_new_tokens, 1)
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty: there is nothing to continue")
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling={shown(sampling)} must be a Sampling")
+    rows = zip(prompts, sampling.seeds(len(prompts)), strict=True)
+    return [Request(ids, max_new_tokens, replace(sampling, seed=seed), eos_ids, logprobs) for ids, seed in rows]
+
+
+def check_request(
+    config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, scoring: bool = False
+) -> int:
+    """The positions that these prompts need; ValueError, with the numbers, if the model cannot serve them.
+
+    `scoring`: no new tokens are wanted.
+    """
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 0 if scoring else 1)
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt is empty: there is nothing to continue")
+    for prompt in prompts:
+        check_ids(prompt, config.vocab_size)
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + max_new_tokens > config.max_context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{config.max_context}" + ("" if scoring else f" (max_new_tokens={max_new_tokens})")
+        )
+    return longest + max_new_tokens
+
+
+def check_ids(ids: Sequence[int], vocabulary: int) -> None:
+    """ValueError for a prompt's token id that is not one of `vocabulary`."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"a prompt's token id {token} is outside the vocabulary of {vocabulary}")
+
+
+class Writer(Protocol):
+    """What makes text of a row's tokens, as `text.TextStream`."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+
+    def push(self, token: int) -> str:
+        """The text that a token completes."""
+
+    def finish(self) -> str:
+        """The text that was held back, at the row's end."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token that a row got. `finish_reason` is None while more come; then "stop" or "length"."""
+
+    id: int
+    token: int
+    logprob: TokenLogprob | None = None
+    finish_reason: str | None = None
+    text: str = ""
+    """What the token completes, where the row has a writer: the pieces of a row, joined, are its text."""
+
+
+class Row:
+    """A request while it is answered."""
+
+    def __init__(self, id: int, request: Request, writer: Writer | None = None):
+        """`writer`: makes text of the tokens, and ends the row at a stop string."""
+        self.id, self.request, self.writer = id, request, writer
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.launched = 0
+        """Tokens that the device was asked for; the host may not have seen the last ones."""
+        self.held = 0
+        """Tokens of the prompt whose keys and values were there already."""
+
+    @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return 0 if self.ended else self.request.max_new_tokens - len(self.tokens)
+
+    @property
+    def to_launch(self) -> int:
+        """Tokens that the device is still to be asked for."""
+        return 0 if self.ended else self.request.max_new_tokens - self.launched
+
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> Event:
+        """The next token of a row that has not ended. Whether it is the last is decided here and nowhere else."""
+        assert not self.ended
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        text = "" if self.writer is None else self.writer.push(token)
+        if token in self.request.eos_ids or (self.writer is not None and self.writer.stopped):
+            self.finish_reason = STOP
+        elif len(self.tokens) == self.request.max_new_tokens:
+            self.finish_reason = LENGTH
+        if self.ended and self.writer is not None:
+            text += self.writer.finish()
+            if self.writer.stopped:  # what was held back ended with a stop string
+                self.finish_reason = STOP
+        self.text += text
+        return Event(self.id, token, logprob, self.finish_reason, text)
+
+    def cancel(self) -> None:
+        """Nobody wants more of it."""
+        if not self.ended:
+            self.finish_reason = CANCELLED

@@ -1,0 +1,131 @@
+"""A step of the engine: what is launched on the device for all slots at once, and what comes back. Here, a token for each.
+
+The tokens, their positions and the next step's input stay on the device. The host reads what was chosen a few tokens later;
+what was computed past a row's end is dropped. A free slot goes through every step too: it writes one position of its own, over
+and over. Shapes: B slots, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama_fast.contracts import KVCache
+from llama_fast.engine import logprobs
+from llama_fast.engine.logprobs import TokenLogprob
+from llama_fast.engine.request import Row
+from llama_fast.engine.runner import Runner
+from llama_fast.engine.sampling import BatchSampler
+from llama_fast.engine.transfer import Readback, pad, upload
+
+Taken = list[tuple[Row, list[tuple[int, TokenLogprob | None]]]]
+"""The tokens that each row got from one step, in order."""
+
+
+class Stepper(Protocol):
+    """How rows go on: one token at a time, or several that were proposed. The engine says which rows stand in which slots."""
+
+    def start(self, first: int, rows: Sequence[Row]) -> None:
+        """Read the prompts of rows that take the slots from the `first` on; their first tokens are on their way."""
+
+    def is_due(self) -> bool:
+        """Whether another step is to be launched before the oldest under way is read."""
+
+    def launch(self) -> None:
+        """A step of every slot."""
+
+    def take(self) -> Taken:
+        """Wait for the oldest step under way; what it brought to rows that have not ended. Nothing if there is none."""
+
+    def leave(self, slot: int) -> None:
+        """Nobody stands in this slot any more."""
+
+    def finish(self) -> None:
+        """No row is left: what is still under way is not waited for."""
+
+
+class PlainSteps:
+    """One token for every row in each step."""
+
+    def __init__(self, runner: Runner, slots: Sequence[Row | None], cache: KVCache, length: int, keeps_prefixes: bool):
+        """`slots`: the engine's own list. `length`: positions that a row may have."""
+        device, B = runner.device, len(slots)
+        self.runner, self.slots, self.cache, self.keeps_prefixes = runner, slots, cache, keeps_prefixes
+        sampler = BatchSampler.of_free_rows(B, device, runner.config.vocab_size)
+        self.choose = runner.prepared(sampler, length + 1)
+        self.token_B1 = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        self.position_B = torch.zeros(B, dtype=torch.int64, device=device)
+        self.onward_B = torch.zeros(B, dtype=torch.int64, device=device)
+        """1 where a step moves a row on by a position, 0 where a slot is free."""
+        self.left: list[int] = []
+        """Slots that became free since the last step."""
+        self.readback = Readback(device)
+        self.under_way: deque[list[Row | None]] = deque()
+
+    def start(self, first: int, rows: Sequence[Row]) -> None:
+        part, whole = slice(first, first + len(rows)), len(rows) == len(self.slots)
+        self.choose.set_rows(first, [row.request.sampling for row in rows], [row.request.ids for row in rows])
+        cache = self.cache if whole else self.cache.rows(first, len(rows))
+        choose = self.choose if whole else self.choose.rows(first, len(rows))
+        tokens_BT, length_B = pad([row.request.ids[row.held :] for row in rows], self.runner.device)
+        if any(row.held for row in rows):
+            start_B = upload([row.held for row in rows], self.runner.device)
+            token_B, logits_BV = self.runner.extend(tokens_BT, start_B, length_B, cache, choose)
+            length_B = start_B + length_B
+        else:
+            token_B, logits_BV = self.runner.start(tokens_BT, length_B, cache, choose)
+        self.position_B[part] = length_B
+        self.onward_B[part] = 1
+        self.token_B1[part] = token_B[:, None]
+        choose.note(self.token_B1[part, 0])
+        self._report(self.token_B1[part], logits_BV, rows)
+
+    def is_due(self) -> bool:
+        wanted = any(row is not None and row.to_launch for row in self.slots)
+        return wanted and len(self.under_way) <= self.readback.depth
+
+    def launch(self) -> None:
+        for slot in self.left:
+            if self.slots[slot] is None:
+                self.onward_B[slot] = 0
+                if not self.keeps_prefixes:  # else it stays behind what the row left there
+                    self.position_B[slot] = 0
+        self.left.clear()
+        token_B, logits_BTV = self.runner.step(self.token_B1, self.position_B, self.cache, self.choose)
+        self.position_B.add_(self.onward_B)
+        self.token_B1.copy_(token_B[:, None])  # a CUDA graph overwrites its outputs at the next replay
+        self.choose.note(self.token_B1[:, 0])
+        self._report(self.token_B1, logits_BTV[:, -1], self.slots)
+
+    def _report(self, token_B1: Tensor, logits_BV: Tensor, rows: Sequence[Row | None]) -> None:
+        """Send to the host what was chosen for these rows."""
+        running = [row if row is not None and row.to_launch else None for row in rows]
+        tops = [row.request.logprobs for row in running if row is not None and row.request.logprobs is not None]
+        self.readback.push(logprobs.columns(token_B1, logits_BV, max(tops)) if tops else token_B1)
+        self.under_way.append(running)
+        for row in running:
+            if row is not None:
+                row.launched += 1
+
+    def take(self) -> Taken:
+        if not self.under_way:
+            return []
+        taken: Taken = []
+        for row, (token, *others) in zip(self.under_way.popleft(), self.readback.pop(), strict=True):
+            if row is not None and not row.ended:
+                top = row.request.logprobs
+                said = None if top is None else logprobs.told([token, *others], top)
+                taken.append((row, [(int(token), said)]))
+        return taken
+
+    def leave(self, slot: int) -> None:
+        self.choose.free_row(slot)
+        self.left.append(slot)
+
+    def finish(self) -> None:
+        self.under_way.clear()
+        self.readback = Readback(self.runner.device)
