@@ -146,6 +146,13 @@ def angles_in_float32(table: Any, config: Any) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], -1)
 
 
+def angles_by_exponentials(table: Any, config: Any) -> Tensor:
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    frequency = (-exponent * torch.tensor(config.rope_theta).float().log()).exp()
+    angle = torch.arange(config.max_context).float()[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
 def exp_silu(silu: Any, x: Tensor) -> Tensor:
     return (x.float() / (1 + (-x.float()).exp())).to(x.dtype)
 
@@ -188,6 +195,7 @@ VARIATIONS = [
     Variation("norm in float64", plant=norm(norm_in_double)),
     Variation("rotation by complex numbers", plant=around(pytorch, "rotate", complex_rotation)),
     Variation("angles multiplied out in float32", plant=around(fast, "rope_table", angles_in_float32)),
+    Variation("angles from exponentials in float32", plant=around(fast, "rope_table", angles_by_exponentials)),
     Variation("silu by its exponential", plant=around(fast.F, "silu", exp_silu)),
     Variation("one row at a time", batch=1),
     Variation("batch of five", batch=5),
