@@ -43,13 +43,14 @@ from oracle.questions.localise import (
 )
 from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
+from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.tokens import Encode
 from oracle.report.certificate import Certificate
 from oracle.statistics.compare import Outcome, Verdict, empty, unit_roundoff
 from oracle.statistics.drift import BUDGETS, Drift, Tally, judge_drift, measure
 from oracle.subjects.adapters import RefSubject, Weights, Yardstick, angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
-from oracle.subjects.subject import Subject
+from oracle.subjects.subject import Subject, Trace
 
 DRIFT_ROWS, DRIFT_TOKENS = 4, 256
 STAGE_TOKENS, STAGE_STEPS = 64, 8
@@ -166,10 +167,15 @@ def _verify_runner(
             cast(Tensor, table), angle_Td, radius(checkpoint.config)
         )
     progress(f"{name}: every stage on its own inputs")
-    stages = stage_reports(subject, truth, yardstick, case.rows)
+    cut, traces = shown_stages(subject, truth, case.rows)
+    n_layers = truth.config.n_layers
+    stages = judge_stages(cut, traces, truth, yardstick, n_layers, unit_roundoff(subject.dtype))
     certificate.parts[f"{name} stages"] = summary(stages)
     certificate.layers[name] = layer_curve(stages)
     certificate.first_fault = certificate.first_fault or first_beyond(stages)
+    if runner.plan.encoding.name != "dense" and runner.dtype is not torch.float32:
+        rounded = rounded_reference(truth, runner.dtype)
+        certificate.parts[f"{name} stored numbers"] = judge_stored(cut, traces, truth, rounded, n_layers)
     progress(f"{name}: prefill, decoding, greedy")
     bench = Bench(truth, yardstick)
     certificate.parts[f"{name} logits"] = judge(subject, bench, case)
@@ -264,12 +270,19 @@ def stage_reports(
     subject: FastSubject, truth: RefSubject, yardstick: RefSubject, rows: Sequence[Sequence[int]]
 ) -> list[Stage]:
     """Stages of prefill and of a few decode steps, of a case's rows and of ids at edges."""
+    cut, traces = shown_stages(subject, truth, rows)
+    unit = unit_roundoff(subject.dtype)
+    return judge_stages(cut, traces, truth, yardstick, truth.config.n_layers, unit)
+
+
+def shown_stages(
+    subject: FastSubject, truth: RefSubject, rows: Sequence[Sequence[int]]
+) -> tuple[list[Sequence[int]], list[Trace]]:
+    """The rows that stages are asked on, and what the subject shows of each."""
     longest = STAGE_TOKENS + STAGE_STEPS
     cut = [row[: max(2, longest - 17 * index)] for index, row in enumerate(rows)]  # unequal, so that rows cannot mix
     cut.append(edge_row(truth.vocab_size)[: min(40, truth.config.max_context)])
-    traces = subject.trace(cut, [max(1, len(row) - STAGE_STEPS) for row in cut])
-    unit = unit_roundoff(subject.dtype)
-    return judge_stages(cut, traces, truth, yardstick, truth.config.n_layers, unit)
+    return cut, subject.trace(cut, [max(1, len(row) - STAGE_STEPS) for row in cut])
 
 
 def _verify_encoding(

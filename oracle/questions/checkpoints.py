@@ -61,6 +61,7 @@ def end_blocks(checkpoint: Checkpoint) -> Checkpoint:
 def references(runner: Runner, checkpoint: Checkpoint, orders: int = ORDERS) -> tuple[RefSubject, RefSubject]:
     """Truth and yardstick for a runner, on the weights that it means to compute with.
 
+    The numbers of an encoding are exact in both, so that a kernel which rounds them is not excused by a yardstick that does.
     Dense weights come from the checkpoint and not from the runner, so that a fault of its loading is one. Both hold at
     most one block in their own type at a time: no model is too large for a float64 truth if one of its blocks is not.
     """
@@ -69,6 +70,8 @@ def references(runner: Runner, checkpoint: Checkpoint, orders: int = ORDERS) -> 
     weights = Weights(source, runner.dtype if dense else None, runner.device)
     config = checkpoint.config
     truth = RefSubject(config, weights, torch.float64, runner.device, "truth")
+    if not dense and runner.dtype is not torch.float32:
+        return truth, Yardstick(config, weights, runner.dtype, runner.device, orders, stored=True)
     if orders == 1:
         return truth, RefSubject(config, weights, runner.dtype, runner.device, "yardstick")
     return truth, Yardstick(config, weights, runner.dtype, runner.device, orders)

@@ -4,7 +4,8 @@ A sum of rounded numbers depends on the order of its terms, and no order is the 
 device and version. `with Order(seed):` runs any PyTorch code (the reference, our twin, a transformers model) with the
 terms of every matrix product and mean permuted, the products cut into 1 to 8 partial sums that are added in turn
 (split-K), fused attention written out or not, and angles (outer products) multiplied out in float32 by odd seeds, as most
-implementations do. Nothing else changes: the types in which products are rounded stay,
+implementations do. A product of unequal types is one with a stored matrix: exact numbers, summed wide, and rounded to the type of
+its input, once as a sum and once more as it is scaled. Nothing else changes: the types in which products are rounded stay,
 partial sums are kept in float32 or wider, so each order is what a careful kernel might do.
 
     >>> with Order(3):
@@ -27,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 PIECES = (1, 2, 4, 8)
 MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 LINEARS = (F.linear, torch.ops.mkldnn._linear_pointwise)  # oneDNN's begins with the same arguments
+SCALE = 0.7
+"""Of a stored matrix; any number that is no power of two, so that the second rounding is another than the first."""
 MEANS = (torch.mean, torch.Tensor.mean)
 
 
@@ -41,6 +44,8 @@ class Order(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in MATMULS and args[0].dtype is not args[1].dtype:
+            return self.stored(*args)
         if self.seed:
             if func in MATMULS and args[1].dim() >= 2:
                 return self.product(args[0], -1, args[1], -2, torch.matmul)
@@ -80,6 +85,12 @@ class Order(TorchFunctionMode):
             total = term if total is None else total + term
         assert total is not None
         return total.to(a.dtype)
+
+    def stored(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """x @ an exact matrix in a wider type: what an encoding promises is stored integers, and the scale after the sum."""
+        wide = x.to(matrix.dtype)
+        y = self.product(wide, -1, matrix, -2, torch.matmul) if self.seed else torch.matmul(wide, matrix)
+        return ((y / SCALE).to(x.dtype).to(y.dtype) * SCALE).to(x.dtype)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = self.product(input, -1, weight, -1, F.linear)

@@ -265,6 +265,28 @@ def scale_of_columns(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
     return F.linear(x * columns, weight.to(x.dtype))
 
 
+def rounded_matrix(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    """The matrix is made in the type of the arithmetic before it multiplies."""
+    return F.linear(x, parts["weight"].to(x.dtype) * parts["scale"].to(x.dtype))
+
+
+def rounded_once_more(rows: int) -> Callable[..., Tensor]:
+    """The same for the products of so many outputs, which are summed wide, and rounded once."""
+
+    def product(original: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+        if parts["weight"].shape[0] != rows:
+            return original(self, x, parts)  # type: ignore[no-any-return]
+        matrix = (parts["weight"].to(x.dtype) * parts["scale"].to(x.dtype)).float()
+        return F.linear(x.float(), matrix).to(x.dtype)
+
+    return product
+
+
+def rounded_scales(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    scale = parts["scale"]
+    return product(self, x, {**parts, "scale": (scale.float() / 2**-9).round().clamp(min=1).to(scale.dtype) * 2**-9})
+
+
 def unsigned(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
     return F.linear(x, parts["weight"].view(torch.uint8).to(x.dtype)) * parts["scale"].view(-1).to(x.dtype)
 
@@ -688,6 +710,10 @@ MODEL_FAULTS = [
         plan=INT8,
         dtype=BF16,
     ),
+    f("the matrix rounded to bf16", "int8", around(int8.Int8, "product", rounded_matrix), "q: share of a rounded", plan=INT8, dtype=BF16),
+    f("the head's matrix rounded to bf16", "int8", around(int8.Int8, "product", rounded_once_more(257)), "logits: share of a rounded", plan=INT8, dtype=BF16),
+    f("the last product's matrix rounded to bf16", "int8", around(int8.Int8, "product", rounded_once_more(64)), "ffn_out: share of a rounded", plan=INT8, dtype=BF16),
+    f("scales in steps of 1/512", "int8", around(int8.Int8, "product", rounded_scales), "layers.0.q", plan=INT8, dtype=BF16),
     f(
         "scales stored one row off",
         "int8",

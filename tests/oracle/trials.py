@@ -22,16 +22,17 @@ from oracle.questions.checkpoints import judge_repetition, judge_round_trip, jud
 from oracle.questions.generation import judge_draws, judge_stopping
 from oracle.questions.judge import Bench, judge
 from oracle.questions.law import judge_rounds
-from oracle.questions.localise import first_beyond, judge_rope_table, judge_weights, summary
+from oracle.questions.localise import first_beyond, judge_rope_table, judge_stages, judge_weights, summary
 from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
 from oracle.questions.speculation import judge_acceptance, judge_speculation
+from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.threads import judge_ranks
-from oracle.statistics.compare import Verdict
+from oracle.statistics.compare import Verdict, unit_roundoff
 from oracle.subjects.adapters import angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
 from oracle.subjects.others import HFSubject
-from oracle.verify import bench_for, stage_reports
+from oracle.verify import bench_for, shown_stages
 
 CPU = torch.device("cpu")
 
@@ -64,7 +65,8 @@ def model(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1)
     case = short_case(standard_case(config.vocab_size, config.max_context, seed=seed))
     truth, yardstick = references(runner, checkpoint)
     subject = FastSubject(runner, len(case.rows), case.longest, used_cache=True, tokens_a_step=5)
-    stages = stage_reports(subject, truth, yardstick, case.rows)
+    cut, traces = shown_stages(subject, truth, case.rows)
+    stages = judge_stages(cut, traces, truth, yardstick, config.n_layers, unit_roundoff(dtype))
     table = angles(config, config.max_context)
     lossy = 0.0 if plan.encoding.name == "dense" else 0.5 / 127 * (1 + 2**-7) * 1.001
     parts = {
@@ -79,6 +81,8 @@ def model(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1)
     }
     if dtype is torch.float32:
         parts["window"] = judge_window(checkpoint, plan, CPU, dtype)[0]
+    if lossy and dtype is not torch.float32:
+        parts["stored numbers"] = judge_stored(cut, traces, truth, rounded_reference(truth, dtype), config.n_layers)
     first = first_beyond(stages)
     return Found(parts, "" if first is None else first.name)
 

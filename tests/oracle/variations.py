@@ -20,21 +20,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_fast.arithmetic import pytorch
 from llama_fast.build import build
-from llama_fast.encodings import dense
+from llama_fast.encodings import dense, int8
 from llama_fast.model import llama as fast
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from oracle.questions.cases import Split, standard_case
 from oracle.questions.checkpoints import references
 from oracle.questions.judge import Bench, judge
-from oracle.questions.localise import summary
+from oracle.questions.localise import judge_stages, summary
+from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.threads import RankedSubject
+from oracle.statistics.compare import unit_roundoff
 from oracle.statistics.orders import Order
 from oracle.subjects.adapters import RefSubject, Weights
 from oracle.subjects.fast import FastSubject
 from oracle.subjects.others import CallableSubject
 from oracle.subjects.subject import Subject
-from oracle.verify import bench_for, stage_reports
+from oracle.verify import bench_for, shown_stages
 
 Patch = pytest.MonkeyPatch
 
@@ -94,7 +96,12 @@ class Variation:
             subject = Within(runner, self.batch, self.cache, used_cache=True, tokens_a_step=1 + seed % 7)
             subject.enter = lambda: self.inside(seed)
             parts = {"logits": judge(subject, bench, case)}
-            parts["stages"] = summary(stage_reports(subject, truth, yardstick, case.rows))
+            cut, traces = shown_stages(subject, truth, case.rows)
+            stages = judge_stages(cut, traces, truth, yardstick, config.n_layers, unit_roundoff(dtype))
+            parts["stages"] = summary(stages)
+            if self.plan.encoding.name != "dense" and dtype is not torch.float32:
+                rounded = rounded_reference(truth, dtype)
+                parts["stored numbers"] = judge_stored(cut, traces, truth, rounded, config.n_layers)
         return trials.Found(parts)
 
 
@@ -123,6 +130,10 @@ def row_by_row(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
 
 def in_double(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
     return F.linear(x.double(), parts["weight"].double()).to(x.dtype)
+
+
+def one_rounding(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    return (F.linear(x.float(), parts["weight"].float()) * parts["scale"].float().view(-1)).to(x.dtype)
 
 
 def by_hand(forward: Any, self: Any, x: Tensor) -> Tensor:
@@ -181,6 +192,7 @@ VARIATIONS = [
     Variation("static cache, projections apart", replace(DENSE, fuse_projections=False)),
     Variation("int8", INT8),
     Variation("int8, cache that grows", replace(INT8, cache=Plan().cache), cache=None),
+    Variation("int8, rounded once", INT8, plant=around(int8.Int8, "product", one_rounding)),
     Variation("any order of summation", inside=lambda seed: Order(1000 + seed)),
     Variation("any order, projections apart", GROWING, cache=None, inside=lambda seed: Order(3000 + seed)),
     Variation("any order, int8", INT8, inside=lambda seed: Order(5000 + seed)),
