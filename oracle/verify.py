@@ -103,8 +103,7 @@ def verify(
             progress(f"{name}: building")
             runner = build(checkpoint, plan, device=device, dtype=of_type)
             subject = _verify_runner(certificate, runner, checkpoint, case, name, progress)
-            if of_type is torch.float32:
-                _verify_window(certificate, checkpoint, plan, device, progress)
+            _verify_window(certificate, checkpoint, plan, device, of_type, progress)
             if of_type is dtype:
                 _verify_loop(certificate, subject, case, beside, progress)
                 _verify_encoding(certificate, runner, checkpoint, encode, progress, extras.text)
@@ -184,17 +183,23 @@ def _verify_runner(
 
 
 def _verify_window(
-    certificate: Certificate, checkpoint: Checkpoint, plan: Plan, device: torch.device, progress: Callable[[str], None]
+    certificate: Certificate,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
 ) -> None:
     """The whole window; compiled code is left aside, since its shapes would be compiled for this alone."""
-    progress("float32: requests of unusual shapes, the whole window")
+    name = str(dtype).removeprefix("torch.")
+    progress(f"{name}: requests of unusual shapes, the whole window")
     uncompiled = replace(plan, compiler=Eager()) if plan.compiler.compiles_each_shape else plan
-    certificate.parts["requests"] = judge_requests(checkpoint, uncompiled, device)
-    verdict, length = judge_window(checkpoint, uncompiled, device, torch.float32)
-    certificate.parts["float32 window"] = verdict
+    certificate.parts[f"{name} requests"] = judge_requests(checkpoint, uncompiled, device, dtype)
+    verdict, length = judge_window(checkpoint, uncompiled, device, dtype)
+    certificate.parts[f"{name} window"] = verdict
     if length < checkpoint.config.max_context:
         told = f"positions of the window judged to {length} of {checkpoint.config.max_context}; its angles to the end"
-        certificate.notes.append(told)
+        certificate.notes += [] if told in certificate.notes else [told]
 
 
 def _verify_loop(

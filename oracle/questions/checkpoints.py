@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -26,12 +27,15 @@ from oracle.questions.cases import random_row
 from oracle.questions.localise import judge_weights
 from oracle.questions.tokens import TEXTS, Encode, judge_tokens, judge_writer
 from oracle.statistics.budget import ORDERS
-from oracle.statistics.compare import Check, Verdict, compare_logits, empty, unit_roundoff
+from oracle.statistics.compare import Check, Verdict, compare_logits, compare_stage, empty, unit_roundoff
 from oracle.subjects.adapters import RefSubject, Weights, Yardstick
 from oracle.subjects.fast import FastSubject
 from oracle.subjects.subject import Setting
 
 WINDOW_TAIL, WINDOW_STEPS = 40, 8
+WIDTHS = (1, 1, 1, 2, 2, 5, 5, 2, 5, 1)
+"""Tokens of the steps that decode a window's end, again and again."""
+WORDS = 2048
 EMPTY = torch.empty(0)
 LONGEST_WINDOW = {"cpu": 8192, "cuda": 32768}
 
@@ -44,6 +48,23 @@ def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
         if not name.startswith("layers.") or int(name.split(".")[1]) < count
     }
     return replace(checkpoint, config=replace(checkpoint.config, n_layers=count), weights=kept)
+
+
+def one_block(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
+    """The first block, with a short vocabulary."""
+    return few_words(first_blocks(checkpoint, 1), device)
+
+
+def few_words(one: Checkpoint, device: torch.device) -> Checkpoint:
+    """On a CPU a model with the first `WORDS` words of the vocabulary alone: the rest of it costs time, and is asked of the whole
+    model."""
+    if device.type != "cpu" or one.config.vocab_size <= WORDS:
+        return one
+    tables = ("tok_embeddings", "output")
+    kept = {
+        name: source[:WORDS] if name.split(".")[0] in tables else source for name, source in one.weights.items()
+    }
+    return replace(one, config=replace(one.config, vocab_size=WORDS), weights=kept)
 
 
 def end_blocks(checkpoint: Checkpoint) -> Checkpoint:
@@ -78,28 +99,81 @@ def references(runner: Runner, checkpoint: Checkpoint, orders: int = ORDERS) -> 
 
 
 def judge_window(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Verdict, int]:
-    """The last positions of the longest row that fits, through the model's first block, the embedding and the head.
+    """The last positions of the longest row that fits, through the model's first block, the embedding and the head, in steps of
+    one token, two and five.
 
     Whatever depends on a position does so in every block alike; one block makes the whole window affordable.
     """
-    one = first_blocks(checkpoint, 1)
+    one = one_block(checkpoint, device)
     length = min(one.config.max_context, LONGEST_WINDOW[device.type])
     tail = min(WINDOW_TAIL, length - 1)
     row = random_row(one.config.vocab_size, length, seed=99)
     runner = build(one, plan, device=device, dtype=dtype)
     truth, yardstick = references(runner, one)
-    subject = FastSubject(runner)
-    found: list[Tensor] = []
-    for split, end in ((length - WINDOW_STEPS, length), (length - tail + 1, length - tail + WINDOW_STEPS)):
-        if 1 <= split < end <= length:
-            found.append(subject.decode_logits([row[:end]], [split])[0])
-    starts = [length - WINDOW_STEPS - 1, length - tail][: len(found)]
-    true, plain = truth.tail_logits(row, tail), yardstick.tail_logits(row, tail)
-    cut = [slice(at - (length - tail), at - (length - tail) + len(rows)) for at, rows in zip(starts, found)]
+    found, starts = [_tail_in_steps(runner, row, length - tail)], [length - tail]
+    if length - WINDOW_STEPS > 1:  # a prefill that reaches further, and plain steps to the end
+        found.append(FastSubject(runner).decode_logits([row], [length - WINDOW_STEPS])[0])
+        starts.append(length - WINDOW_STEPS - 1)
+    true, plain = truth.tail_logits(row, tail + 1), yardstick.tail_logits(row, tail + 1)
+    cut = [slice(at - (length - tail - 1), None) for at in starts]
     verdict = compare_logits(
         found, [true[part] for part in cut], [plain[:, part] for part in cut], unit_roundoff(dtype), starts
     )
-    return verdict, length
+    return verdict + _turned_at_edges(runner, truth, yardstick, length), length
+
+
+@torch.no_grad()
+def _tail_in_steps(runner: Runner, row: Sequence[int], start: int) -> Tensor:
+    """Logits from position `start` to the row's end, after a prefill of what stands before, in steps of `WIDTHS`."""
+    cache = runner.allocate(1, len(row))
+    held_BT = torch.tensor([row[: max(start, 2)]], device=runner.device)
+    runner.prefill(held_BT, torch.tensor([start], device=runner.device), cache)
+    seen, at = [], start
+    for width in itertools.cycle(WIDTHS):
+        if at == len(row):
+            return torch.cat(seen)
+        step_BT = torch.tensor([row[at : at + width]], device=runner.device)
+        seen.append(runner.decode(step_BT, torch.tensor([at], device=runner.device), cache)[0].clone())
+        at += step_BT.shape[1]
+    raise AssertionError
+
+
+@torch.no_grad()
+def _turned_at_edges(runner: Runner, truth: RefSubject, yardstick: RefSubject, length: int) -> Verdict:
+    """Queries at both sides of every power of two and at the window's end, one token a row of two, turned by the angles that
+    the model's table has there. The table itself is judged elsewhere."""
+    model = runner.model
+    table = getattr(model, "rope_table", None)
+    if table is None:
+        return empty("queries at edges", "the model shows no table of angles")
+    edges = {2**k + d for k in range(1, 18) for d in (-1, 0, 1)} | {0, length - 1}
+    places = sorted(at for at in edges if 0 <= at < length)
+    tokens = random_row(runner.config.vocab_size, len(places), seed=98)
+    half = len(places) // 2
+    cache = runner.allocate(2, length)
+    seen: dict[int, Tensor] = {}
+    for one, other in zip(range(half), range(half, 2 * half)):
+        at_B = torch.tensor([places[one], places[other]], device=runner.device)
+        cache.reserve(at_B, 1)
+
+        def keep(stage: str, value: Tensor, pair: tuple[int, int] = (one, other)) -> None:
+            if stage == "layers.0.q_rope":
+                seen.update(zip(pair, value.detach().reshape(2, -1).clone()))
+
+        model(torch.tensor([[tokens[one]], [tokens[other]]], device=runner.device), at_B, cache, show=keep)
+    if not seen:
+        return empty("queries at edges", "the model shows none")
+    shown = [torch.stack([seen[i] for i in range(2 * half)])]
+    cos_sin = table[torch.tensor(places[: 2 * half], device=table.device)]
+    true, plain = (one.turned_queries(tokens[: 2 * half], cos_sin) for one in (truth, yardstick))
+    verdict = compare_stage(shown, [true], [plain], unit_roundoff(runner.dtype))
+    told = tuple(
+        replace(check, where=f"position {places[int(check.where.rpartition(' ')[2])]}")
+        if check.where.startswith("row 0, position ")
+        else replace(check, where="")
+        for check in verdict.checks
+    )
+    return Verdict(told).named("queries at edges")
 
 
 def judge_round_trip(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -247,6 +321,7 @@ __all__ = [
     "OtherProcess",
     "answer",
     "first_blocks",
+    "one_block",
     "judge_repetition",
     "judge_round_trip",
     "judge_text",

@@ -29,6 +29,7 @@ from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from oracle.questions.checkpoints import references
 from oracle.questions.generation import chi_square, distribution, judge_stopping
+from oracle.questions.survival import survived
 from oracle.statistics.compare import Check, Verdict
 from oracle.subjects.fast import sampling_of
 from oracle.subjects.speculative import SpeculativeSubject
@@ -73,15 +74,6 @@ def judge_rounds(device: torch.device) -> Verdict:
     questions["ends"] = functools.partial(judge_stopping, stopping, RAGGED, 12)
     questions["aligned rounds"] = functools.partial(aligned_as_padded, target)
     return sum((survived(name, ask) for name, ask in questions.items()), Verdict())
-
-
-def survived(name: str, ask: Callable[[], Verdict]) -> Verdict:
-    """The answer; a failed check where the code on trial ended with an error: impossible tokens lead to many."""
-    try:
-        return ask()
-    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
-        told = (str(error).strip().splitlines() or [""])[0]
-        return Verdict((Check(f"{name}: ended with an error", 1, 0, f"{type(error).__name__}: {told}"),))
 
 
 def aligned_as_padded(target: Runner) -> Verdict:

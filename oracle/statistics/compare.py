@@ -64,6 +64,10 @@ UNLIKE = 0.7  # relative error of logits that no longer resemble the truth
 UNINFORMATIVE = 0.25  # relative error of a yardstick that no longer measures anything
 
 
+class Unjudgeable(ValueError):
+    """What was given cannot be judged, whatever the subject says: no verdict, but a refusal."""
+
+
 class Outcome(str, Enum):
     """What a verdict says. Only AGREE is a pass."""
 
@@ -459,7 +463,7 @@ def _finite_check(rows: Sequence[_Errors]) -> Check:
     bad, where, positions = 0, "", 0
     for row in rows:
         if not torch.isfinite(row.truth_square).all():
-            raise ValueError("the float64 truth holds NaN or infinity: these weights cannot be judged")
+            raise Unjudgeable("the float64 truth holds NaN or infinity: these weights cannot be judged")
         broken_T = ~torch.isfinite(row.square)
         bad += int(broken_T.sum())
         where = where or (row.at(int(broken_T.int().argmax())) if broken_T.any() else "")

@@ -36,9 +36,12 @@ MEANS = (torch.mean, torch.Tensor.mean)
 class Order(TorchFunctionMode):
     """One legal order of summation, the same at every run. Seed 0 is the order of the library itself."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, exponentials: bool = False):
+        """`exponentials`: where angles are multiplied out in float32, their frequencies come as exponentials too, as they do in
+        some implementations; it matters beyond some thousand positions."""
         super().__init__()
         self.seed = seed
+        self.frequencies = by_exponentials if exponentials else torch.Tensor.float
         self.writes_attention_out = bool(random.Random(seed).getrandbits(1))
         self._parts: dict[tuple[int, torch.device], list[Tensor]] = {}
 
@@ -56,7 +59,7 @@ class Order(TorchFunctionMode):
             if func is torch.einsum and len(args) == 3:
                 return self.einsum(*args)
             if func is torch.outer and self.seed % 2 and args[0].dtype is torch.float64:
-                return torch.outer(args[0].float(), args[1].float()).double()
+                return torch.outer(args[0].float(), self.frequencies(args[1])).double()
             if func in MEANS and args[1:] == (-1,) and args[0].is_floating_point():
                 order = torch.cat(self.parts(args[0].shape[-1], args[0].device))
                 return args[0].index_select(-1, order).mean(-1, **kwargs)
@@ -125,3 +128,10 @@ class Order(TorchFunctionMode):
             hidden = torch.zeros_like(attn_mask, dtype=score.dtype).masked_fill(~attn_mask, -math.inf)
             score = score + (hidden if attn_mask.dtype is torch.bool else attn_mask)
         return self.product(score.softmax(-1), -1, value.float(), -2, torch.matmul).to(query.dtype)
+
+
+def by_exponentials(frequency_d: Tensor) -> Tensor:
+    """Float32 frequencies whose exponent was rounded to float32, and is off by another half unit in its last place."""
+    exponent_d = frequency_d.log().float()
+    side_d = 1 - 2 * (torch.arange(len(exponent_d), device=exponent_d.device) % 2)
+    return (exponent_d.double() * (1 + side_d * 2.0**-24)).float().exp()

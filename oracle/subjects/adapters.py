@@ -178,6 +178,18 @@ class RefSubject:
         n_1TD = rms_norm(x_1TD, self.weight("norm.weight"), c.norm_eps)
         return n_1TD[0] @ (table if c.tie_embeddings else self.weight("output.weight")).T
 
+    @torch.no_grad()
+    def turned_queries(self, tokens: Sequence[int], cos_sin_Td2: Tensor) -> Tensor:
+        """The first block's queries [T, H d] of tokens that stand at the positions of these cosines and sines."""
+        c, name = self.config, "layers.0.attention.wq"
+        w = {"wq": self.weight(f"{name}.weight")}
+        b = {"wq": self.weight(f"{name}.bias")} if f"{name}.bias" in self.weights else {}
+        x_1TD = self._typed(self.weight("tok_embeddings.weight")[torch.tensor(list(tokens), device=self.device)])[None]
+        n_1TD = rms_norm(x_1TD, self.weight("layers.0.attention_norm.weight"), c.norm_eps)
+        q_1Thd = project(n_1TD, w, b, "wq").view(1, len(tokens), -1, c.head_dim)
+        turns_Td = torch.view_as_complex(cos_sin_Td2.to(self.device, island(self.dtype)).contiguous())
+        return rotate(q_1Thd, turns_Td)[0].flatten(1)
+
     def weight(self, name: str) -> Tensor:
         return self._typed(self.weights[name][:])
 
@@ -241,8 +253,15 @@ class Yardstick(RefSubject):
     def tail_logits(self, tokens: Sequence[int], count: int) -> Tensor:
         several = []
         for seed in range(self.orders):
-            with Order(seed):
+            with Order(seed, exponentials=True):
                 several.append(super().tail_logits(tokens, count))
+        return torch.stack(several)
+
+    def turned_queries(self, tokens: Sequence[int], cos_sin_Td2: Tensor) -> Tensor:
+        several = []
+        for seed in range(self.orders):
+            with Order(seed):
+                several.append(super().turned_queries(tokens, cos_sin_Td2))
         return torch.stack(several)
 
     def stages_of_block(self, layer: int, seen: Sequence[Trace]) -> list[Trace]:

@@ -50,14 +50,14 @@ class FastSubject:
         """Rows one by one; and several tokens a step, each step first fed other tokens, as after a rejected draft."""
         found: dict[str, tuple[Route, int]] = {"rows one by one": (self._alone, -1)}
         if self.tokens_a_step is not None:
-            found[f"{self.tokens_a_step} tokens a step, drafts rejected"] = self._several, 0
+            found[f"{self.tokens_a_step} tokens a step, drafts rejected"] = self.several, 0
         return found
 
     def _alone(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
         return [self.decode_logits([row], [split])[0] for row, split in zip(rows, splits, strict=True)]
 
     @torch.no_grad()
-    def _several(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
+    def several(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
         """Steps of `tokens_a_step`; a row's last step reaches back over tokens that the cache already holds."""
         assert self.tokens_a_step is not None
         device, width = self.runner.device, min(self.tokens_a_step, *(len(row) for row in rows))

@@ -147,6 +147,46 @@ def silent_last_head(attend: Any, q: Tensor, *rest: Any) -> Tensor:
     return out  # type: ignore[no-any-return]
 
 
+def rows_masked(change: Callable[[Tensor], Tensor], when: Callable[[int, int], bool]) -> Callable[[Patch], None]:
+    """Another mask [B, 1, T, S] where when(B, T)."""
+    return masked(lambda mask: change(mask) if when(mask.shape[0], mask.shape[2]) else mask)
+
+
+def in_bf16_beyond(count: int, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Another mask where values are bf16 and there are more slots than so many."""
+
+    def attend(original: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        wrong = mask is not None and q.dtype is BF16 and k.shape[2] > count
+        return original(q, k, v, change(mask) if wrong and mask is not None else mask)  # type: ignore[no-any-return]
+
+    return attention(attend)
+
+
+def coarse_positions(place: Any, self: Any, table: Tensor, tokens: Tensor, start: Tensor | None, cache: Any) -> Any:
+    """Angles of positions that were rounded to eight significant bits, less one: right up to 128."""
+    step = place(self, table, tokens, start, cache)
+    if cache.layers[0].k.dtype is not BF16:
+        return step
+    return step._replace(cos_sin_BTd2=table[(step.position_BT // 2).bfloat16().long() * 2 + step.position_BT % 2 * (step.position_BT < 128)])
+
+
+def equal_rows_share(attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows of one length read the keys of the first."""
+    if mask is not None and len(mask) > 1 and mask.shape[2] == 1 and bool((mask == mask[:1]).all()):
+        k = k[:1].expand_as(k)
+    return attend(q, k, v, mask)  # type: ignore[no-any-return]
+
+
+def late_slots_of_later_blocks(write: Any, slots: Tensor, new: Tensor, at: Tensor) -> Tensor:
+    """Beyond slot 159 the next one is written, but not in a pass's first block."""
+    late_slots_of_later_blocks.calls += 1  # type: ignore[attr-defined]
+    later = (late_slots_of_later_blocks.calls - 1) // 2 % 2  # type: ignore[attr-defined]  # keys, values; two blocks
+    return write(slots, new, torch.where((at > 159) & (later == 1), (at + 1).clamp(max=slots.shape[2] - 1), at))  # type: ignore[no-any-return]
+
+
+late_slots_of_later_blocks.calls = 0  # type: ignore[attr-defined]
+
+
 # --- caches
 
 
@@ -749,12 +789,21 @@ LOOP_FAULTS = [
     f("uniforms of 4 bits", "sampling", around(sampling, "uniform", lambda u, *args: (u(*args) * 16).floor() / 16), "draws over", trial="sampling"),
     f("position ignored", "sampling", around(sampling, "uniform", lambda u, key, at, *rest: u(key, at * 0, *rest)), "draws over positions", trial="sampling"),
     f("highest id on a tie", "sampling", around(BatchSampler, "__call__", highest_id), "argmax", trial="sampling"),
-    f("row 0's mask in large batches", "mask", masked(lambda m: m[:1].expand_as(m) if len(m) > 4 else m), "seven rows", trial="loop"),
-    f("the longest row's last token behind a prefix", "loop", around(runner.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="loop"),
+    f("row 0's mask in large batches", "mask", masked(lambda m: m[:1].expand_as(m) if len(m) > 4 else m), "seven rows", trial="requests"),
+    f("the longest row's last token behind a prefix", "loop", around(runner.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="requests"),
+    f("row 0's mask beyond eight rows", "mask", rows_masked(lambda m: m[:1].expand_as(m), lambda B, T: B > 9), "seventeen rows", trial="requests"),
+    f("the fifth to eighth row's newest slot hidden", "mask", rows_masked(lambda m: torch.cat([m[:4], m[4:] & m[4:].roll(-1, -1)]), lambda B, T: B == 8 and T == 1), "eight rows", trial="requests"),
+    f("the ninth row sees all slots", "mask", rows_masked(lambda m: torch.cat([m[:8], m[8:] | True]), lambda B, T: B == 9), "nine rows", trial="requests"),
+    f("rows of one length share keys", "attention", attention(equal_rows_share), "rows of one length", trial="requests"),
+    f("two tokens a step see each other", "mask", rows_masked(one_step_sees_itself, lambda B, T: T == 2 and B > 2), "two tokens a step", trial="requests"),
+    f("steps of two turned as one", "rope", rotation(lambda rotate, x, t: rotate(x, t[:, :1].expand_as(t) if x.shape[1] == 2 and len(x) > 2 else t)), "two tokens a step", trial="requests"),
+    f("angles of positions in bf16", "rope", around(pytorch.Operators, "place", coarse_positions), "queries at edges", dtype=BF16),
+    f("in bf16 the first slot forgotten beyond 280", "mask", in_bf16_beyond(255, lambda m: m & ~((torch.arange(m.shape[-1]) == 0) & m[..., 160:].any(-1, keepdim=True))), "window", dtype=BF16),
+    f("slots past 159 of later blocks", "cache", writing(late_slots_of_later_blocks), "longer rows", trial="requests"),
     f("one seed for all rows", "loop", around(sampling.Sampling, "seeds", lambda seeds, self, rows: seeds(self, rows)[:1] * rows), "draw alike", trial="loop"),
     f("row 0's uniforms ahead", "loop", around(BatchSampler, "look_ahead", ahead_of_row_0), "draw alike", trial="loop"),
-    f("penalty squared", "loop", chosen_with(lambda self: setattr(self, "penalty", self.penalty**2)), "penalised", trial="loop"),
-    f("log-probability of the likeliest", "loop", around(logprobs.Logprobs, "columns", likeliest_told), "log-probability", trial="loop"),
+    f("penalty squared", "loop", chosen_with(lambda self: setattr(self, "penalty", self.penalty**2)), "penalised", trial="requests"),
+    f("log-probability of the likeliest", "loop", around(logprobs.Logprobs, "columns", likeliest_told), "log-probability", trial="requests"),
     f("at most 64 tokens", "sampling", chosen_with(lambda self: setattr(self, "top_k", self.top_k and min(self.top_k, 64))), "probability", trial="sampling"),
     f("never colder than 0.1", "sampling", chosen_with(lambda self: self.temperature.clamp_(min=0.1)), "probability", trial="sampling"),
     f("never warmer than 2", "sampling", chosen_with(lambda self: self.temperature.clamp_(max=2)), "probability", trial="sampling"),

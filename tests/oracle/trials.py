@@ -79,8 +79,7 @@ def model(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1)
         ),
         "logits": judge(subject, Bench(truth, yardstick), case),
     }
-    if dtype is torch.float32:
-        parts["window"] = judge_window(checkpoint, plan, CPU, dtype)[0]
+    parts["window"] = judge_window(checkpoint, plan, CPU, dtype)[0]
     if lossy and dtype is not torch.float32:
         parts["stored numbers"] = judge_stored(cut, traces, truth, rounded_reference(truth, dtype), config.n_layers)
     first = first_beyond(stages)
@@ -95,9 +94,12 @@ def loop(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) 
         "stop rules": judge_stopping(subject, prompts, 12),
         "draws": judge_draws(subject, prompts, 12, runs=8),
         "repetition": judge_repetition(subject, prompts, 8),
-        "requests": judge_requests(checkpoint, plan, CPU),
     }
     return Found(parts)
+
+
+def requests(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"requests": judge_requests(checkpoint, plan, CPU, dtype)})
 
 
 def sampling(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
@@ -182,6 +184,7 @@ def witness(path: Path) -> Found:
 TRIALS = {
     "model": model,
     "loop": loop,
+    "requests": requests,
     "sampling": sampling,
     "speculation": speculation,
     "rounds": rounds,

@@ -54,9 +54,9 @@ class Within(FastSubject):
         with self.enter():
             return super().decode_logits(rows, splits)
 
-    def _several(self, rows: Any, splits: Any) -> list[Tensor]:
+    def several(self, rows: Any, splits: Any) -> list[Tensor]:
         with self.enter():
-            return super()._several(rows, splits)
+            return super().several(rows, splits)
 
     def greedy(self, prompts: Any, n: int) -> list[tuple[list[int], Tensor]]:
         with self.enter():
