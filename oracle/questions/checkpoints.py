@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -98,6 +99,11 @@ def references(runner: Runner, checkpoint: Checkpoint, orders: int = ORDERS) -> 
     return truth, Yardstick(config, weights, runner.dtype, runner.device, orders)
 
 
+def window_length(checkpoint: Checkpoint, device: torch.device) -> int:
+    """Positions up to which a window is judged on a device."""
+    return min(checkpoint.config.max_context, LONGEST_WINDOW[device.type])
+
+
 def judge_window(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Verdict, int]:
     """The last positions of the longest row that fits, through the model's first block, the embedding and the head, in steps of
     one token, two and five.
@@ -105,7 +111,7 @@ def judge_window(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype
     Whatever depends on a position does so in every block alike; one block makes the whole window affordable.
     """
     one = one_block(checkpoint, device)
-    length = min(one.config.max_context, LONGEST_WINDOW[device.type])
+    length = window_length(one, device)
     tail = min(WINDOW_TAIL, length - 1)
     row = random_row(one.config.vocab_size, length, seed=99)
     runner = build(one, plan, device=device, dtype=dtype)
@@ -209,7 +215,7 @@ def _in_stripes(
     some: Checkpoint, plan: Plan, dtype: torch.dtype, device: torch.device, wanted: dict[str, Tensor], folder: Path
 ) -> list[str]:
     """Names of the tensors that come out otherwise where a file is read and encoded some rows at a time."""
-    if plan.encoding.name == "dense":  # is read whole
+    if plan.encoding.name == "dense" or some.encoding != "dense":  # is read whole
         return []
     save_checkpoint(folder, some.config, dict(named_tensors(some, Plan(), None, device)), "dense")
     again = open_checkpoint(folder)
@@ -222,14 +228,15 @@ def _in_stripes(
 
 
 def judge_repetition(subject: FastSubject, rows: Sequence[Sequence[int]], n: int) -> Verdict:
-    """The same question twice has the same answer, bit for bit; and how far a batch moves a row, in bits."""
+    """The same question twice has the same answer, bit for bit."""
     first, second = (subject.greedy(rows, n) for _ in range(2))
     unlike = sum(not torch.equal(a[1], b[1]) or a[0] != b[0] for a, b in zip(first, second, strict=True))
     return Verdict((Check("rows that change when asked again", unlike, 0, "", len(rows)),))
 
 
 class OtherProcess:
-    """The same model in a process of its own, run beside this one: its tokens must be those of this one."""
+    """The same model in a process of its own, run beside this one: its tokens must be those of this one, and the files what
+    witnesses read. Without prompts only these are asked."""
 
     def __init__(self, words: Sequence[str], prompts: Sequence[Sequence[int]], new_tokens: int):
         """`words`: what `python -m oracle.again` is told to build the same model."""
@@ -237,21 +244,16 @@ class OtherProcess:
         question = json.dumps({"prompts": [list(row) for row in prompts], "new_tokens": new_tokens})
         self._words = [sys.executable, "-m", "oracle.again", *words, "--ask", question]
         self._child = self._start()
+        self._told: dict[str, Any] | str | None = None
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def judge(self, subject: FastSubject) -> Verdict:
         """Greedy and drawn tokens of both; EMPTY if the other could not run, on a GPU that was too full not even alone."""
-        out, error = self._child.communicate()
-        if self._child.returncode and "OutOfMemoryError" in error:
-            torch.cuda.empty_cache()  # what this process works no more with
-            self._child = self._start()
-            out, error = self._child.communicate()
-        if self._child.returncode:
-            told = (error.strip().splitlines() or ["no reason given"])[-1]
-            return empty("process", f"the other process ended with {self._child.returncode}: {told}")
-        theirs = json.loads(out.strip().splitlines()[-1])
+        theirs = self.told()
+        if isinstance(theirs, str):
+            return empty("process", theirs)
         ours = answer(subject, self.prompts, self.new_tokens)
         return Verdict(
             tuple(
@@ -260,6 +262,24 @@ class OtherProcess:
                 for a_differs in [sum(a != b for a, b in zip(ours[kind], theirs[kind], strict=True))]
             )
         )
+
+    def told(self) -> dict[str, Any] | str:
+        """All that it answered, or why it could not."""
+        if self._told is None:
+            self._told = self._listened()
+        return self._told
+
+    def _listened(self) -> dict[str, Any] | str:
+        out, error = self._child.communicate()
+        if self._child.returncode and "OutOfMemoryError" in error:
+            torch.cuda.empty_cache()  # what this process works no more with
+            self._child = self._start()
+            out, error = self._child.communicate()
+        if self._child.returncode:
+            told = (error.strip().splitlines() or ["no reason given"])[-1]
+            return f"the other process ended with {self._child.returncode}: {told}"
+        answered: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        return answered
 
     def end(self) -> None:
         """Stop it if it still runs."""
