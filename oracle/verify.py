@@ -281,7 +281,7 @@ def _verify_loop(
     """The generation loop: ends, draws, repetition, another process."""
     progress("stop rules, draws, repetition")
     short = min(SHORT, case.new_tokens)
-    certificate.ask("stop rules", partial(judge_stopping, subject, case.prompts, short, quick=True))
+    certificate.ask("stop rules", partial(judge_stopping, subject, case.prompts, min(8, short), quick=True))
     certificate.ask("draws", partial(judge_draws, subject, case.prompts, short, runs=2))
     certificate.ask("repetition", partial(judge_repetition, subject, case.prompts, short))
     if beside is None:

@@ -44,8 +44,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tried(fault: Fault, checkpoint: Checkpoint, directory: Path) -> trials.Found:
-    if fault.trial == "witness":
-        return trials.witness(directory)
+    if fault.trial in ("witness", "numbers"):
+        return {"witness": trials.witness, "numbers": trials.tensors}[fault.trial](directory)
     return trials.TRIALS[fault.trial](checkpoint, fault.plan, fault.dtype)
 
 
@@ -70,7 +70,7 @@ def test_a_planted_fault_differs_where_it_is(
 
 def test_without_a_fault_every_trial_agrees(tiny: Checkpoint, directory: Path) -> None:
     found = {name: trial(tiny, FAULTS[0].plan, torch.float32) for name, trial in trials.TRIALS.items()}
-    found["witness"] = trials.witness(directory)
+    found |= {"witness": trials.witness(directory), "numbers": trials.tensors(directory)}
     assert {name: each.words for name, each in found.items()} == dict.fromkeys(found, "")
     assert all(each.verdict.outcome is Outcome.AGREE for each in found.values())
 

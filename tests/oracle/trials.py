@@ -19,20 +19,27 @@ from llama_ref.config import LlamaConfig
 from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
 from oracle.questions.cases import TEXT, Case, random_row, standard_case
 from oracle.questions.checkpoints import judge_repetition, judge_round_trip, judge_text, judge_window, references
+from oracle.questions.face import Faces, judge_face
 from oracle.questions.generation import judge_draws, judge_stopping
 from oracle.questions.judge import Bench, judge
 from oracle.questions.law import judge_rounds
 from oracle.questions.localise import first_beyond, judge_rope_table, judge_stages, judge_weights, summary
+from oracle.questions.objects import judge_objects
 from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
+from oracle.questions.seeds import judge_seeds
 from oracle.questions.speculation import judge_acceptance, judge_speculation
 from oracle.questions.stored import judge_stored, rounded_reference
-from oracle.questions.threads import judge_ranks
+from oracle.questions.survival import survived
+from oracle.questions.threads import RankedSubject, judge_ranks
+from oracle.questions.witnesses import Told, judge_conversations, judge_ids, numbers
 from oracle.statistics.compare import Verdict, unit_roundoff
 from oracle.subjects.adapters import angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
 from oracle.subjects.others import HFSubject
+from oracle.subjects.walkers import CHAT
 from oracle.verify import bench_for, shown_stages
+from oracle.verify_ranks import CORNERS
 
 CPU = torch.device("cpu")
 
@@ -106,6 +113,44 @@ def sampling(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int =
     return Found({"sampling": judge_sampling(FastSampler(CPU), CPU)})
 
 
+def face(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"face": judge_face(plan, CPU)})
+
+
+def seeds(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"seeds": judge_seeds(Faces(plan, CPU))})
+
+
+def objects(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"objects": judge_objects(Faces(plan, CPU))})
+
+
+def corners(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    """The shapes at which cutting has its corners, over threads in place of processes."""
+    parts = {}
+    for name, config in CORNERS.items():
+        made = random_checkpoint(config, seed)
+        case = short_case(standard_case(config.vocab_size, 40, seed=seed))
+        parts[f"corner: {name}"] = judge(RankedSubject(made, plan, dtype, 2), bench_for(made, dtype, CPU), case)
+    return Found(parts)
+
+
+def witnesses(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    """Ids and conversations of the small tokenizer, by the libraries that made it, asked directly."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    files = tokenizer_files()
+    settings = {**json.loads(files["tokenizer_config.json"]), "chat_template": CHAT}
+    ours = JsonTokenizer({**files, "tokenizer_config.json": json.dumps(settings)})
+    backend = Backend.from_str(files["tokenizer.json"])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT)
+    told = Told()
+    judge_ids(told, ours, lambda words: [0, *backend.encode(words, add_special_tokens=False).ids])
+    judge_conversations(told, ours, theirs)
+    return Found({"witnesses": told.verdict()})
+
+
 def speculation(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
     from llama_fast.speculative import acceptance
 
@@ -165,7 +210,14 @@ def tokenizer_files() -> dict[str, str]:
 
 
 def round_trip(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
-    return Found({"round trip": judge_round_trip(checkpoint, plan, CPU, dtype)})
+    return Found({"round trip": survived("round trip", lambda: judge_round_trip(checkpoint, plan, CPU, dtype))})
+
+
+def tensors(path: Path) -> Found:
+    """A directory of `transformers`, whose numbers `safetensors` reads again."""
+    told = Told()
+    numbers(told, path, open_checkpoint(path))
+    return Found({"numbers": told.verdict()})
 
 
 def witness(path: Path) -> Found:
@@ -191,4 +243,9 @@ TRIALS = {
     "ranks": ranks,
     "text": text,
     "round trip": round_trip,
+    "face": face,
+    "seeds": seeds,
+    "objects": objects,
+    "corners": corners,
+    "witnesses": witnesses,
 }
