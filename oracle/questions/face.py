@@ -47,7 +47,7 @@ class Faces:
         """The reference's float64 logits of the walker, on the numbers that the plan computes with."""
         runner = self.llama().runner
         weights = Weights(runner.reference_weights(), None, self.device)
-        return RefSubject(runner.config, weights, torch.float64, self.device, "truth")
+        return RefSubject(runner.checkpoint.config, weights, torch.float64, self.device, "truth")
 
 
 def judge_face(plan: Plan, device: torch.device) -> Verdict:
