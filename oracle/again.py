@@ -1,6 +1,7 @@
 """The process beside: `python -m oracle.again` builds the model it is told, answers in JSON what it is asked, and ends.
 
-It is asked for greedy and drawn tokens, which must be those of the process before it, and meanwhile what witnesses say of the files.
+It is asked for greedy and drawn tokens, which must be those of the process before it, and meanwhile what witnesses say of
+the files.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def main() -> None:
             told = ask_witnesses(found.path, checkpoint, tokenizer)
     except Exception as error:  # whatever a witness or its files raise, the tokens were told
         first = (str(error).strip().splitlines() or [""])[0]
-        told = Told({"witnesses that ended with an error": 1}, {"witnesses that ended with an error": [f"{type(error).__name__}: {first}"]})
+        told = Told(
+            {"witnesses that ended with an error": 1},
+            {"witnesses that ended with an error": [f"{type(error).__name__}: {first}"]},
+        )
     print(json.dumps({**said, "witnesses": asdict(told)}))
 
 

@@ -112,8 +112,8 @@ def verify(
     if Place.of_environment() is not None and subject == "ours":
         if draft is not None or proposed is not None:
             raise ValueError("--draft is asked of one process")
-        certificate = verify_ranks(checkpoint, plan, on, in_type, encode, model, say)
-        finish(certificate, json, html, quiet=certificate.rank > 0)
+        of_rank = verify_ranks(checkpoint, plan, on, in_type, encode, model, say)
+        finish(of_rank, json, html, quiet=of_rank.rank > 0)
     words = ["--model", model, "--device", on.type, "--dtype", str(in_type)[6:], "--plan", dumps(asdict(spelled))]
     extras = Extras(
         tokenizer=found.tokenizer() if found.has_tokenizer else None,

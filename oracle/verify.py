@@ -136,16 +136,16 @@ def verify(
     return certificate
 
 
-def _verify_loops(
-    certificate: Certificate, plan: Plan, device: torch.device, progress: Callable[[str], None]
-) -> None:
+def _verify_loops(certificate: Certificate, plan: Plan, device: torch.device, progress: Callable[[str], None]) -> None:
     """What does not depend on the model: sampling, and on walkers and tiny models the face, seeds, objects and draws.
 
     Their shapes would be compiled, and tuned, for these questions alone: asked are the plan's encoding and cache, with
     PyTorch's operators. Kernels that choose tokens are asked by themselves.
     """
     progress("sampling, the library's face, seeds, objects")
-    kernels = plan.arithmetic.sampling_kernels if device.type == "cuda" else None  # elsewhere such a plan cannot be built
+    kernels = (
+        plan.arithmetic.sampling_kernels if device.type == "cuda" else None
+    )  # elsewhere such a plan cannot be built
     certificate.ask("sampling", lambda: judge_sampling(FastSampler(device, kernels), device))
     plain = replace(plan, compiler=Eager(), arithmetic=PyTorch())
     certificate.ask("face", lambda: judge_face(plain, device))
@@ -221,9 +221,7 @@ def _verify_runner(
             cast(Tensor, table), angle_Td, radius(checkpoint.config)
         )
     progress(f"{name}: every stage on its own inputs")
-    certificate.ask(
-        f"{name} stages", partial(_verify_stages, certificate, name, subject, truth, yardstick, case.rows)
-    )
+    certificate.ask(f"{name} stages", partial(_verify_stages, certificate, name, subject, truth, yardstick, case.rows))
     progress(f"{name}: prefill, decoding, greedy")
     bench = Bench(truth, yardstick)
     certificate.ask(f"{name} logits", partial(judge, subject, bench, case))
@@ -385,7 +383,7 @@ def _verify_encoding(
     # truth computes with these already: of an encoding what it decodes to, else the checkpoint's
     held = truth.weights if lossy else runner.reference_weights()
     original = Weights(checkpoint.weights, None, runner.device) if lossy else truth.weights
-    certificate.ask("weights", partial(judge_weights, held, original, step))
+    certificate.ask("weights", partial(judge_weights, cast(Any, held), cast(Any, original), step))
     if encode is None:
         certificate.notes.append("drift not asked: random weights predict nothing that could drift")
         return

@@ -62,9 +62,7 @@ def few_words(one: Checkpoint, device: torch.device) -> Checkpoint:
     if device.type != "cpu" or one.config.vocab_size <= WORDS:
         return one
     tables = ("tok_embeddings", "output")
-    kept = {
-        name: source[:WORDS] if name.split(".")[0] in tables else source for name, source in one.weights.items()
-    }
+    kept = {name: source[:WORDS] if name.split(".")[0] in tables else source for name, source in one.weights.items()}
     return replace(one, config=replace(one.config, vocab_size=WORDS), weights=kept)
 
 
@@ -134,7 +132,8 @@ def _tail_in_steps(runner: Runner, row: Sequence[int], start: int) -> Tensor:
     cache = runner.allocate(1, len(row))
     held_BT = torch.tensor([row[: max(start, 2)]], device=runner.device)
     runner.prefill(held_BT, torch.tensor([start], device=runner.device), cache)
-    seen, at = [], start
+    seen: list[Tensor] = []
+    at = start
     for width in itertools.cycle(WIDTHS):
         if at == len(row):
             return torch.cat(seen)
@@ -341,10 +340,10 @@ __all__ = [
     "OtherProcess",
     "answer",
     "first_blocks",
-    "one_block",
     "judge_repetition",
     "judge_round_trip",
     "judge_text",
     "judge_window",
+    "one_block",
     "references",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,8 @@ def _generates(faces: Faces) -> Tally:
 
 
 def _ends(faces: Faces) -> Tally:
-    """Rows end at their own first end id, which stays a token and is no text; others go on. At the first token, amid, at the last."""
+    """Rows end at their own first end id, which stays a token and is no text; others go on. At the first token, amid, at
+    the last."""
     tally = Tally("rows that end")
     said = [wanted(prompt, LONG) for prompt in PROMPTS]
     for eos_ids in ((said[0][0],), (said[1][12], said[2][5]), (said[3][LONG - 1],), (said[0][1], said[1][LONG - 1])):
@@ -186,7 +188,9 @@ def _interleaved(faces: Faces) -> Tally:
         for b, stream in enumerate(streams):
             texts[b] += next(stream)
         if turn in (3, 20):
-            tally.see("a call between", llama.generate(PROMPTS[turn % 4], SHORT).tokens, wanted(PROMPTS[turn % 4], SHORT))
+            tally.see(
+                "a call between", llama.generate(PROMPTS[turn % 4], SHORT).tokens, wanted(PROMPTS[turn % 4], SHORT)
+            )
     for prompt, text in zip(PROMPTS, texts, strict=True):
         tally.see(f"{prompt!r}", text, shown(wanted(prompt, LONG)), LONG)
     return tally
@@ -222,13 +226,18 @@ def _close(told: Sequence[float], true: Sequence[float]) -> bool | str:
 
 
 def _log_probabilities(faces: Faces) -> Tally:
-    """Those told beside tokens are the model's own, whatever temperature and filter drew them; no end, and no batch, shifts them."""
+    """Those told beside tokens are the model's own, whatever temperature and filter drew them; no end, and no batch, shifts
+    them."""
     tally, llama, truth = Tally("tokens"), faces.llama((wanted(PROMPTS[1], 12)[-1],)), faces.truth()
-    settings = ({}, {"temperature": COOL, "seed": 3}, {"temperature": 1.7, "top_k": 3, "seed": 4})
+    settings: tuple[dict[str, Any], ...] = (
+        {},
+        {"temperature": COOL, "seed": 3},
+        {"temperature": 1.7, "top_k": 3, "seed": 4},
+    )
     for options in (*settings, {"temperature": COOL, "repetition_penalty": PENALTY, "seed": 5}):
         outs = llama.generate(list(PROMPTS), 16, logprobs=2, **options)  # type: ignore[arg-type]
         rows = [ids_of(prompt) + out.tokens for prompt, out in zip(PROMPTS, outs, strict=True)]
-        for out, row, logits_TV in zip(outs, rows, truth.prefill_logits(rows), strict=True):
+        for out, logits_TV in zip(outs, truth.prefill_logits(rows), strict=True):
             law_TV = logits_TV[-len(out.tokens) - 1 : -1].log_softmax(-1)
             told = out.logprobs or []
             tally.see("tokens", [one.token for one in told], out.tokens)
@@ -306,7 +315,8 @@ def _chats(faces: Faces) -> Tally:
 
 
 def _continues(faces: Faces) -> Tally:
-    """A reply that its budget cut goes on where it stopped, as if it had not been cut; and one that was broken off by its reader."""
+    """A reply that its budget cut goes on where it stopped, as if it had not been cut; and one that was broken off by its
+    reader."""
     tally, llama = Tally("tokens that were held"), faces.llama()
     for marker, count in ((0, 3), (2, 7), (1, 1)):
         chat = Chat(llama, None, count)

@@ -1,7 +1,8 @@
 """State between objects: what one checkpoint, plan or file leaves behind must not reach the next.
 
-Two checkpoints of one config live in one process and are asked in turns; one checkpoint is built under two plans after each other;
-a saved model is changed on the disc and opened again. All are walkers (oracle.subjects.walkers): what each says is known.
+Two checkpoints of one config live in one process and are asked in turns; one checkpoint is built under two plans after each
+other; a saved model is changed on the disc and opened again. All are walkers (oracle.subjects.walkers): what each says is
+known.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Streams of random numbers on trial, through the library's face: a row's draws over its own tokens, rows beside each other, calls.
+"""Streams of random numbers on trial, through the library's face: a row's draws over its own tokens, rows beside each
+other, calls.
 
-After the marker D of a walker (oracle.subjects.walkers) two tokens are likely, by 3 to 1, at every place and whatever came before.
-So whether the likelier one came is a coin of known chance, and two draws that are independent fill the four cells of (this one,
-that one) by the products of their chances: chi-square, one false alarm in a million for each pair of places. Who uses a number
-twice fills two of the cells. What seeds promise exactly (row b draws with seed + b, alone or among others) is compared exactly.
+After the marker D of a walker (oracle.subjects.walkers) two tokens are likely, by 3 to 1, at every place and whatever came
+before. So whether the likelier one came is a coin of known chance, and two draws that are independent fill the four cells
+of (this one, that one) by the products of their chances: chi-square, one false alarm in a million for each pair of places.
+Who uses a number twice fills two of the cells. What seeds promise exactly (row b draws with seed + b, alone or among
+others) is compared exactly.
 """
 
 from __future__ import annotations

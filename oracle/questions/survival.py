@@ -1,4 +1,5 @@
-"""An exception inside a question is an answer, and names its place: who says an id outside the vocabulary is at fault, not who asks."""
+"""An exception inside a question is an answer that names its place: a sampler that gives an id outside the vocabulary is at
+fault, and not the question."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Files read by somebody else: numbers of every tensor, ids of texts, conversations as templates spell them.
 
-Truth and subject open a model with the same code; what that code misreads, both believe. `gguf` and `safetensors` read the numbers
-again, under names and in an order of rows that are written down here for themselves; `transformers` makes the ids and spells the
-conversations. What none of them can read is said in words, and stands in the certificate.
+Truth and subject open a model with the same code; what that code misreads, both believe. `gguf` and `safetensors` read the
+numbers again, under names and in an order of rows that are written down here for themselves; `transformers` makes the ids
+and spells the conversations. What none of them can read is said in words, and stands in the certificate.
 
 Shapes: none; numbers, ids and strings.
 """
@@ -13,6 +13,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ from oracle.statistics.compare import Check, Verdict
 SAMPLES = 32
 ROUNDING = 1e-9
 """Of a sum in float64, as a share of the sum of sizes: two orders of summation."""
-FURTHER = ("e\u0301a\u0308n\u0303 is not composed", "zero\u200bwidth and \ufeff marks", "tab\tand   spaces  ", "İstanbul ſ ﬁ")
+FURTHER = (
+    "e\u0301a\u0308n\u0303 is not composed",
+    "zero\u200bwidth and \ufeff marks",
+    "tab\tand   spaces  ",
+    "İstanbul ſ ﬁ",
+)
 """Texts that a tokenizer may normalise: they need not come back, but their ids must be the witness's."""
 CONVERSATIONS: tuple[tuple[tuple[tuple[str, str], ...], bool], ...] = (
     ((("user", "Hi"),), True),
@@ -120,7 +126,10 @@ def numbers(told: Told, path: Path, checkpoint: Checkpoint) -> None:
         at = torch.arange(SAMPLES) * max(1, ours.numel() // SAMPLES + 1) % ours.numel()
         if not torch.equal(ours.flatten()[at], other.flatten()[at]):
             wrong.append(f"{name}: other numbers at samples")
-    told.compared["tensors that a witness reads otherwise"], told.wrong["tensors that a witness reads otherwise"] = seen, wrong
+    told.compared["tensors that a witness reads otherwise"], told.wrong["tensors that a witness reads otherwise"] = (
+        seen,
+        wrong,
+    )
 
 
 Read = Callable[[], Tensor]
@@ -128,7 +137,9 @@ Read = Callable[[], Tensor]
 
 def reader_of(path: Path) -> tuple[Callable[[], Mapping[str, Read]] | str, Callable[[str], str]]:
     """What reads the tensors of a path by their names there, or why nothing does; and how canonical names are called there."""
-    if path.suffix == ".gguf" or (path.is_dir() and not [*path.glob("*.safetensors")] and len([*path.glob("*.gguf")]) == 1):
+    if path.suffix == ".gguf" or (
+        path.is_dir() and not [*path.glob("*.safetensors")] and len([*path.glob("*.gguf")]) == 1
+    ):
         if importlib.util.find_spec("gguf") is None:
             return "gguf is not installed", gguf_name
         file = path if path.is_file() else next(path.glob("*.gguf"))
@@ -209,7 +220,14 @@ def texts(told: Told, path: Path, tokenizer: Tokenizer) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = AutoTokenizer.from_pretrained(where[0], **where[1])
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # it may want packages of its own
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+    ) as error:  # it may want packages of its own
         first = (str(error).strip().splitlines() or ["transformers has none"])[0]
         told.without.append(f"ids and conversations: {first}")
         return
@@ -236,10 +254,9 @@ def judge_conversations(told: Told, tokenizer: Tokenizer, theirs: Any) -> None:
     wrong = []
     for turns, opened in CONVERSATIONS:
         messages = [{"role": role, "content": content} for role, content in turns]
-        ours, other = (
-            _spelled(lambda: chat_text(tokenizer, messages, opened, False)),
-            _spelled(lambda: theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)),
-        )
+        ours = _spelled(partial(chat_text, tokenizer, messages, opened, False))
+        spell = partial(theirs.apply_chat_template, messages, tokenize=False, add_generation_prompt=opened)
+        other = _spelled(spell)
         if ours != other:
             wrong.append(f"{turns[-1][0]}, {len(turns)} turns: {ours!r:.80} where the witness has {other!r:.80}")
     told.compared["conversations that a witness spells otherwise"] = len(CONVERSATIONS)

@@ -78,7 +78,9 @@ def _parts(bars: dict[str, list[tuple[str, float]]]) -> Picture:
 
     def draw(axes: Any) -> None:
         for number, (dtype, kinds) in enumerate(bars.items()):
-            xs, ys = drawable([(names.index(name) + (number - (len(bars) - 1) / 2) * width, used) for name, used in kinds])
+            xs, ys = drawable(
+                [(names.index(name) + (number - (len(bars) - 1) / 2) * width, used) for name, used in kinds]
+            )
             axes.bar(xs, ys, width, label=dtype)
         axes.axhline(1.0, **BUDGET)
         _decades(axes, "share of its budget")
@@ -96,7 +98,11 @@ def _positions(title: str, curve: Any) -> Picture:
         _decades(axes, "relative error of logits")
         axes.set_xlabel("position")
 
-    return title, "RMS over the vocabulary, as a share of the logits' own, of the subject and of the reference in its type.", drawn(draw)
+    return (
+        title,
+        "RMS over the vocabulary, as a share of the logits' own, of the subject and of the reference in its type.",
+        drawn(draw),
+    )
 
 
 def _drift(histogram: dict[str, list[int]]) -> Picture:

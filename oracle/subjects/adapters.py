@@ -13,7 +13,18 @@ from torch import Tensor
 from llama_ref.arguments import floating, place, shown, whole
 from llama_ref.checkpoint import TensorSource
 from llama_ref.config import LlamaConfig
-from llama_ref.model import PARTS, Observer, amplitude, attend, inverse_frequencies, island, project, rms_norm, rotate, rotations
+from llama_ref.model import (
+    PARTS,
+    Observer,
+    amplitude,
+    attend,
+    inverse_frequencies,
+    island,
+    project,
+    rms_norm,
+    rotate,
+    rotations,
+)
 from llama_ref.model import Llama as Reference
 from oracle.statistics.budget import ORDERS
 from oracle.statistics.orders import Order

@@ -1,12 +1,13 @@
 """A model whose every answer is known beforehand, and its alphabet: what the library's face is asked with.
 
-The first of a text's four markers A, B, C, D says by which table it goes on: `NEXT[marker][token]` is the token after each token.
-So its text has a period of dozens of tokens and none of a random model's monotony, it ends where it is told to, and every token of
-it needs the marker's key and value, which stand far behind in the cache: what a neighbour, or an earlier request, left there leads
-elsewhere. After D two tokens are likely, by 3 to 1, so that draws, penalties and log-probabilities have something to choose from.
+The first of a text's four markers A, B, C, D says by which table it goes on: `following` gives the token after each. So its text has a period of dozens of tokens and none of a random model's monotony, it ends where it is told to, and
+every token of it needs the marker's key and value, which stand far behind in the cache: what a neighbour, or an earlier
+request, left there leads elsewhere. After D two tokens are likely, by 3 to 1, so that draws, penalties and
+log-probabilities have something to choose from.
 
-One block does it: attention finds the marker (its key alone answers the query, which is the same of all tokens), the gated layer has
-one unit for every pair (marker, token), and writes what comes next into features of their own, which the head reads.
+One block does it: attention finds the marker (its key alone answers the query, which is the same of all tokens), the gated
+layer has one unit for every pair (marker, token), and writes what comes next into features of their own, which the head
+reads.
 """
 
 from __future__ import annotations
@@ -61,13 +62,12 @@ def walker(eos_ids: Sequence[int] = (), shift: int = 0, max_context: int = 256) 
     """The model, whose texts end at `eos_ids`. `shift`: another of the same shape, which goes on with the letters after."""
     V, M = VOCABULARY, len(MARKERS)
     units = V * M
-    config = LlamaConfig(
-        DIM, 1, HEADS, 1, HEAD, units, V, max_context, 1e-6, 1e6, bos_id=BOS, eos_ids=tuple(eos_ids)
-    )
+    config = LlamaConfig(DIM, 1, HEADS, 1, HEAD, units, V, max_context, 1e-6, 1e6, bos_id=BOS, eos_ids=tuple(eos_ids))
     token, marker, out = slice(0, V), slice(V, V + M), slice(V + M, 2 * V + M)
     embedding = torch.zeros(V, DIM)
     embedding[:, token] = torch.eye(V)
-    size, both = math.sqrt(DIM), math.sqrt(DIM / 2)  # of a token's one feature after the norm; of two, with the marker's
+    size = math.sqrt(DIM)  # of a token's one feature after the norm
+    both = math.sqrt(DIM / 2)  # of the two that it has with the marker's
     wq, wo = torch.zeros(HEADS * HEAD, DIM), torch.zeros(DIM, HEADS * HEAD)
     wk, wv = torch.zeros(HEAD, DIM), torch.zeros(HEAD, DIM)
     slow = HEAD - 2  # of the pair that a thousand positions hardly turn
@@ -122,7 +122,7 @@ class Letters:
     eos_ids: tuple[int, ...] = ()
     vocab_size = VOCABULARY
     chat_template: str | None = CHAT
-    chat_templates: Mapping[str, str] = {"default": CHAT}  # noqa: RUF012 - never written to
+    chat_templates: Mapping[str, str] = {"default": CHAT}
     special_tokens: dict[str, str] = {"bos_token": SPECIAL[BOS], "eos_token": SPECIAL[EOS]}  # noqa: RUF012
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -139,4 +139,3 @@ class Letters:
 
     def save(self, directory: Path) -> None:
         raise NotImplementedError("the oracle's alphabet has no files")
-

@@ -25,10 +25,10 @@ from llama_fast.caches import static as static_cache
 from llama_fast.encodings import dense, int8
 from llama_fast.engine import generate, logprobs, runner, sampling, text
 from llama_fast.engine.sampling import BatchSampler
+from llama_fast.llama import Llama
 from llama_fast.model import llama as fast
 from llama_fast.model import matrices
 from llama_fast.parallel import tensor_parallel
-from llama_fast.llama import Llama
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named, optimised
 from llama_fast.speculative import acceptance, rounds
@@ -173,7 +173,11 @@ def coarse_positions(place: Any, self: Any, table: Tensor, tokens: Tensor, start
     step = place(self, table, tokens, start, cache)
     if cache.layers[0].k.dtype is not BF16:
         return step
-    return step._replace(cos_sin_BTd2=table[(step.position_BT // 2).bfloat16().long() * 2 + step.position_BT % 2 * (step.position_BT < 128)])
+    return step._replace(
+        cos_sin_BTd2=table[
+            (step.position_BT // 2).bfloat16().long() * 2 + step.position_BT % 2 * (step.position_BT < 128)
+        ]
+    )
 
 
 def equal_rows_share(attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -651,7 +655,9 @@ def lent_twice(lend: Any, self: Any, batch: int, length: int) -> Any:
     return cache
 
 
-def without_prompts(init: Any, self: Any, sampling: Any, seeds: Any, device: Any, written: Any = None, *rest: Any) -> None:
+def without_prompts(
+    init: Any, self: Any, sampling: Any, seeds: Any, device: Any, written: Any = None, *rest: Any
+) -> None:
     init(self, sampling, seeds, device, written and [[] for _ in written], *rest)
 
 
@@ -861,10 +867,38 @@ MODEL_FAULTS = [
         plan=INT8,
         dtype=BF16,
     ),
-    f("the matrix rounded to bf16", "int8", around(int8.Int8, "product", rounded_matrix), "q: share of a rounded", plan=INT8, dtype=BF16),
-    f("the head's matrix rounded to bf16", "int8", around(int8.Int8, "product", rounded_once_more(257)), "logits: share of a rounded", plan=INT8, dtype=BF16),
-    f("the last product's matrix rounded to bf16", "int8", around(int8.Int8, "product", rounded_once_more(64)), "ffn_out: share of a rounded", plan=INT8, dtype=BF16),
-    f("scales in steps of 1/512", "int8", around(int8.Int8, "product", rounded_scales), "layers.0.q", plan=INT8, dtype=BF16),
+    f(
+        "the matrix rounded to bf16",
+        "int8",
+        around(int8.Int8, "product", rounded_matrix),
+        "q: share of a rounded",
+        plan=INT8,
+        dtype=BF16,
+    ),
+    f(
+        "the head's matrix rounded to bf16",
+        "int8",
+        around(int8.Int8, "product", rounded_once_more(257)),
+        "logits: share of a rounded",
+        plan=INT8,
+        dtype=BF16,
+    ),
+    f(
+        "the last product's matrix rounded to bf16",
+        "int8",
+        around(int8.Int8, "product", rounded_once_more(64)),
+        "ffn_out: share of a rounded",
+        plan=INT8,
+        dtype=BF16,
+    ),
+    f(
+        "scales in steps of 1/512",
+        "int8",
+        around(int8.Int8, "product", rounded_scales),
+        "layers.0.q",
+        plan=INT8,
+        dtype=BF16,
+    ),
     f(
         "scales stored one row off",
         "int8",

@@ -82,9 +82,7 @@ def test_what_cannot_be_drawn_is_said(values: list[float]) -> None:
 def test_axes_have_decades_every_layer_its_name_and_each_part_a_bar() -> None:
     layers = [("embedding", 1e-3), *((f"layers.{i}", 10.0 ** (i - 2)) for i in range(3)), ("logits", 0.4)]
     parts = {"float32 stages": Verdict((Check("q", 1.0, 4.0), Check("attention_out", 2.0, 4.0)))}
-    found = dict(
-        (title, picture) for title, _, picture in pictures(Certificate({}, parts, layers={"float32": layers}))
-    )
+    found = {title: picture for title, _, picture in pictures(Certificate({}, parts, layers={"float32": layers}))}
     by_layer, by_part = found["Error against layer"], found["Error against part"]
     texts = [re.sub(r"<[^>]*>|\s", "", text) for text in re.findall(r"<text.*?</text>", by_layer, re.S)]
     assert [name for name in texts if name in dict(layers)] == [name for name, _ in layers]

@@ -68,7 +68,12 @@ def test_agree_is_exit_0_and_a_certificate(
     names = {part["name"] for part in document["parts"]}
     of_types = {f"{dtype} {part}" for dtype in ("float32", "bfloat16") for part in ("rope table", "stages", "logits")}
     loop = {"sampling", "stop rules", "draws", "repetition", "other process"}
-    assert of_types | loop | {"float32 requests", "float32 window", "bfloat16 requests", "bfloat16 window", "weights", "round trip"} == names
+    assert (
+        of_types
+        | loop
+        | {"float32 requests", "float32 window", "bfloat16 requests", "bfloat16 window", "weights", "round trip"}
+        == names
+    )
     assert all(check["ok"] for part in document["parts"] for check in part["checks"])
 
 
