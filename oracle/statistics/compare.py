@@ -8,10 +8,10 @@ largest error at any position. The fewer numbers a statistic averages, the wider
 The factors follow from a stated false-alarm rate (budget.py); for 225 positions of logits they are
 
                                                             bfloat16   float32
-    whole           RMS over all positions                  1.31       2.84
-    window          RMS over any 32 positions of a row      1.51       3.19
-    position RMS    RMS over the vocabulary, any position   3.67       7.6
-    position max    largest error, any position             6.28       9.26
+    whole           RMS over all positions                  1.32       3.0
+    window          RMS over any 32 positions of a row      1.54       3.37
+    position RMS    RMS over the vocabulary, any position   3.87       8.28
+    position max    largest error, any position             6.83       10.2
 
 In float32 the order of summation is all of the error, which differs from kernel to kernel (a sum in 16 lanes errs 1.8
 times less than one in a row).
