@@ -1,9 +1,10 @@
 """A model whose every answer is known beforehand, and its alphabet: what the library's face is asked with.
 
-The first of a text's four markers A, B, C, D says by which table it goes on: `following` gives the token after each. So its text has a period of dozens of tokens and none of a random model's monotony, it ends where it is told to, and
-every token of it needs the marker's key and value, which stand far behind in the cache: what a neighbour, or an earlier
-request, left there leads elsewhere. After D two tokens are likely, by 3 to 1, so that draws, penalties and
-log-probabilities have something to choose from.
+The first of a text's four markers A, B, C, D says by which table it goes on: `following` gives the token after each. So its text
+has a period of dozens of tokens and none of a random model's monotony, it ends where it is told to, and every token of it
+needs the marker's key and value, which stand far behind in the cache: what a neighbour, or an earlier request, left there
+leads elsewhere. After D two tokens are likely, by 3 to 1, so that draws, penalties and log-probabilities have something to
+choose from.
 
 One block does it: attention finds the marker (its key alone answers the query, which is the same of all tokens), the gated
 layer has one unit for every pair (marker, token), and writes what comes next into features of their own, which the head
