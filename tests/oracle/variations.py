@@ -25,9 +25,13 @@ from llama_fast.model import llama as fast
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from oracle.questions.cases import Split, standard_case
-from oracle.questions.checkpoints import references
+from oracle.questions.checkpoints import judge_window, references
+from oracle.questions.face import Faces, judge_face
 from oracle.questions.judge import Bench, judge
 from oracle.questions.localise import judge_stages, summary
+from oracle.questions.objects import judge_objects
+from oracle.questions.requests import judge_requests
+from oracle.questions.seeds import judge_seeds
 from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.threads import RankedSubject
 from oracle.statistics.compare import unit_roundoff
@@ -67,6 +71,10 @@ class Within(FastSubject):
             return super().trace(rows, splits)
 
 
+def as_it_is(seed: int) -> Any:
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class Variation:
     """A plan, what is replaced, and the context that the subject runs in; or another kind of subject."""
@@ -74,7 +82,7 @@ class Variation:
     name: str
     plan: Plan = DENSE
     plant: Callable[[Patch], None] = lambda patch: None
-    inside: Callable[[int], Any] = lambda seed: contextlib.nullcontext()
+    inside: Callable[[int], Any] = as_it_is
     batch: int | None = 2
     cache: int | None = 160
     other: Callable[[Checkpoint, torch.dtype], Subject] | None = None
@@ -102,6 +110,23 @@ class Variation:
             if self.plan.encoding.name != "dense" and dtype is not torch.float32:
                 rounded = rounded_reference(truth, dtype)
                 parts["stored numbers"] = judge_stored(cut, traces, truth, rounded, config.n_layers)
+        return trials.Found(parts)
+
+    def asked_more(self, checkpoint: Checkpoint, dtype: torch.dtype, patch: Patch) -> trials.Found:
+        """Rows of many numbers, the window, the library's face, seeds and objects; of a variation that is a plan or a replacement,
+        since these questions build their own models."""
+        if self.other is not None or self.batch != 2 or self.inside is not as_it_is:
+            return trials.Found({})
+        with patch.context() as inner:
+            self.plant(inner)
+            parts = {
+                "requests": judge_requests(checkpoint, self.plan, trials.CPU, dtype),
+                "window": judge_window(checkpoint, self.plan, trials.CPU, dtype)[0],
+            }
+            if dtype is torch.float32:
+                faces = Faces(self.plan, trials.CPU)
+                parts |= {"face": judge_face(self.plan, trials.CPU), "objects": judge_objects(faces)}
+                parts["seeds"] = judge_seeds(faces)
         return trials.Found(parts)
 
 
