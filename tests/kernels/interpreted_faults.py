@@ -90,9 +90,7 @@ def scale_of_the_next_row(
     return original(x, gain, eps, weight, scale.roll(1, 0) if number % 2 else scale, **options)  # type: ignore[no-any-return]
 
 
-def scale_of_the_next_word(
-    original: Any, number: int, x: Tensor, weight: Any, scale: Tensor, **options: Any
-) -> Tensor:
+def scale_of_the_next_word(original: Any, number: int, x: Tensor, weight: Any, scale: Tensor, **options: Any) -> Tensor:
     """The head's scales are off by one."""
     return original(x, weight, scale.roll(1, 0), **options)  # type: ignore[no-any-return]
 

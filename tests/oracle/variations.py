@@ -113,8 +113,8 @@ class Variation:
         return trials.Found(parts)
 
     def asked_more(self, checkpoint: Checkpoint, dtype: torch.dtype, patch: Patch) -> trials.Found:
-        """Rows of many numbers, the window, the library's face, seeds and objects; of a variation that is a plan or a replacement,
-        since these questions build their own models."""
+        """Rows of many numbers, the window, the library's face, seeds and objects; of a variation that is a plan or a
+        replacement, since these questions build their own models."""
         if self.other is not None or self.batch != 2 or self.inside is not as_it_is:
             return trials.Found({})
         with patch.context() as inner:
