@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from llama_fast.engine.speculation import Speculation
     from llama_fast.plan import Plan
+    from llama_ref.checkpoint import Checkpoint
     from llama_ref.config import LlamaConfig
     from llama_ref.models import Model
     from oracle.questions.tokens import Encode
@@ -49,6 +51,10 @@ def verify(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="judge the compiled phases")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="judge our own kernels; needs a GPU")] = False,
+    cache: Annotated[str, typer.Option(help="how keys and values are kept: static or growing")] = "static",
+    projections: Annotated[str, typer.Option(help="q, k, v and gate, up: joined or separate")] = "joined",
+    rung: Annotated[str | None, typer.Option(help="judge the very plan of a rung of `llama-fast bench`")] = None,
+    ranks: Annotated[int | None, typer.Option(help="judge a model cut over so many processes of this host")] = None,
     draft: Annotated[
         str | None, typer.Option(help="judge speculation too: a model with the same vocabulary, or ngram")
     ] = None,
@@ -62,45 +68,65 @@ def verify(
 ) -> None:
     """Judge prefill, decoding, every stage, text, sampling, stop rules, files; for a lossy encoding also its cost."""
 
-    from llama_fast import recipes as presets
     from llama_fast.build import default_dtype, where
+    from llama_fast.parallel.ranks import Place
     from llama_ref.models import resolve
+    from oracle.plans import Words, rung_plans
     from oracle.questions.cases import text_rows
     from oracle.verify import Extras, verify_other
     from oracle.verify import verify as run
+    from oracle.verify_ranks import check_ranks, start_ranks, verify_ranks
     from oracle.verify_speculation import verify_speculation
 
     in_type = None if dtype is None else dtype_named(dtype, ("float32", "bfloat16"))
     writable(json, html)
-    if fused and compile:
-        raise ValueError("--fused and --compile are two ways to decode: choose one")
-    if subject != "ours" and (fused or compile or encoding or draft or adapter):
-        raise ValueError(
-            f"--adapter, --encoding, --compile, --fused and --draft are for our own models, not for {subject!r}"
-        )
+    spelled = Words(encoding or "dense", compile, fused, cache, projections)
+    plan = spelled.plan()  # which refuses what it cannot be
+    if subject != "ours" and (plan != Words("dense").plan() or encoding or draft or rung or ranks or adapter):
+        flags = "--adapter, --encoding, --compile, --fused, --cache, --projections, --rung, --ranks and --draft"
+        raise ValueError(f"{flags} are for our own models, not for {subject!r}")
     on = where(device)
     if fused and on.type != "cuda":
         raise ValueError("--fused needs a CUDA device: on a CPU judge --compile")
+    proposed: Plan | None = None
+    over_ranks = False
+    if rung is not None:
+        if plan != Words(encoding or "dense").plan() or encoding or draft:
+            raise ValueError("--rung says what the plan and its draft are: leave the other flags")
+        plan, proposed, over_ranks = rung_plans(rung, on)
+    if over_ranks and not ranks and Place.of_environment() is None:
+        raise ValueError(f"--rung {rung} is for several processes: say --ranks 2, or start them with torchrun")
+    if ranks is not None and Place.of_environment() is None:
+        check_ranks(resolve(model).open(), ranks)
+        raise typer.Exit(start_ranks(ranks, sys.argv[1:]))
     in_type = in_type or default_dtype(on)
     other = None if text is None else text.read_text(encoding="utf-8")
     found = resolve(model)
     checkpoint = found.open(on, in_type, adapter)
-    encode, witness = texts(found)
+    encode = texts(found)
     if subject != "ours":
         other_subject = other_named(subject, found, checkpoint.config.vocab_size, in_type, on)
         finish(verify_other(other_subject, checkpoint, on, encode, model, say), json, html)
-    kept = presets.encoding_named(encoding or checkpoint.encoding)
-    plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
-    words = ["--model", model, "--encoding", kept.name, "--device", on.type, "--dtype", str(in_type)[6:]]
+    if rung is None:
+        spelled = replace(spelled, encoding=encoding or checkpoint.encoding)
+        plan = spelled.plan()
+    if Place.of_environment() is not None and subject == "ours":
+        if draft is not None or proposed is not None:
+            raise ValueError("--draft is asked of one process")
+        of_rank = verify_ranks(checkpoint, plan, on, in_type, encode, model, say)
+        finish(of_rank, json, html, quiet=of_rank.rank > 0)
+    words = ["--model", model, "--device", on.type, "--dtype", str(in_type)[6:], "--plan", dumps(asdict(spelled))]
     words += [] if adapter is None else ["--adapter", adapter]
     extras = Extras(
         tokenizer=found.tokenizer() if found.has_tokenizer else None,
-        witness=witness,
         text=other,
-        again=None if compile else [*words, *(["--fused"] if fused else [])],
+        again=words,
+        repeat=rung is None and not compile,
     )
     prompts = text_rows(encode, [7, 12]) if encode is not None else ()
     proposers = proposers_named(draft, draft_encoding, speculate, plan, on, checkpoint.config, prompts)
+    if proposed is not None:
+        proposers = proposers_of(checkpoint, proposed, on)
     name = model if adapter is None else f"{model} with {adapter}"
     certificate = run(checkpoint, plan, on, in_type, encode, name, say, extras)
     if proposers is not None:
@@ -121,7 +147,7 @@ def record_cases(
     writable(out)
     found = resolve(model)
     config = found.open().config
-    case = standard_case(config.vocab_size, config.max_context, texts(found)[0])
+    case = standard_case(config.vocab_size, config.max_context, texts(found))
     out.write_text(Cases.of(case, model, config.vocab_size).to_json(), encoding="utf-8")
     rows = ", ".join(f"row.{i} [{len(row)}, {config.vocab_size}]" for i, row in enumerate(case.rows))
     print(f"{out}: write the logits of these rows to a .safetensors file: {rows}")
@@ -178,23 +204,9 @@ def dtype_named(name: str, known: Sequence[str]) -> torch.dtype:
     return found
 
 
-def texts(found: Model) -> tuple[Encode | None, Encode | None]:
-    """How a model's texts become ids: by its tokenizer, and by an independent reader of the same directory, if any."""
-    if not found.has_tokenizer:
-        return None, None
-    ours = found.tokenizer().encode
-    assert found.path is not None
-    if not (found.path / "tokenizer.json").is_file():
-        return ours, None
-    from transformers import AutoTokenizer
-
-    try:
-        return ours, AutoTokenizer.from_pretrained(found.path).encode
-    except (ImportError, OSError, ValueError, RuntimeError) as error:  # a witness may want packages of its own
-        typer.echo(
-            f"· no witness for ids: {(str(error).strip().splitlines() or ['transformers has none'])[0]}", err=True
-        )
-        return ours, None
+def texts(found: Model) -> Encode | None:
+    """How a model's texts become ids, if it has a tokenizer."""
+    return found.tokenizer().encode if found.has_tokenizer else None
 
 
 def other_named(name: str, found: Model, vocab_size: int, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
@@ -244,12 +256,24 @@ def proposers_named(
     return of_type
 
 
+def proposers_of(
+    checkpoint: Checkpoint, plan: Plan, device: torch.device
+) -> Callable[[torch.dtype], list[Speculation]]:
+    """A rung's own draft: the same weights under another plan."""
+    from llama_fast.build import build
+    from llama_fast.speculative.proposers import Draft
+
+    return lambda dtype: [Draft(build(checkpoint, plan, device, dtype))]
+
+
 def say(step: str) -> None:
     print(f"· {step}", file=sys.stderr, flush=True)
 
 
-def finish(certificate: Certificate, json: Path | None, html: Path | None) -> None:
-    """Print, write, end with the exit code."""
+def finish(certificate: Certificate, json: Path | None, html: Path | None, quiet: bool = False) -> None:
+    """Print and write (`quiet`: not of a rank that another one speaks for), end with the exit code."""
+    if quiet:
+        raise typer.Exit(0 if certificate.outcome is Outcome.AGREE else 1)
     print(certificate.to_text(), end="")
     if json is not None:
         json.write_text(certificate.to_json(), encoding="utf-8")

@@ -9,16 +9,19 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from llama_fast.arithmetic.pytorch import PyTorch
 from llama_fast.build import build
 from llama_fast.compilers.eager import Eager
 from llama_fast.engine.runner import Runner
 from llama_fast.plan import Plan
-from llama_ref.checkpoint import Checkpoint
+from llama_ref.checkpoint import Checkpoint, random_checkpoint
+from llama_ref.config import LlamaConfig
 from llama_ref.formats.hf_config import from_hf, to_hf
 from llama_ref.tokenizers.contract import Tokenizer
 from oracle.questions.cases import Case, random_row, standard_case, text_rows
@@ -29,7 +32,9 @@ from oracle.questions.checkpoints import (
     judge_text,
     judge_window,
     references,
+    window_length,
 )
+from oracle.questions.face import PROMPTS, Faces, ids_of, judge_face
 from oracle.questions.generation import judge_draws, judge_stopping
 from oracle.questions.judge import Bench, judge
 from oracle.questions.localise import (
@@ -41,20 +46,26 @@ from oracle.questions.localise import (
     layer_curve,
     summary,
 )
+from oracle.questions.objects import judge_objects
 from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
+from oracle.questions.seeds import judge_seeds
+from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.tokens import Encode
+from oracle.questions.witnesses import of_words
 from oracle.report.certificate import Certificate
 from oracle.statistics.compare import Outcome, Verdict, empty, unit_roundoff
 from oracle.statistics.drift import BUDGETS, Drift, Tally, judge_drift, measure
 from oracle.subjects.adapters import RefSubject, Weights, Yardstick, angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
-from oracle.subjects.subject import Subject
+from oracle.subjects.subject import Subject, Trace
+from oracle.subjects.walkers import walker
 
 DRIFT_ROWS, DRIFT_TOKENS = 4, 256
 STAGE_TOKENS, STAGE_STEPS = 64, 8
 TOKENS_A_STEP = 5
 SHORT = 12  # new tokens where many runs are needed
+TINY = LlamaConfig(48, 1, 2, 1, 24, 64, 257, 64)
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Extras:
     witness: Encode | None = None
     text: str | None = None
     again: Sequence[str] | None = None
+    repeat: bool = True
+    """Whether the other process builds the model too, or only listens to witnesses."""
 
 
 def verify(
@@ -77,7 +90,10 @@ def verify(
     progress: Callable[[str], None] = lambda _: None,
     extras: Extras = Extras(),
 ) -> Certificate:
-    """Everything that can be asked of `plan` here. `encode` turns text into ids; without it tokens are random."""
+    """Everything that can be asked of `plan` here. `encode` turns text into ids; without it tokens are random.
+
+    An error inside a question is its answer, and differs; only what cannot be built, or judged at all, is raised.
+    """
     certificate = Certificate(
         subject_of(model_name or str(checkpoint.path or "random"), str(plan), plan, device, dtype)
     )
@@ -85,49 +101,88 @@ def verify(
     case = standard_case(config.vocab_size, config.max_context, encode)
     beside: OtherProcess | None = None
     try:
-        progress("sampling, text")
-        kernels = (
-            plan.arithmetic.sampling_kernels if device.type == "cuda" else None
-        )  # elsewhere such a plan cannot be built
-        certificate.parts["sampling"] = judge_sampling(FastSampler(device, kernels), device)
-        if extras.tokenizer is not None:
-            certificate.parts["text"] = judge_text(extras.tokenizer, checkpoint, extras.witness)
         for of_type in dict.fromkeys((torch.float32, dtype)):
             name = str(of_type).removeprefix("torch.")
             if (
                 of_type is dtype and extras.again is not None
             ):  # not before, or the device holds it beside a float32 model
                 words = [*extras.again, "--cache-length", str(case.longest)]
-                beside = OtherProcess(words, case.prompts, SHORT)
+                beside = OtherProcess(words, case.prompts if extras.repeat else (), SHORT)
+            if not certificate.parts:
+                _verify_loops(certificate, plan, device, progress)
+                if extras.tokenizer is not None:
+                    ask = partial(judge_text, extras.tokenizer, checkpoint, extras.witness)
+                    certificate.ask("text", ask)
             progress(f"{name}: building")
             runner = build(checkpoint, plan, device=device, dtype=of_type)
-            subject = _verify_runner(certificate, runner, checkpoint, case, name, progress)
-            if of_type is torch.float32:
-                _verify_window(certificate, checkpoint, plan, device, progress)
+            subject, truth = _verify_runner(certificate, runner, checkpoint, case, name, progress)
+            _verify_window(certificate, checkpoint, plan, device, of_type, progress)
             if of_type is dtype:
-                _verify_loop(certificate, subject, case, beside, progress)
-                _verify_encoding(certificate, runner, checkpoint, encode, progress, extras.text)
-            del runner, subject
+                _verify_loop(certificate, subject, case, beside if extras.repeat else None, progress)
+                _verify_encoding(certificate, truth, runner, checkpoint, encode, progress, extras.text)
+            del runner, subject, truth
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        no_file = has_no_file(checkpoint)
-        if no_file:
-            certificate.notes.append(f"round trip not asked: {no_file}")
+        progress("saving and opening again")
+        certificate.ask("round trip", partial(_round_trip, checkpoint, plan, device, dtype))
+        if beside is not None:
+            _add_witnesses(certificate, beside.told())
         else:
-            progress("saving and opening again")
-            uncompiled = replace(plan, compiler=Eager())
-            certificate.parts["round trip"] = judge_round_trip(checkpoint, uncompiled, device, dtype)
+            certificate.notes.append("no witness was asked of the files: the model has no name to open it by again")
     finally:
         if beside is not None:
             beside.end()
     return certificate
 
 
+def _verify_loops(certificate: Certificate, plan: Plan, device: torch.device, progress: Callable[[str], None]) -> None:
+    """What does not depend on the model: sampling, and on walkers and tiny models the face, seeds, objects and draws.
+
+    Their shapes would be compiled, and tuned, for these questions alone: asked are the plan's encoding and cache, with
+    PyTorch's operators. Kernels that choose tokens are asked by themselves.
+    """
+    progress("sampling, the library's face, seeds, objects")
+    kernels = (
+        plan.arithmetic.sampling_kernels if device.type == "cuda" else None
+    )  # elsewhere such a plan cannot be built
+    certificate.ask("sampling", lambda: judge_sampling(FastSampler(device, kernels), device))
+    plain = replace(plan, compiler=Eager(), arithmetic=PyTorch())
+    certificate.ask("face", lambda: judge_face(plain, device))
+    certificate.ask("seeds", lambda: judge_seeds(Faces(plain, device)))
+    certificate.ask("objects", lambda: judge_objects(Faces(plain, device)))
+    certificate.ask("loop", lambda: judge_loop(plain, device))
+
+
+def judge_loop(plan: Plan, device: torch.device) -> Verdict:
+    """Stop rules of a walker, whose text has no two tokens alike, and draws of a tiny random model by the hundred."""
+    walks = FastSubject(build(walker(), plan, device, torch.float32), used_cache=True)
+    verdict = judge_stopping(walks, [ids_of(prompt) for prompt in PROMPTS], SHORT).named("walker")
+    tiny = build(random_checkpoint(TINY, 0, device, torch.float32), plan, device, torch.float32)
+    prompts = [random_row(TINY.vocab_size, length, seed=length) for length in (9, 5)]
+    return verdict + judge_draws(FastSubject(tiny, used_cache=True), prompts, SHORT, runs=8, copies=4).named("tiny")
+
+
+def _round_trip(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> Verdict:
+    no_file = has_no_file(checkpoint)
+    if no_file:
+        return empty("round trip", no_file)
+    return judge_round_trip(checkpoint, replace(plan, compiler=Eager()), device, dtype)
+
+
+def _add_witnesses(certificate: Certificate, said: dict[str, Any] | str) -> None:
+    """What other readers of the same files said, and what had none."""
+    if isinstance(said, str):
+        certificate.parts["witnesses"] = empty("witnesses", said)
+        return
+    told = of_words(said["witnesses"])
+    if told.compared:
+        certificate.parts["witnesses"] = told.verdict()
+    certificate.notes += [f"no witness of {without}" for without in told.without]
+
+
 def has_no_file(checkpoint: Checkpoint) -> str:
     """Why a checkpoint cannot be encoded and saved; empty if it can."""
-    if checkpoint.encoding != "dense":
-        return f"it is stored as {checkpoint.encoding} already"
     try:
         from_hf(to_hf(checkpoint.config))
     except ValueError as error:
@@ -154,8 +209,8 @@ def _verify_runner(
     case: Case,
     name: str,
     progress: Callable[[str], None],
-) -> FastSubject:
-    """Stages, then logits and tokens, of one runner in its own type."""
+) -> tuple[FastSubject, RefSubject]:
+    """Stages, then logits and tokens, of one runner in its own type; the subject and its truth, to be asked more."""
     truth, yardstick = references(runner, checkpoint)
     width = None if runner.plan.compiler.compiles_each_shape else TOKENS_A_STEP  # another width compiles anew
     subject = FastSubject(runner, len(case.rows), case.longest, used_cache=True, tokens_a_step=width)
@@ -166,29 +221,52 @@ def _verify_runner(
             cast(Tensor, table), angle_Td, radius(checkpoint.config)
         )
     progress(f"{name}: every stage on its own inputs")
-    stages = stage_reports(subject, truth, yardstick, case.rows)
-    certificate.parts[f"{name} stages"] = summary(stages)
-    certificate.layers[name] = layer_curve(stages)
-    certificate.first_fault = certificate.first_fault or first_beyond(stages)
+    certificate.ask(f"{name} stages", partial(_verify_stages, certificate, name, subject, truth, yardstick, case.rows))
     progress(f"{name}: prefill, decoding, greedy")
     bench = Bench(truth, yardstick)
-    certificate.parts[f"{name} logits"] = judge(subject, bench, case)
+    certificate.ask(f"{name} logits", partial(judge, subject, bench, case))
     certificate.positions[name] = bench.curves
-    return subject
+    return subject, truth
+
+
+def _verify_stages(
+    certificate: Certificate,
+    name: str,
+    subject: FastSubject,
+    truth: RefSubject,
+    yardstick: RefSubject,
+    rows: Sequence[Sequence[int]],
+) -> Verdict:
+    """Every stage; of an encoding whose products are rounded, also whether its numbers were."""
+    cut, traces = shown_stages(subject, truth, rows)
+    n_layers, plan = truth.config.n_layers, subject.runner.plan
+    stages = judge_stages(cut, traces, truth, yardstick, n_layers, unit_roundoff(subject.dtype))
+    certificate.layers[name] = layer_curve(stages)
+    certificate.first_fault = certificate.first_fault or first_beyond(stages)
+    if plan.encoding.name != "dense" and subject.dtype is not torch.float32:
+        rounded = rounded_reference(truth, subject.dtype)
+        certificate.ask(f"{name} stored numbers", partial(judge_stored, cut, traces, truth, rounded, n_layers))
+    return summary(stages)
 
 
 def _verify_window(
-    certificate: Certificate, checkpoint: Checkpoint, plan: Plan, device: torch.device, progress: Callable[[str], None]
+    certificate: Certificate,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
 ) -> None:
     """The whole window; compiled code is left aside, since its shapes would be compiled for this alone."""
-    progress("float32: requests of unusual shapes, the whole window")
+    name = str(dtype).removeprefix("torch.")
+    progress(f"{name}: requests of unusual shapes, the whole window")
     uncompiled = replace(plan, compiler=Eager()) if plan.compiler.compiles_each_shape else plan
-    certificate.parts["requests"] = judge_requests(checkpoint, uncompiled, device)
-    verdict, length = judge_window(checkpoint, uncompiled, device, torch.float32)
-    certificate.parts["float32 window"] = verdict
+    certificate.ask(f"{name} requests", partial(judge_requests, checkpoint, uncompiled, device, dtype))
+    certificate.ask(f"{name} window", lambda: judge_window(checkpoint, uncompiled, device, dtype)[0])
+    length = window_length(checkpoint, device)
     if length < checkpoint.config.max_context:
         told = f"positions of the window judged to {length} of {checkpoint.config.max_context}; its angles to the end"
-        certificate.notes.append(told)
+        certificate.notes += [] if told in certificate.notes else [told]
 
 
 def _verify_loop(
@@ -201,13 +279,13 @@ def _verify_loop(
     """The generation loop: ends, draws, repetition, another process."""
     progress("stop rules, draws, repetition")
     short = min(SHORT, case.new_tokens)
-    certificate.parts["stop rules"] = judge_stopping(subject, case.prompts, short)
-    certificate.parts["draws"] = judge_draws(subject, case.prompts, short)
-    certificate.parts["repetition"] = judge_repetition(subject, case.prompts, short)
+    certificate.ask("stop rules", partial(judge_stopping, subject, case.prompts, min(8, short), quick=True))
+    certificate.ask("draws", partial(judge_draws, subject, case.prompts, short, runs=2))
+    certificate.ask("repetition", partial(judge_repetition, subject, case.prompts, short))
     if beside is None:
         certificate.notes.append("other processes not asked: the model has no name, or would be compiled there again")
     else:
-        certificate.parts["other process"] = beside.judge(subject)
+        certificate.ask("other process", partial(beside.judge, subject))
 
 
 def verify_other(
@@ -264,16 +342,24 @@ def stage_reports(
     subject: FastSubject, truth: RefSubject, yardstick: RefSubject, rows: Sequence[Sequence[int]]
 ) -> list[Stage]:
     """Stages of prefill and of a few decode steps, of a case's rows and of ids at edges."""
-    longest = STAGE_TOKENS + STAGE_STEPS
-    cut = [row[: max(2, longest - 17 * index)] for index, row in enumerate(rows)]  # unequal, so that rows cannot mix
-    cut.append(edge_row(truth.vocab_size)[: min(40, truth.config.max_context)])
-    traces = subject.trace(cut, [max(1, len(row) - STAGE_STEPS) for row in cut])
+    cut, traces = shown_stages(subject, truth, rows)
     unit = unit_roundoff(subject.dtype)
     return judge_stages(cut, traces, truth, yardstick, truth.config.n_layers, unit)
 
 
+def shown_stages(
+    subject: FastSubject, truth: RefSubject, rows: Sequence[Sequence[int]]
+) -> tuple[list[Sequence[int]], list[Trace]]:
+    """The rows that stages are asked on, and what the subject shows of each."""
+    longest = STAGE_TOKENS + STAGE_STEPS
+    cut = [row[: max(2, longest - 17 * index)] for index, row in enumerate(rows)]  # unequal, so that rows cannot mix
+    cut.append(edge_row(truth.vocab_size)[: min(40, truth.config.max_context)])
+    return cut, subject.trace(cut, [max(1, len(row) - STAGE_STEPS) for row in cut])
+
+
 def _verify_encoding(
     certificate: Certificate,
+    truth: RefSubject,
     runner: Runner,
     checkpoint: Checkpoint,
     encode: Encode | None,
@@ -293,9 +379,11 @@ def _verify_encoding(
         certificate.parts["drift"] = empty("drift", f"no budget is written down for the encoding {name!r}")
         return
     progress("weights against the original ones")
-    original = Weights(checkpoint.weights, None if lossy else runner.dtype, runner.device)
     step = 0.0 if budget is None else budget.weight_step
-    certificate.parts["weights"] = judge_weights(runner.reference_weights(), original, step)
+    # truth computes with these already: of an encoding what it decodes to, else the checkpoint's
+    held = truth.weights if lossy else runner.reference_weights()
+    original = Weights(checkpoint.weights, None, runner.device) if lossy else truth.weights
+    certificate.ask("weights", partial(judge_weights, cast(Any, held), cast(Any, original), step))
     if encode is None:
         certificate.notes.append("drift not asked: random weights predict nothing that could drift")
         return

@@ -84,7 +84,7 @@ def standard_case(
 ) -> Case:
     """Two rows of 129 and 96 tokens (fewer in a short context): real text and its neighbour, or random tokens.
 
-    Decoding starts in the middle; after one token; and near the end, where prefill is long and decode short.
+    Decoding starts at three quarters; after one token; and near the end, where prefill is long and decode short.
     """
     vocab_size, max_context = whole("vocab_size", vocab_size, 1), whole("max_context", max_context, 4)
     long = min(129, max_context)
@@ -94,9 +94,9 @@ def standard_case(
         long, short = map(len, rows)
     else:
         rows = (random_row(vocab_size, long, seed), random_row(vocab_size, short, seed + 1))
-    middle, few = long // 2, max(1, short // 3)
+    most, many = max(1, long * 3 // 4), max(1, short * 2 // 3)
     splits = (
-        Split((middle, few), (long, short)),
+        Split((most, many), (long, short)),
         Split((1, short - 2), (min(long, 24), short)),
         Split((long - 3, 2), (long, min(short, 8))),
     )

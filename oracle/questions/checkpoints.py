@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -26,12 +28,15 @@ from oracle.questions.cases import random_row
 from oracle.questions.localise import judge_weights
 from oracle.questions.tokens import TEXTS, Encode, judge_tokens, judge_writer
 from oracle.statistics.budget import ORDERS
-from oracle.statistics.compare import Check, Verdict, compare_logits, empty, unit_roundoff
+from oracle.statistics.compare import Check, Verdict, compare_logits, compare_stage, empty, unit_roundoff
 from oracle.subjects.adapters import RefSubject, Weights, Yardstick
 from oracle.subjects.fast import FastSubject
 from oracle.subjects.subject import Setting
 
 WINDOW_TAIL, WINDOW_STEPS = 40, 8
+WIDTHS = (1, 1, 1, 2, 2, 5, 5, 2, 5, 1)
+"""Tokens of the steps that decode a window's end, again and again."""
+WORDS = 2048
 EMPTY = torch.empty(0)
 LONGEST_WINDOW = {"cpu": 8192, "cuda": 32768}
 
@@ -44,6 +49,21 @@ def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
         if not name.startswith("layers.") or int(name.split(".")[1]) < count
     }
     return replace(checkpoint, config=replace(checkpoint.config, n_layers=count), weights=kept)
+
+
+def one_block(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
+    """The first block, with a short vocabulary."""
+    return few_words(first_blocks(checkpoint, 1), device)
+
+
+def few_words(one: Checkpoint, device: torch.device) -> Checkpoint:
+    """On a CPU a model with the first `WORDS` words of the vocabulary alone: the rest of it costs time, and is asked of the whole
+    model."""
+    if device.type != "cpu" or one.config.vocab_size <= WORDS:
+        return one
+    tables = ("tok_embeddings", "output")
+    kept = {name: source[:WORDS] if name.split(".")[0] in tables else source for name, source in one.weights.items()}
+    return replace(one, config=replace(one.config, vocab_size=WORDS), weights=kept)
 
 
 def end_blocks(checkpoint: Checkpoint) -> Checkpoint:
@@ -61,6 +81,7 @@ def end_blocks(checkpoint: Checkpoint) -> Checkpoint:
 def references(runner: Runner, checkpoint: Checkpoint, orders: int = ORDERS) -> tuple[RefSubject, RefSubject]:
     """Truth and yardstick for a runner, on the weights that it means to compute with.
 
+    The numbers of an encoding are exact in both, so that a kernel which rounds them is not excused by a yardstick that does.
     Dense weights come from the checkpoint and not from the runner, so that a fault of its loading is one. Both hold at
     most one block in their own type at a time: no model is too large for a float64 truth if one of its blocks is not.
     """
@@ -69,34 +90,95 @@ def references(runner: Runner, checkpoint: Checkpoint, orders: int = ORDERS) -> 
     weights = Weights(source, runner.dtype if dense else None, runner.device)
     config = checkpoint.config
     truth = RefSubject(config, weights, torch.float64, runner.device, "truth")
+    if not dense and runner.dtype is not torch.float32:
+        return truth, Yardstick(config, weights, runner.dtype, runner.device, orders, stored=True)
     if orders == 1:
         return truth, RefSubject(config, weights, runner.dtype, runner.device, "yardstick")
     return truth, Yardstick(config, weights, runner.dtype, runner.device, orders)
 
 
+def window_length(checkpoint: Checkpoint, device: torch.device) -> int:
+    """Positions up to which a window is judged on a device."""
+    return min(checkpoint.config.max_context, LONGEST_WINDOW[device.type])
+
+
 def judge_window(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[Verdict, int]:
-    """The last positions of the longest row that fits, through the model's first block, the embedding and the head.
+    """The last positions of the longest row that fits, through the model's first block, the embedding and the head, in steps of
+    one token, two and five.
 
     Whatever depends on a position does so in every block alike; one block makes the whole window affordable.
     """
-    one = first_blocks(checkpoint, 1)
-    length = min(one.config.max_context, LONGEST_WINDOW[device.type])
+    one = one_block(checkpoint, device)
+    length = window_length(one, device)
     tail = min(WINDOW_TAIL, length - 1)
     row = random_row(one.config.vocab_size, length, seed=99)
     runner = build(one, plan, device=device, dtype=dtype)
     truth, yardstick = references(runner, one)
-    subject = FastSubject(runner)
-    found: list[Tensor] = []
-    for split, end in ((length - WINDOW_STEPS, length), (length - tail + 1, length - tail + WINDOW_STEPS)):
-        if 1 <= split < end <= length:
-            found.append(subject.decode_logits([row[:end]], [split])[0])
-    starts = [length - WINDOW_STEPS - 1, length - tail][: len(found)]
-    true, plain = truth.tail_logits(row, tail), yardstick.tail_logits(row, tail)
-    cut = [slice(at - (length - tail), at - (length - tail) + len(rows)) for at, rows in zip(starts, found)]
+    found, starts = [_tail_in_steps(runner, row, length - tail)], [length - tail]
+    if length - WINDOW_STEPS > 1:  # a prefill that reaches further, and plain steps to the end
+        found.append(FastSubject(runner).decode_logits([row], [length - WINDOW_STEPS])[0])
+        starts.append(length - WINDOW_STEPS - 1)
+    true, plain = truth.tail_logits(row, tail + 1), yardstick.tail_logits(row, tail + 1)
+    cut = [slice(at - (length - tail - 1), None) for at in starts]
     verdict = compare_logits(
         found, [true[part] for part in cut], [plain[:, part] for part in cut], unit_roundoff(dtype), starts
     )
-    return verdict, length
+    return verdict + _turned_at_edges(runner, truth, yardstick, length), length
+
+
+@torch.no_grad()
+def _tail_in_steps(runner: Runner, row: Sequence[int], start: int) -> Tensor:
+    """Logits from position `start` to the row's end, after a prefill of what stands before, in steps of `WIDTHS`."""
+    cache = runner.allocate(1, len(row))
+    held_BT = torch.tensor([row[: max(start, 2)]], device=runner.device)
+    runner.prefill(held_BT, torch.tensor([start], device=runner.device), cache)
+    seen: list[Tensor] = []
+    at = start
+    for width in itertools.cycle(WIDTHS):
+        if at == len(row):
+            return torch.cat(seen)
+        step_BT = torch.tensor([row[at : at + width]], device=runner.device)
+        seen.append(runner.decode(step_BT, torch.tensor([at], device=runner.device), cache)[0].clone())
+        at += step_BT.shape[1]
+    raise AssertionError
+
+
+@torch.no_grad()
+def _turned_at_edges(runner: Runner, truth: RefSubject, yardstick: RefSubject, length: int) -> Verdict:
+    """Queries at both sides of every power of two and at the window's end, one token a row of two, turned by the angles that
+    the model's table has there. The table itself is judged elsewhere."""
+    model = runner.model
+    table = getattr(model, "rope_table", None)
+    if table is None:
+        return empty("queries at edges", "the model shows no table of angles")
+    edges = {2**k + d for k in range(1, 18) for d in (-1, 0, 1)} | {0, length - 1}
+    places = sorted(at for at in edges if 0 <= at < length)
+    tokens = random_row(runner.config.vocab_size, len(places), seed=98)
+    half = len(places) // 2
+    cache = runner.allocate(2, length)
+    seen: dict[int, Tensor] = {}
+    for one, other in zip(range(half), range(half, 2 * half)):
+        at_B = torch.tensor([places[one], places[other]], device=runner.device)
+        cache.reserve(at_B, 1)
+
+        def keep(stage: str, value: Tensor, pair: tuple[int, int] = (one, other)) -> None:
+            if stage == "layers.0.q_rope":
+                seen.update(zip(pair, value.detach().reshape(2, -1).clone()))
+
+        model(torch.tensor([[tokens[one]], [tokens[other]]], device=runner.device), at_B, cache, show=keep)
+    if not seen:
+        return empty("queries at edges", "the model shows none")
+    shown = [torch.stack([seen[i] for i in range(2 * half)])]
+    cos_sin = table[torch.tensor(places[: 2 * half], device=table.device)]
+    true, plain = (one.turned_queries(tokens[: 2 * half], cos_sin) for one in (truth, yardstick))
+    verdict = compare_stage(shown, [true], [plain], unit_roundoff(runner.dtype))
+    told = tuple(
+        replace(check, where=f"position {places[int(check.where.rpartition(' ')[2])]}")
+        if check.where.startswith("row 0, position ")
+        else replace(check, where="")
+        for check in verdict.checks
+    )
+    return Verdict(told).named("queries at edges")
 
 
 def judge_round_trip(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -132,7 +214,7 @@ def _in_stripes(
     some: Checkpoint, plan: Plan, dtype: torch.dtype, device: torch.device, wanted: dict[str, Tensor], folder: Path
 ) -> list[str]:
     """Names of the tensors that come out otherwise where a file is read and encoded some rows at a time."""
-    if plan.encoding.name == "dense":  # is read whole
+    if plan.encoding.name == "dense" or some.encoding != "dense":  # is read whole
         return []
     save_checkpoint(folder, some.config, dict(named_tensors(some, Plan(), None, device)), "dense")
     again = open_checkpoint(folder)
@@ -145,14 +227,15 @@ def _in_stripes(
 
 
 def judge_repetition(subject: FastSubject, rows: Sequence[Sequence[int]], n: int) -> Verdict:
-    """The same question twice has the same answer, bit for bit; and how far a batch moves a row, in bits."""
+    """The same question twice has the same answer, bit for bit."""
     first, second = (subject.greedy(rows, n) for _ in range(2))
     unlike = sum(not torch.equal(a[1], b[1]) or a[0] != b[0] for a, b in zip(first, second, strict=True))
     return Verdict((Check("rows that change when asked again", unlike, 0, "", len(rows)),))
 
 
 class OtherProcess:
-    """The same model in a process of its own, run beside this one: its tokens must be those of this one."""
+    """The same model in a process of its own, run beside this one: its tokens must be those of this one, and the files what
+    witnesses read. Without prompts only these are asked."""
 
     def __init__(self, words: Sequence[str], prompts: Sequence[Sequence[int]], new_tokens: int):
         """`words`: what `python -m oracle.again` is told to build the same model."""
@@ -160,21 +243,16 @@ class OtherProcess:
         question = json.dumps({"prompts": [list(row) for row in prompts], "new_tokens": new_tokens})
         self._words = [sys.executable, "-m", "oracle.again", *words, "--ask", question]
         self._child = self._start()
+        self._told: dict[str, Any] | str | None = None
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def judge(self, subject: FastSubject) -> Verdict:
         """Greedy and drawn tokens of both; EMPTY if the other could not run, on a GPU that was too full not even alone."""
-        out, error = self._child.communicate()
-        if self._child.returncode and "OutOfMemoryError" in error:
-            torch.cuda.empty_cache()  # what this process works no more with
-            self._child = self._start()
-            out, error = self._child.communicate()
-        if self._child.returncode:
-            told = (error.strip().splitlines() or ["no reason given"])[-1]
-            return empty("process", f"the other process ended with {self._child.returncode}: {told}")
-        theirs = json.loads(out.strip().splitlines()[-1])
+        theirs = self.told()
+        if isinstance(theirs, str):
+            return empty("process", theirs)
         ours = answer(subject, self.prompts, self.new_tokens)
         return Verdict(
             tuple(
@@ -183,6 +261,24 @@ class OtherProcess:
                 for a_differs in [sum(a != b for a, b in zip(ours[kind], theirs[kind], strict=True))]
             )
         )
+
+    def told(self) -> dict[str, Any] | str:
+        """All that it answered, or why it could not."""
+        if self._told is None:
+            self._told = self._listened()
+        return self._told
+
+    def _listened(self) -> dict[str, Any] | str:
+        out, error = self._child.communicate()
+        if self._child.returncode and "OutOfMemoryError" in error:
+            torch.cuda.empty_cache()  # what this process works no more with
+            self._child = self._start()
+            out, error = self._child.communicate()
+        if self._child.returncode:
+            told = (error.strip().splitlines() or ["no reason given"])[-1]
+            return f"the other process ended with {self._child.returncode}: {told}"
+        answered: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        return answered
 
     def end(self) -> None:
         """Stop it if it still runs."""
@@ -248,5 +344,6 @@ __all__ = [
     "judge_round_trip",
     "judge_text",
     "judge_window",
+    "one_block",
     "references",
 ]

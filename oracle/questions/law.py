@@ -28,16 +28,20 @@ from llama_fast.speculative.rounds import Rounds
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from oracle.questions.checkpoints import references
+from oracle.questions.face import PROMPTS, ids_of
 from oracle.questions.generation import chi_square, distribution, judge_stopping
+from oracle.questions.survival import survived
 from oracle.statistics.compare import Check, Verdict
 from oracle.subjects.fast import sampling_of
 from oracle.subjects.speculative import SpeculativeSubject
 from oracle.subjects.subject import Setting
+from oracle.subjects.walkers import walker
 
 V, NEW = 4, 4
 ROWS, BATCHES = 8192, 3
 LEAST = 10.0  # expected in a cell: rarer sequences are counted together
 PROMPT = (1, 3, 0, 2, 1, 3)
+PLAN = Plan(Dense(), cache=Static(multiple=16))
 RAGGED = ((1, 2, 1, 2, 1), (3,), (0, 0, 1, 0, 0, 1), (2, 3, 1))
 CONFIG = LlamaConfig(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=24, vocab_size=V, max_context=64)
 
@@ -69,19 +73,11 @@ def judge_rounds(device: torch.device) -> Verdict:
     questions: dict[str, Callable[[], Verdict]] = {
         name: functools.partial(law_of, name, target, proposer, setting) for name, (proposer, setting) in ways.items()
     }
-    stopping = SpeculativeSubject(target, Draft(target, 3))  # which ends within rounds that stand whole
-    questions["ends"] = functools.partial(judge_stopping, stopping, RAGGED, 12)
+    walks = build(walker(), replace(PLAN, cache=Static()), device, torch.float32)
+    stopping = SpeculativeSubject(walks, Draft(walks, 3))  # which ends within rounds that stand whole
+    questions["ends"] = functools.partial(judge_stopping, stopping, [ids_of(prompt) for prompt in PROMPTS], 12)
     questions["aligned rounds"] = functools.partial(aligned_as_padded, target)
     return sum((survived(name, ask) for name, ask in questions.items()), Verdict())
-
-
-def survived(name: str, ask: Callable[[], Verdict]) -> Verdict:
-    """The answer; a failed check where the code on trial ended with an error: impossible tokens lead to many."""
-    try:
-        return ask()
-    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
-        told = (str(error).strip().splitlines() or [""])[0]
-        return Verdict((Check(f"{name}: ended with an error", 1, 0, f"{type(error).__name__}: {told}"),))
 
 
 def aligned_as_padded(target: Runner) -> Verdict:
@@ -93,8 +89,7 @@ def aligned_as_padded(target: Runner) -> Verdict:
 
 
 def tiny(config: LlamaConfig, seed: int, device: torch.device) -> Runner:
-    plan = Plan(Dense(), cache=Static(multiple=16))
-    return build(random_checkpoint(config, seed, device, torch.float32), plan, device, torch.float32)
+    return build(random_checkpoint(config, seed, device, torch.float32), PLAN, device, torch.float32)
 
 
 def law_of(name: str, target: Runner, proposer: Proposer, setting: Setting) -> Verdict:

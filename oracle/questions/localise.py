@@ -157,8 +157,10 @@ def layer_curve(stages: Sequence[Stage]) -> list[tuple[str, float]]:
 def judge_rope_table(table_Td2: Tensor, angle_Td: Tensor, radius: float = 1.0) -> Verdict:
     """Cosines and sines [T, d/2, 2], both times `radius`, against float64 angles [T, d/2], at every position.
 
-    Allowed is what float32 angles cost: 2 roundings of the value, 4 of the angle (which grow with the position, where
-    angles are multiplied out in float32). A bfloat16 table fails at once, a theta that is off by 0.01% at position 20.
+    Allowed is what float32 angles cost, in half units in the last place: 2 of the value, and of the angle, which grows with the
+    position, 4 and what its frequency f has lost. As exp(-e log theta) that is 3 roundings of the exponent, log 1/f, each of
+    which moves f by so many times itself; powers lose less. A bfloat16 table fails at once, a theta that is off by 0.01% within
+    the first hundred positions.
     """
     if table_Td2.shape[0] == 0:
         return empty("rope table", "no positions")
@@ -166,7 +168,8 @@ def judge_rope_table(table_Td2: Tensor, angle_Td: Tensor, radius: float = 1.0) -
     if table_Td2.shape != expected_Td2.shape:
         shapes = f"shape {list(table_Td2.shape)} instead of {list(expected_Td2.shape)}"
         return Verdict((Check("rope table", 1.0, 0.0, shapes),))
-    allowed_Td = torch.finfo(torch.float32).eps / 2 * radius * (2 + 4 * angle_Td)
+    exponent_d = -angle_Td[min(1, len(angle_Td) - 1)].clamp(min=1e-30, max=1.0).log()
+    allowed_Td = torch.finfo(torch.float32).eps / 2 * radius * (2 + (4 + 3 * exponent_d) * angle_Td)
     share_Td = (table_Td2.double().cpu() - expected_Td2).abs().amax(-1) / allowed_Td
     share_Td = share_Td.nan_to_num(nan=float("inf"))
     worst = int(share_Td.argmax())

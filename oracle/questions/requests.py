@@ -25,7 +25,7 @@ from llama_fast.engine.transfer import pad
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from oracle.questions.cases import random_row
-from oracle.questions.checkpoints import first_blocks, references
+from oracle.questions.checkpoints import end_blocks, few_words, one_block, references
 from oracle.questions.judge import Bench
 from oracle.statistics.compare import Check, Verdict, empty
 from oracle.subjects.adapters import Rows
@@ -33,6 +33,15 @@ from oracle.subjects.fast import FastSubject, Recorder
 
 LENGTHS = (4, 9, 6, 12, 5, 10, 7)  # the shortest first, so that others are ahead of it
 SPLITS = (2, 5, 3, 7, 1, 6, 4)
+BATCHES = {  # by name: each row's length, and the tokens of it that are prefilled
+    "seven rows": (LENGTHS, SPLITS),
+    "four rows of one length": ((6,) * 4, (3,) * 4),
+    "eight rows": ((6, 3, 5, 4, 6, 2, 5, 3), (2, 1, 4, 1, 3, 1, 2, 2)),
+    "nine rows of one length": ((4,) * 9, (2,) * 9),
+    "seventeen rows": ((2, 3, 4) * 5 + (3, 2), (1, 2, 1) * 5 + (1, 1)),
+}
+"""4, 8 and 16 are where kernels and products change their ways: asked are these numbers of rows, or one more."""
+LONGER = (300, 230)
 HELD, NEW = 3, 6
 TOP = 2  # likeliest tokens told beside each
 PENALTY = 1.7
@@ -41,27 +50,74 @@ LOGPROB_ERROR = 1e-4
 LONGEST_EDGE = 2048
 
 
-def judge_requests(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> Verdict:
-    """Every question of this file."""
-    one = first_blocks(checkpoint, 1)
+def judge_requests(
+    checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Verdict:
+    """Every question of this file; in other types than float32 those whose tokens need not be compared exactly."""
+    one = one_block(checkpoint, device)
     if one.config.max_context < max(LENGTHS):
         return empty("requests", f"a context of {one.config.max_context} has no room for {max(LENGTHS)} tokens")
-    runner = build(one, plan, device=device, dtype=torch.float32)
+    runner = build(one, plan, device=device, dtype=dtype)
     bench, subject = Bench(*references(runner, one)), FastSubject(runner)
-    rows = [random_row(subject.vocab_size, length, seed=70 + length) for length in LENGTHS]
-    room = one.config.max_context - max(LENGTHS)
-    verdict = bench.decode(subject, rows, list(SPLITS), list(LENGTHS)).named("seven rows")
+    verdict, V = Verdict(), subject.vocab_size
+    batches = {
+        name: [random_row(V, length, seed=70 + length + 13 * b) for b, length in enumerate(lengths)]
+        for name, (lengths, _) in BATCHES.items()
+    }
+    bench.of([row for rows in batches.values() for row in rows])  # in one pass
+    for name, (lengths, splits) in BATCHES.items():
+        verdict += bench.decode(subject, batches[name], list(splits), list(lengths)).named(name)
+    rows = batches["seven rows"]
+    pairs = FastSubject(runner, tokens_a_step=2)
+    verdict += bench.route(pairs.several, rows, list(SPLITS), list(LENGTHS)).named("two tokens a step")
+    verdict += bench.route(Served(runner), rows[:2], list(SPLITS[:2]), list(LENGTHS[:2])).named("a cache that decoded")
+    verdict += _longer(checkpoint, plan, device, dtype)
     verdict += bench.route(Extended(runner), rows, list(LENGTHS), list(LENGTHS)).named("a kept prefix")
-    if room >= NEW:
+    room = one.config.max_context - max(LENGTHS)
+    if room >= NEW and dtype is torch.float32:
         checks = (_held(runner, rows), penalised_check(subject, rows), told_check(*told_logprobs(runner, rows)))
         verdict += Verdict(checks)
     edge = one.config.window
     if edge is not None and edge + 1 <= min(one.config.max_context, LONGEST_EDGE):
-        long = [random_row(subject.vocab_size, edge + extra, seed=90) for extra in (-1, 0, 1)]
+        long = [random_row(V, edge + extra, seed=90) for extra in (-1, 0, 1)]
         verdict += bench.decode(subject, long, [len(row) for row in long], [len(row) for row in long]).named(
             "a prompt as long as the window"
         )
     return verdict
+
+
+def _longer(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> Verdict:
+    """Rows of some hundred positions through the first block and the last one: slots that only a later block has wrong show."""
+    two = few_words(end_blocks(checkpoint), device)
+    lengths = [min(length, two.config.max_context) for length in LONGER]
+    runner = build(two, plan, device=device, dtype=dtype)
+    rows = [random_row(two.config.vocab_size, length, seed=50 + i) for i, length in enumerate(lengths)]
+    starts = [max(1, length - 9 - 70 * i) for i, length in enumerate(lengths)]
+    subject = FastSubject(runner, used_cache=True)
+    bench = Bench(*references(runner, two))
+    return bench.decode(subject, rows, starts, lengths).named("longer rows, first and last block")
+
+
+class Served:
+    """Each row alone in a cache in which a longer one was decoded before, not only prefilled."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+
+    def __call__(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
+        found = []
+        subject, longest = FastSubject(self.runner), max(map(len, rows))
+        for row, split in zip(rows, splits, strict=True):
+            before = random_row(subject.vocab_size, min(longest + 4, self.runner.config.max_context), seed=60 + split)
+            cache = self.runner.allocate(1, len(before))
+            for tokens, at in ((before, 1), (row, split)):
+                seen = [self.runner.prefill(*pad([tokens[:at]], self.runner.device), cache).clone()]
+                for place in range(at, len(tokens)):
+                    token_11 = torch.tensor([[tokens[place]]], device=self.runner.device)
+                    start_1 = torch.tensor([place], device=self.runner.device)
+                    seen.append(self.runner.decode(token_11, start_1, cache)[:, -1].clone())
+            found.append(torch.cat(seen))
+        return found
 
 
 class Extended:

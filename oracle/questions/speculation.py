@@ -50,7 +50,7 @@ def judge_speculation(
     truth, yardstick = references(runner, checkpoint)
     subject = SpeculativeSubject(runner, draft, batch, cache_length)
     verdict = Bench(truth, yardstick).greedy(subject, rows, new_tokens)
-    return verdict + judge_stopping(subject, rows, min(STOP_AMONG, new_tokens))
+    return verdict + judge_stopping(subject, rows, min(STOP_AMONG, new_tokens), quick=True)
 
 
 def prompts_or_random(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> list[list[int]]:

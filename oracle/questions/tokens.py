@@ -6,6 +6,7 @@ Shapes: none; ids and strings.
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -24,6 +25,7 @@ TEXTS = (
     "MixedCASE snake_case kebab-case ALLCAPS",
     "x" * 200,
     "line\nline\n\nline\r\nend",
+    "zero\u200bwidth",
 )
 
 
@@ -54,7 +56,8 @@ def judge_tokens(
         ids, bare = tokens.encode(text), tokens.encode(text, bos=False)
         shown = repr(text[:24])
         back = tokens.decode(ids)
-        if back.removeprefix(" ") != text and back != text:
+        forms = {text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC"))}
+        if back.removeprefix(" ") not in forms and back not in forms:
             lost.append(f"{shown} comes back as {back[:24]!r}")
         if any(not 0 <= token < vocab_size for token in ids):
             outside.append(shown)

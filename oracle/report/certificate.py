@@ -22,11 +22,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from oracle.questions.localise import Stage
+from oracle.questions.survival import survived
 from oracle.statistics.budget import RATE
 from oracle.statistics.compare import Check, Curve, Outcome, Verdict
 from oracle.statistics.drift import Drift
@@ -48,6 +49,10 @@ class Certificate:
     layers: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
     positions: dict[str, list[Curve]] = field(default_factory=dict)
     histogram: dict[str, list[int]] = field(default_factory=dict)
+
+    def ask(self, part: str, question: Callable[[], Verdict]) -> None:
+        """Add a question's answer; an error inside it differs, and its place is told."""
+        self.parts[part] = survived(part, question)
 
     @property
     def verdict(self) -> Verdict:

@@ -26,7 +26,7 @@ from pathlib import Path
 RATE = 1e-4
 """False alarms per verification of an innocent implementation, all its comparisons together."""
 
-ROUTES = 16
+ROUTES = 40
 """Comparisons of logits that share one half of RATE; the stages of all blocks share the other half."""
 
 ORDERS = 3

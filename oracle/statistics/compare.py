@@ -8,10 +8,10 @@ largest error at any position. The fewer numbers a statistic averages, the wider
 The factors follow from a stated false-alarm rate (budget.py); for 225 positions of logits they are
 
                                                             bfloat16   float32
-    whole           RMS over all positions                  1.31       2.84
-    window          RMS over any 32 positions of a row      1.51       3.19
-    position RMS    RMS over the vocabulary, any position   3.67       7.6
-    position max    largest error, any position             6.28       9.26
+    whole           RMS over all positions                  1.32       3.0
+    window          RMS over any 32 positions of a row      1.54       3.37
+    position RMS    RMS over the vocabulary, any position   3.87       8.28
+    position max    largest error, any position             6.83       10.2
 
 In float32 the order of summation is all of the error, which differs from kernel to kernel (a sum in 16 lanes errs 1.8
 times less than one in a row).
@@ -62,6 +62,10 @@ FEW = 8  # positions too few to set one aside
 TINY = 1e-290  # what a denominator is at least
 UNLIKE = 0.7  # relative error of logits that no longer resemble the truth
 UNINFORMATIVE = 0.25  # relative error of a yardstick that no longer measures anything
+
+
+class Unjudgeable(ValueError):
+    """What was given cannot be judged, whatever the subject says: no verdict, but a refusal."""
 
 
 class Outcome(str, Enum):
@@ -459,7 +463,7 @@ def _finite_check(rows: Sequence[_Errors]) -> Check:
     bad, where, positions = 0, "", 0
     for row in rows:
         if not torch.isfinite(row.truth_square).all():
-            raise ValueError("the float64 truth holds NaN or infinity: these weights cannot be judged")
+            raise Unjudgeable("the float64 truth holds NaN or infinity: these weights cannot be judged")
         broken_T = ~torch.isfinite(row.square)
         bad += int(broken_T.sum())
         where = where or (row.at(int(broken_T.int().argmax())) if broken_T.any() else "")

@@ -13,7 +13,18 @@ from torch import Tensor
 from llama_ref.arguments import floating, place, shown, whole
 from llama_ref.checkpoint import TensorSource
 from llama_ref.config import LlamaConfig
-from llama_ref.model import PARTS, amplitude, attend, inverse_frequencies, island, project, rms_norm, rotate, rotations
+from llama_ref.model import (
+    PARTS,
+    Observer,
+    amplitude,
+    attend,
+    inverse_frequencies,
+    island,
+    project,
+    rms_norm,
+    rotate,
+    rotations,
+)
 from llama_ref.model import Llama as Reference
 from oracle.statistics.budget import ORDERS
 from oracle.statistics.orders import Order
@@ -85,7 +96,7 @@ class RefSubject:
         self.vocab_size = config.vocab_size
         self.dtype = dtype
         self.device = device
-        self._weights = weights
+        self.weights = weights
         self._model = model or Reference(config, weights, dtype)
 
     @torch.no_grad()
@@ -108,7 +119,7 @@ class RefSubject:
         """
         name = f"layers.{layer}"
         weights = {part: self.weight(f"{name}.{part}.weight") for part in PARTS}  # typed once for all rows
-        biases = {part: self.weight(f"{name}.{part}.bias") for part in PARTS if f"{name}.{part}.bias" in self._weights}
+        biases = {part: self.weight(f"{name}.{part}.bias") for part in PARTS if f"{name}.{part}.bias" in self.weights}
         return [self._stages_of_row(layer, row, weights, biases) for row in seen]
 
     def _stages_of_row(self, layer: int, seen: Trace, w: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Trace:
@@ -141,7 +152,7 @@ class RefSubject:
     def stages_of_ends(self, tokens: Sequence[int], seen: Trace) -> Trace:
         """The embedding, the final norm and the logits of one row, each from what the subject showed of its input."""
         table = self.weight("tok_embeddings.weight")
-        out: Trace = {"embedding": table[torch.tensor(list(tokens), device=self.device)]}
+        out: Trace = {"embedding": self._typed(table[torch.tensor(list(tokens), device=self.device)])}
         last = seen.get(f"layers.{self.config.n_layers - 1}")
         if last is not None:
             out["norm"] = rms_norm(self._typed(last), self.weight("norm.weight"), self.config.norm_eps)
@@ -159,8 +170,8 @@ class RefSubject:
         assert c.n_layers == 1
         table, device = self.weight("tok_embeddings.weight"), self.device
         w = {part: self.weight(f"layers.0.{part}.weight") for part in PARTS}
-        b = {part: self.weight(f"layers.0.{part}.bias") for part in PARTS if f"layers.0.{part}.bias" in self._weights}
-        x_1TD = table[torch.tensor(list(tokens), device=device)][None]
+        b = {part: self.weight(f"layers.0.{part}.bias") for part in PARTS if f"layers.0.{part}.bias" in self.weights}
+        x_1TD = self._typed(table[torch.tensor(list(tokens), device=device)])[None]
         n_1TD = rms_norm(x_1TD, w["attention_norm"], c.norm_eps)
         turns_Td = rotations(c, T, island(self.dtype), device)
         q = rotate(project(n_1TD[:, -count:], w, b, "attention.wq").view(1, count, -1, c.head_dim), turns_Td[-count:])
@@ -178,17 +189,51 @@ class RefSubject:
         n_1TD = rms_norm(x_1TD, self.weight("norm.weight"), c.norm_eps)
         return n_1TD[0] @ (table if c.tie_embeddings else self.weight("output.weight")).T
 
+    @torch.no_grad()
+    def turned_queries(self, tokens: Sequence[int], cos_sin_Td2: Tensor) -> Tensor:
+        """The first block's queries [T, H d] of tokens that stand at the positions of these cosines and sines."""
+        c, name = self.config, "layers.0.attention.wq"
+        w = {"wq": self.weight(f"{name}.weight")}
+        b = {"wq": self.weight(f"{name}.bias")} if f"{name}.bias" in self.weights else {}
+        x_1TD = self._typed(self.weight("tok_embeddings.weight")[torch.tensor(list(tokens), device=self.device)])[None]
+        n_1TD = rms_norm(x_1TD, self.weight("layers.0.attention_norm.weight"), c.norm_eps)
+        q_1Thd = project(n_1TD, w, b, "wq").view(1, len(tokens), -1, c.head_dim)
+        turns_Td = torch.view_as_complex(cos_sin_Td2.to(self.device, island(self.dtype)).contiguous())
+        return rotate(q_1Thd, turns_Td)[0].flatten(1)
+
     def weight(self, name: str) -> Tensor:
-        return self._typed(self._weights[name][:])
+        return self._typed(self.weights[name][:])
 
     def _typed(self, value: Tensor) -> Tensor:
         return value.to(device=self.device, dtype=self.dtype)
 
 
+class StoredReference(Reference):
+    """The reference over stored matrices: these stay exact, and their products are rounded (by an `Order`) after the sum."""
+
+    def __call__(self, tokens_BT: Tensor, observe: Observer = lambda stage, value: None) -> Tensor:
+        config, device = self.config, tokens_BT.device
+        x_BTD = self._weight("tok_embeddings.weight", device)[tokens_BT].to(self.dtype)
+        for layer in range(config.n_layers):
+            x_BTD = self.block(layer, x_BTD)
+        x_BTD = rms_norm(x_BTD, self._weight("norm.weight", device), config.norm_eps)
+        head = "tok_embeddings.weight" if config.tie_embeddings else "output.weight"
+        return x_BTD @ self._weight(head, device).T
+
+    def _weight(self, name: str, device: torch.device) -> Tensor:
+        return stored_or_typed(self._weights[name][:].to(device), self.dtype)
+
+
+def stored_or_typed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix with its stored numbers, exact in float32; a vector in the type of the arithmetic."""
+    return weight.float() if weight.dim() == 2 else weight.to(dtype)
+
+
 class Yardstick(RefSubject):
     """The reference in a subject's own type, in several legal orders of summation: every value is [O, T, ...].
 
-    What the type costs is the mean over these orders, not the luck of one.
+    What the type costs is the mean over these orders, not the luck of one. Over `stored` matrices it does what an encoding
+    promises: the stored numbers are exact, and scaled after the product.
     """
 
     def __init__(
@@ -198,9 +243,16 @@ class Yardstick(RefSubject):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         orders: int = ORDERS,
+        stored: bool = False,
     ):
-        super().__init__(config, weights, dtype, device, "yardstick")
-        self.orders = whole("orders", orders, 1)
+        model = StoredReference(config, weights, dtype) if stored else None
+        super().__init__(config, weights, dtype, device, "yardstick", model)
+        self.orders, self.stored = whole("orders", orders, 1), stored
+
+    def weight(self, name: str) -> Tensor:
+        if not self.stored:
+            return super().weight(name)
+        return stored_or_typed(self.weights[name][:].to(self.device), self.dtype)
 
     def prefill_logits(self, rows: Rows) -> list[Tensor]:
         several = []
@@ -212,8 +264,15 @@ class Yardstick(RefSubject):
     def tail_logits(self, tokens: Sequence[int], count: int) -> Tensor:
         several = []
         for seed in range(self.orders):
-            with Order(seed):
+            with Order(seed, exponentials=True):
                 several.append(super().tail_logits(tokens, count))
+        return torch.stack(several)
+
+    def turned_queries(self, tokens: Sequence[int], cos_sin_Td2: Tensor) -> Tensor:
+        several = []
+        for seed in range(self.orders):
+            with Order(seed):
+                several.append(super().turned_queries(tokens, cos_sin_Td2))
         return torch.stack(several)
 
     def stages_of_block(self, layer: int, seen: Sequence[Trace]) -> list[Trace]:

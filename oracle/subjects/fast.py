@@ -23,8 +23,9 @@ class FastSubject:
     """A `llama_fast` runner: prefill by `score`, decode and greedy through the runner's own phases and loop.
 
     `batch` and `cache_length` fix the two shapes that compiled code depends on; None takes what the rows need.
-    Fewer rows than `batch` are filled up with copies of the last. `used_cache`: every cache first serves other tokens, so
-    that whatever a step reads and has not written shows. `tokens_a_step`: the width of the route of several tokens.
+    Fewer rows than `batch` are filled up with copies of the last. `used_cache`: a cache first serves other tokens, and then
+    every later question of its size, so that whatever a step reads and has not written shows. `tokens_a_step`: the width of
+    the route of several tokens.
     """
 
     def __init__(
@@ -43,19 +44,20 @@ class FastSubject:
         self.cache_length = cache_length
         self.used_cache = used_cache
         self.tokens_a_step = tokens_a_step
+        self._used_caches: dict[tuple[int, int], Any] = {}
 
     def routes(self) -> Mapping[str, tuple[Route, int]]:
         """Rows one by one; and several tokens a step, each step first fed other tokens, as after a rejected draft."""
         found: dict[str, tuple[Route, int]] = {"rows one by one": (self._alone, -1)}
         if self.tokens_a_step is not None:
-            found[f"{self.tokens_a_step} tokens a step, drafts rejected"] = self._several, 0
+            found[f"{self.tokens_a_step} tokens a step, drafts rejected"] = self.several, 0
         return found
 
     def _alone(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
         return [self.decode_logits([row], [split])[0] for row, split in zip(rows, splits, strict=True)]
 
     @torch.no_grad()
-    def _several(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
+    def several(self, rows: Rows, splits: Sequence[int]) -> list[Tensor]:
         """Steps of `tokens_a_step`; a row's last step reaches back over tokens that the cache already holds."""
         assert self.tokens_a_step is not None
         device, width = self.runner.device, min(self.tokens_a_step, *(len(row) for row in rows))
@@ -117,16 +119,25 @@ class FastSubject:
         device = self.runner.device
         prompts_BT = padded([row[:split] for row, split in zip(rows, splits)], device, self.vocab_size, 2)
         longest = max(prompts_BT.shape[1], *(len(row) for row in rows))
-        cache = self._used(self._cache(len(rows), longest), len(rows), longest)
+        cache = self._lent(len(rows), longest)
         return cache, self.runner.prefill(prompts_BT, torch.tensor(splits, device=device), cache).clone()
 
-    def _used(self, cache: Any, batch: int, length: int) -> Any:
-        """The cache after it served `length` tokens of other texts, if that is asked for."""
-        if self.used_cache:
+    def _lent(self, batch: int, length: int) -> Any:
+        """A cache; if that is asked for, one that has served: other texts at first, then the questions before this one, whose
+        keys and values are moved to other slots, lest they be the right ones."""
+        if not self.used_cache:
+            return self._cache(batch, length)
+        size = batch, self.cache_length or length
+        if size not in self._used_caches:
+            cache = self._used_caches[size] = self._cache(*size)
             other_B1 = torch.arange(1, batch + 1, device=self.runner.device)[:, None]
-            tokens_BT = (torch.arange(length, device=self.runner.device) * 31 + 17 * other_B1) % self.vocab_size
-            self.runner.prefill(tokens_BT, torch.full_like(other_B1[:, 0], length), cache)
-        return cache
+            tokens_BT = (torch.arange(size[1], device=self.runner.device) * 31 + 17 * other_B1) % self.vocab_size
+            self.runner.prefill(tokens_BT, torch.full_like(other_B1[:, 0], size[1]), cache)
+        else:
+            for layer in self._used_caches[size].layers:
+                for stored in layer.tensors:
+                    stored.copy_(stored.roll(7, -2))
+        return self._used_caches[size]
 
     def greedy(self, prompts: Rows, n: int) -> list[tuple[list[int], Tensor]]:
         return [(tokens, logits) for tokens, _, logits in self._generated(prompts, n, Sampling())]
@@ -150,7 +161,7 @@ class FastSubject:
         for group, real in self._groups(prompts):
             recorder = Recorder(self.runner)
             length = max(2, *(len(row) for row in group)) + n
-            cache = self._used(self._cache(len(group), length), len(group), length)
+            cache = self._lent(len(group), length)
             done = generate(cast(Runner, recorder), group, n, sampling, eos_ids, cache)
             logits_BnV = torch.stack(recorder.logits, 1)
             found += [

@@ -75,6 +75,46 @@ def early_slots(
     return original(q, k, v, (start - 1).clamp(min=0) if first else start, *rest, **options)  # type: ignore[no-any-return]
 
 
+def lost_tile(original: Any, number: int, a: Tensor, weight: Any, scale: Any, x: Tensor, **options: Any) -> Tensor:
+    """The last sixteen inputs of the first block's first product are in no tile."""
+    if number % 4 == 0:
+        a = a.clone()
+        a[:, -16:] = 0
+    return original(a, weight, scale, x, **options)  # type: ignore[no-any-return]
+
+
+def scale_of_the_next_row(
+    original: Any, number: int, x: Tensor, gain: Tensor, eps: float, weight: Any, scale: Tensor, **options: Any
+) -> Tensor:
+    """The second block's gate is scaled by its neighbour's scale."""
+    return original(x, gain, eps, weight, scale.roll(1, 0) if number % 2 else scale, **options)  # type: ignore[no-any-return]
+
+
+def scale_of_the_next_word(original: Any, number: int, x: Tensor, weight: Any, scale: Tensor, **options: Any) -> Tensor:
+    """The head's scales are off by one."""
+    return original(x, weight, scale.roll(1, 0), **options)  # type: ignore[no-any-return]
+
+
+def slot_of_another_request(
+    original: Any, number: int, q: Tensor, k: Tensor, v: Tensor, start: Tensor, *rest: Any, **options: Any
+) -> Tensor:
+    """In a step of the second block each row reads the fourth slot of its neighbour."""
+    if number % 2 and q.shape[0] == len(start):
+        k = k.clone()
+        k[:, :, 3] = k[:, :, 3].roll(1, 0)
+    return original(q, k, v, start, *rest, **options)  # type: ignore[no-any-return]
+
+
+def stale_page(
+    original: Any, number: int, q: Tensor, k: Tensor, v: Tensor, start: Tensor, *rest: Any, **options: Any
+) -> Tensor:
+    """Eight slots of the first block's values are those of the page before."""
+    if number % 2 == 0:
+        v = v.clone()
+        v[:, :, 8:16] = v[:, :, :8].clone()
+    return original(q, k, v, start, *rest, **options)  # type: ignore[no-any-return]
+
+
 def found(runner: Any) -> str:
     truth, yardstick = references(runner, runner.checkpoint)
     first = first_beyond(stage_reports(FastSubject(runner), truth, yardstick, ROWS))
@@ -90,6 +130,11 @@ def main() -> None:
         ("qkv", late_step, "layers.0.q_rope"),
         ("linear_add", wrong_scale, "layers.1"),
         ("attention", early_slots, "layers.0.attention"),
+        ("attention", slot_of_another_request, "layers.1.attention"),
+        ("attention", stale_page, "layers.0.attention"),
+        ("linear_add", lost_tile, "layers.0.ffn_hidden"),
+        ("gated", scale_of_the_next_row, "layers.1.ffn_hidden"),
+        ("linear", scale_of_the_next_word, "logits"),
     )
     for name, change, where in planted:
         with changed(name, change):

@@ -7,6 +7,8 @@ in the second row, only in bfloat16, only where a step has several tokens, only 
 
 from __future__ import annotations
 
+import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast import weights
+from llama_fast import chat, weights
 from llama_fast.arithmetic import pytorch
 from llama_fast.caches import growing as growing_cache
 from llama_fast.caches import static as static_cache
 from llama_fast.encodings import dense, int8
 from llama_fast.engine import engine, generate, logprobs, request, runner, sampling, text
 from llama_fast.engine.sampling import BatchSampler, Sampling
+from llama_fast.llama import Llama
 from llama_fast.model import llama as fast
 from llama_fast.model import matrices
 from llama_fast.parallel import tensor_parallel
@@ -33,9 +36,12 @@ from llama_fast.speculative import proposers as speculative
 from llama_fast.speculative import verification as checks
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.formats import huggingface, saved
+from llama_ref.tokenizers import chat as chats
 from llama_ref.tokenizers import tokenizer
 
 Patch = pytest.MonkeyPatch
+building = sys.modules["llama_fast.build"]  # the package's `build` is the function
+checkpoint_files = sys.modules["llama_ref.checkpoint"]
 DENSE, INT8 = optimised(), optimised(encoding_named("int8"))
 GROWING = Plan()
 BF16 = torch.bfloat16
@@ -145,6 +151,50 @@ def silent_last_head(attend: Any, q: Tensor, *rest: Any) -> Tensor:
     out = attend(q, *rest).clone()
     out[:, :, -1] = 0
     return out  # type: ignore[no-any-return]
+
+
+def rows_masked(change: Callable[[Tensor], Tensor], when: Callable[[int, int], bool]) -> Callable[[Patch], None]:
+    """Another mask [B, 1, T, S] where when(B, T)."""
+    return masked(lambda mask: change(mask) if when(mask.shape[0], mask.shape[2]) else mask)
+
+
+def in_bf16_beyond(count: int, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Another mask where values are bf16 and there are more slots than so many."""
+
+    def attend(original: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        wrong = mask is not None and q.dtype is BF16 and k.shape[2] > count
+        return original(q, k, v, change(mask) if wrong and mask is not None else mask)  # type: ignore[no-any-return]
+
+    return attention(attend)
+
+
+def coarse_positions(place: Any, self: Any, table: Tensor, tokens: Tensor, start: Tensor | None, cache: Any) -> Any:
+    """Angles of positions that were rounded to eight significant bits, less one: right up to 128."""
+    step = place(self, table, tokens, start, cache)
+    if cache.layers[0].k.dtype is not BF16:
+        return step
+    return step._replace(
+        cos_sin_BTd2=table[
+            (step.position_BT // 2).bfloat16().long() * 2 + step.position_BT % 2 * (step.position_BT < 128)
+        ]
+    )
+
+
+def equal_rows_share(attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows of one length read the keys of the first."""
+    if mask is not None and len(mask) > 1 and mask.shape[2] == 1 and bool((mask == mask[:1]).all()):
+        k = k[:1].expand_as(k)
+    return attend(q, k, v, mask)  # type: ignore[no-any-return]
+
+
+def late_slots_of_later_blocks(write: Any, slots: Tensor, new: Tensor, at: Tensor) -> Tensor:
+    """Beyond slot 159 the next one is written, but not in a pass's first block."""
+    late_slots_of_later_blocks.calls += 1  # type: ignore[attr-defined]
+    later = (late_slots_of_later_blocks.calls - 1) // 2 % 2  # type: ignore[attr-defined]  # keys, values; two blocks
+    return write(slots, new, torch.where((at > 159) & (later == 1), (at + 1).clamp(max=slots.shape[2] - 1), at))  # type: ignore[no-any-return]
+
+
+late_slots_of_later_blocks.calls = 0  # type: ignore[attr-defined]
 
 
 # --- caches
@@ -263,6 +313,28 @@ def scale_of_columns(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
     scale, weight = parts["scale"], parts["weight"]
     columns = scale.view(-1).to(x.dtype).repeat(1 + x.shape[-1] // len(scale))[: x.shape[-1]]
     return F.linear(x * columns, weight.to(x.dtype))
+
+
+def rounded_matrix(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    """The matrix is made in the type of the arithmetic before it multiplies."""
+    return F.linear(x, parts["weight"].to(x.dtype) * parts["scale"].to(x.dtype))
+
+
+def rounded_once_more(rows: int) -> Callable[..., Tensor]:
+    """The same for the products of so many outputs, which are summed wide, and rounded once."""
+
+    def product(original: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+        if parts["weight"].shape[0] != rows:
+            return original(self, x, parts)  # type: ignore[no-any-return]
+        matrix = (parts["weight"].to(x.dtype) * parts["scale"].to(x.dtype)).float()
+        return F.linear(x.float(), matrix).to(x.dtype)
+
+    return product
+
+
+def rounded_scales(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    scale = parts["scale"]
+    return product(self, x, {**parts, "scale": (scale.float() / 2**-9).round().clamp(min=1).to(scale.dtype) * 2**-9})
 
 
 def unsigned(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
@@ -505,6 +577,113 @@ def saving(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable
     return around(saved, "unshared", lambda unshared, tensors: change(unshared(tensors)))
 
 
+# --- the library's face
+
+
+def told(change: Callable[[Any], Any]) -> Callable[[Patch], None]:
+    """Every Output of Llama.generate, changed."""
+
+    def generate(original: Any, self: Any, *args: Any, **options: Any) -> Any:
+        found = original(self, *args, **options)
+        return [change(out) for out in found] if isinstance(found, list) else change(found)
+
+    return around(Llama, "generate", generate)
+
+
+def with_options(name: str, **changes: Callable[[Any], Any]) -> Callable[[Patch], None]:
+    """Llama.NAME called with some of its options changed, where they are given."""
+
+    def call(original: Any, self: Any, *args: Any, **options: Any) -> Any:
+        return original(self, *args, **{k: changes[k](v) if k in changes else v for k, v in options.items()})
+
+    return around(Llama, name, call)
+
+
+def rolled_logprobs(out: Any) -> Any:
+    return out if not out.logprobs else replace(out, logprobs=[*out.logprobs[-1:], *out.logprobs[:-1]])
+
+
+def scaled_logprobs(columns: Any, self: Any, token_B1: Tensor, logits_BV: Tensor) -> Tensor:
+    return columns(self, token_B1, logits_BV / 0.6)  # type: ignore[no-any-return]
+
+
+def shifted_scores(score: Any, self: Any, rows: Any) -> Any:
+    return [replace(row, logprobs=[*row.logprobs[:1], *row.logprobs[:-1]]) for row in score(self, rows)]
+
+
+def next_ones_greedy(score: Any, self: Any, rows: Any) -> Any:
+    return [replace(row, greedy=[*row.greedy[1:], True]) for row in score(self, rows)]
+
+
+def without_last_piece(stream: Any, self: Any, *args: Any, **options: Any) -> Any:
+    pieces = list(stream(self, *args, **options))
+    return (piece for piece in pieces[:-1])
+
+
+def all_at_once(stream: Any, self: Any, *args: Any, **options: Any) -> Any:
+    return (piece for piece in ["".join(stream(self, *args, **options))])
+
+
+def lent_twice(lend: Any, self: Any, batch: int, length: int) -> Any:
+    """The cache stays in its place while somebody has it."""
+    cache = lend(self, batch, length)
+    if cache is not None:
+        self._cache[batch] = cache
+    return cache
+
+
+def without_prompts(
+    init: Any, self: Any, sampling: Any, seeds: Any, device: Any, written: Any = None, *rest: Any
+) -> None:
+    init(self, sampling, seeds, device, written and [[] for _ in written], *rest)
+
+
+def penalty_of_row_0(self: Any) -> None:
+    if self.seen_BV is not None:
+        self.seen_BV = self.seen_BV[:1].expand_as(self.seen_BV).clone()
+
+
+def penalty_only_when_greedy(self: Any) -> None:
+    if not self.coldest:
+        self.penalty = self.penalty * 0 + 1
+
+
+def last_words_alone(chat_text: Any, self: Any, messages: Any) -> str:
+    """The last word of each message."""
+    return chat_text(self, [{**one, "content": one["content"][-1:]} for one in messages])  # type: ignore[no-any-return]
+
+
+def seed_plus_position(uniform: Any, key_B2: Tensor, at: Tensor, *rest: Any) -> Tensor:
+    moved = torch.stack([key_B2[:, 0] + at, key_B2[:, 1]], -1)
+    return uniform(moved, at * 0, *rest)  # type: ignore[no-any-return]
+
+
+def remembered(key: Callable[..., Any]) -> Callable[..., Any]:
+    """What was made once is given again, by a key that says too little."""
+    kept: dict[Any, Any] = {}
+
+    def call(original: Any, *args: Any, **options: Any) -> Any:
+        name = key(*args)
+        if name not in kept:
+            kept[name] = original(*args, **options)
+        return kept[name]
+
+    return call
+
+
+def beyond_the_vocabulary(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor) -> Tensor:
+    token_B: Tensor = choose(self, logits_BV, position_B)
+    return torch.where(position_B % 11 == 10, logits_BV.shape[-1], token_B)
+
+
+def refuses(*args: Any, **options: Any) -> Any:
+    raise KeyError("layers.7.scale")
+
+
+def composed(encode: Any, self: Any, text: str, bos: bool = True) -> list[int]:
+    return encode(self, unicodedata.normalize("NFC", text), bos)  # type: ignore[no-any-return]
+
+
 def f(name: str, family: str, plant: Callable[[Patch], None], first: str, **more: Any) -> Fault:
     return Fault(name, family, plant, first, **more)
 
@@ -666,6 +845,38 @@ MODEL_FAULTS = [
         dtype=BF16,
     ),
     f(
+        "the matrix rounded to bf16",
+        "int8",
+        around(int8.Int8, "product", rounded_matrix),
+        "q: share of a rounded",
+        plan=INT8,
+        dtype=BF16,
+    ),
+    f(
+        "the head's matrix rounded to bf16",
+        "int8",
+        around(int8.Int8, "product", rounded_once_more(257)),
+        "logits: share of a rounded",
+        plan=INT8,
+        dtype=BF16,
+    ),
+    f(
+        "the last product's matrix rounded to bf16",
+        "int8",
+        around(int8.Int8, "product", rounded_once_more(64)),
+        "ffn_out: share of a rounded",
+        plan=INT8,
+        dtype=BF16,
+    ),
+    f(
+        "scales in steps of 1/512",
+        "int8",
+        around(int8.Int8, "product", rounded_scales),
+        "layers.0.q",
+        plan=INT8,
+        dtype=BF16,
+    ),
+    f(
         "scales stored one row off",
         "int8",
         encode_with(lambda p: p | {"scale": p["scale"].roll(1, 0)}),
@@ -700,12 +911,21 @@ LOOP_FAULTS = [
     f("uniforms of 4 bits", "sampling", around(sampling, "uniform", lambda u, *args: (u(*args) * 16).floor() / 16), "draws over", trial="sampling"),
     f("position ignored", "sampling", around(sampling, "uniform", lambda u, key, at, *rest: u(key, at * 0, *rest)), "draws over positions", trial="sampling"),
     f("highest id on a tie", "sampling", around(BatchSampler, "__call__", highest_id), "argmax", trial="sampling"),
-    f("row 0's mask in large batches", "mask", masked(lambda m: m[:1].expand_as(m) if len(m) > 4 else m), "seven rows", trial="loop"),
-    f("the longest row's last token behind a prefix", "loop", around(runner.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="loop"),
+    f("row 0's mask in large batches", "mask", masked(lambda m: m[:1].expand_as(m) if len(m) > 4 else m), "seven rows", trial="requests"),
+    f("the longest row's last token behind a prefix", "loop", around(runner.Runner, "extend", lambda extend, self, ids, at, lengths, *rest: extend(self, ids, at, lengths.max().expand_as(lengths), *rest)), "kept prefix", trial="requests"),
+    f("row 0's mask beyond eight rows", "mask", rows_masked(lambda m: m[:1].expand_as(m), lambda B, T: B > 9), "seventeen rows", trial="requests"),
+    f("the fifth to eighth row's newest slot hidden", "mask", rows_masked(lambda m: torch.cat([m[:4], m[4:] & m[4:].roll(-1, -1)]), lambda B, T: B == 8 and T == 1), "eight rows", trial="requests"),
+    f("the ninth row sees all slots", "mask", rows_masked(lambda m: torch.cat([m[:8], m[8:] | True]), lambda B, T: B == 9), "nine rows", trial="requests"),
+    f("rows of one length share keys", "attention", attention(equal_rows_share), "rows of one length", trial="requests"),
+    f("two tokens a step see each other", "mask", rows_masked(one_step_sees_itself, lambda B, T: T == 2 and B > 2), "two tokens a step", trial="requests"),
+    f("steps of two turned as one", "rope", rotation(lambda rotate, x, t: rotate(x, t[:, :1].expand_as(t) if x.shape[1] == 2 and len(x) > 2 else t)), "two tokens a step", trial="requests"),
+    f("angles of positions in bf16", "rope", around(pytorch.Operators, "place", coarse_positions), "queries at edges", dtype=BF16),
+    f("in bf16 the first slot forgotten beyond 280", "mask", in_bf16_beyond(255, lambda m: m & ~((torch.arange(m.shape[-1]) == 0) & m[..., 160:].any(-1, keepdim=True))), "window", dtype=BF16),
+    f("slots past 159 of later blocks", "cache", writing(late_slots_of_later_blocks), "longer rows", trial="requests"),
     f("one seed for all rows", "loop", around(sampling.Sampling, "seeds", lambda seeds, self, rows: seeds(self, rows)[:1] * rows), "draw alike", trial="loop"),
     f("row 0's uniforms ahead", "loop", around(BatchSampler, "_hash_ahead", ahead_of_row_0), "draw alike", trial="loop"),
-    f("penalty squared", "loop", chosen_with(lambda one: replace(one, repetition_penalty=one.repetition_penalty**2)), "penalised", trial="loop"),
-    f("log-probability of the likeliest", "loop", around(logprobs, "columns", likeliest_told), "log-probability", trial="loop"),
+    f("penalty squared", "loop", chosen_with(lambda one: replace(one, repetition_penalty=one.repetition_penalty**2)), "penalised", trial="requests"),
+    f("log-probability of the likeliest", "loop", around(logprobs, "columns", likeliest_told), "log-probability", trial="requests"),
     f("at most 64 tokens", "sampling", with_top_k(lambda k: min(k, 64)), "probability", trial="sampling"),
     f("never colder than 0.1", "sampling", with_temperature(lambda t: max(t, 0.1)), "probability", trial="sampling"),
     f("never warmer than 2", "sampling", with_temperature(lambda t: min(t, 2.0)), "probability", trial="sampling"),
@@ -753,4 +973,51 @@ LOOP_FAULTS = [
     f("last row of a matrix not saved", "checkpoint", saving(lambda t: {k: torch.cat([v[:-1], 0 * v[-1:]]) for k, v in t.items()}), "saved", trial="round trip"),
     f("scales of float16 saved", "checkpoint", saving(lambda t: {k: (v * 1.004).to(v.dtype) if k.endswith("scale") else v for k, v in t.items()}), "saved", trial="round trip", plan=INT8),
 ]  # fmt: skip
-FAULTS = MODEL_FAULTS + LOOP_FAULTS
+FACE_FAULTS = [
+    f("log-probabilities of the token before", "face", told(rolled_logprobs), "log-probabilities", trial="face"),
+    f("log-probabilities of cooled logits", "face", around(logprobs.Logprobs, "columns", scaled_logprobs), "log-probabilities", trial="face"),
+    f("every row's reason is a stop", "face", told(lambda out: replace(out, finish_reason="stop")), "generate", trial="face"),
+    f("BOS is no token of a prompt", "face", told(lambda out: replace(out, prompt_tokens=out.prompt_tokens - 1)), "generate", trial="face"),
+    f("a text's first letter lost", "face", told(lambda out: replace(out, text=out.text[1:])), "generate", trial="face"),
+    f("a second BOS before text", "face", around(Llama, "_ids", lambda ids, self, prompt: [0, *ids(self, prompt)] if isinstance(prompt, str) else ids(self, prompt)), "generate", trial="face"),
+    f("the end id is text", "face", told(lambda out: replace(out, text=out.text + "." * (out.finish_reason == "stop"))), "end ids", trial="face"),
+    f("an end id is no token", "face", told(lambda out: replace(out, tokens=out.tokens[:-1]) if out.finish_reason == "stop" else out), "end ids", trial="face"),
+    f("stop strings of one letter alone", "face", around(text, "first_of", lambda find, words, stop: find(words, [w for w in stop if len(w) == 1])), "stop strings", trial="face"),
+    f("only the first stop string", "face", with_options("generate", stop=lambda stop: list(stop)[:1]), "stop strings", trial="face"),
+    f("the last piece lost", "face", around(Llama, "stream", without_last_piece), "stream", trial="face"),
+    f("all pieces at once", "face", around(Llama, "stream", all_at_once), "stream", trial="face"),
+    f("scores shifted by a token", "face", around(Llama, "score_ids", shifted_scores), "score", trial="face"),
+    f("likeliest flags of the next token", "face", around(Llama, "score_ids", next_ones_greedy), "score", trial="face"),
+    f("a cache lent twice", "face", around(Llama, "_lend_cache", lent_twice), "interleaved", trial="face"),
+    f("a penalty that forgets the prompt", "penalties", around(BatchSampler, "__init__", without_prompts), "penalties", trial="face"),
+    f("a penalty that forgets what was said", "penalties", around(BatchSampler, "note", lambda note, self, token: None), "penalties", trial="face"),
+    f("row 0's tokens penalised in all", "penalties", chosen_with(penalty_of_row_0), "penalties", trial="face"),
+    f("a penalty for greedy text alone", "penalties", chosen_with(penalty_only_when_greedy), "penalties", trial="face"),
+    f("one token more held than is known", "chat", around(chat, "common", lambda common, one, other: common(one, other) + bool(other)), "chat", trial="face"),
+    f("a reply that is cut is closed", "chat", around(chat, "with_reply", lambda reply, messages, words, said: reply(messages, words, said.rstrip("0123456789abcdefg"))), "cut and continued", trial="face"),
+    f("no open turn", "chat", around(Llama, "chat_text", lambda spell, self, messages: spell(self, messages).removesuffix("<a>")), "open turn", trial="face"),
+    f("the turn opened after the assistant's words", "chat", around(Llama, "chat_text", lambda spell, self, messages: spell(self, messages) + "<|end|><a>" * (messages[-1]["role"] == "assistant")), "cut and continued", trial="face"),
+    f("messages by their last letter", "chat", around(Llama, "chat_text", last_words_alone), "open turn", trial="face"),
+    f("an id outside the vocabulary", "loop", around(BatchSampler, "__call__", beyond_the_vocabulary), "ended with an error", trial="face"),
+    f("seed plus position", "seeds", around(sampling, "uniform", seed_plus_position), "rows beside", trial="seeds"),
+    f("positions again after sixteen", "seeds", around(sampling, "uniform", lambda u, key, at, *rest: u(key, at % 16, *rest)), "own draws", trial="seeds"),
+    f("two rows a seed", "seeds", around(sampling.Sampling, "seeds", lambda seeds, self, rows: [seeds(self, rows)[b // 2 * 2] for b in range(rows)]), "rows beside", trial="seeds"),
+    f("seeds sorted", "seeds", around(sampling.Sampling, "seeds", lambda seeds, self, rows: sorted(seeds(self, rows))), "seeds: answers", trial="seeds"),
+    f("the highest bit of a seed lost", "seeds", around(sampling.Sampling, "seeds", lambda seeds, self, rows: [seed % 2**63 for seed in seeds(self, rows)]), "seeds: answers", trial="seeds"),
+    f("streams draw with the next seed", "seeds", with_options("stream", seed=lambda seed: seed + 1), "seeds: answers", trial="seeds"),
+    f("tokens 0.05 colder", "seeds", chosen_with(lambda self: setattr(self, "temperature", self.temperature * 0.8)), "chance of", trial="seeds"),
+    f("weights remembered by their names", "objects", around(weights, "encode_one", remembered(lambda checkpoint, stem, *rest: stem)), "two checkpoints", trial="objects"),
+    f("models remembered by their config", "objects", around(building, "construct", remembered(lambda config, *rest: config)), "two checkpoints", trial="objects"),
+    f("files remembered by their path", "objects", around(checkpoint_files, "open_saved", remembered(str)), "opened again", trial="objects"),
+    f("a bias from every rank", "shard", around(weights, "bias_of", lambda bias, checkpoint, stem, plan: bias(checkpoint, stem, replace(plan, shard=replace(plan.shard, rank=0)) if stem.endswith(("wo", "w2")) and plan.shard != Plan().shard else plan)), "biases", trial="corners"),
+    f("the last id of an odd vocabulary twice", "shard", shares(lambda self, n, s: slice(s.start, s.stop - (n % 2 and self.rank == self.size - 1)) if n % 2 and n > 64 and self.rank else s), "corner", trial="corners"),
+    f("a table's rows of the other rank", "shard", around(building, "share_of", lambda share, table, name, plan, config: share(table, name, replace(plan, shard=replace(plan.shard, rank=0)) if plan.shard != Plan().shard else plan, config)), "tied", trial="corners"),
+    f("an end of saving that is missing", "checkpoint", around(saved, "unshared", refuses), "ended with an error", trial="round trip"),
+    f("texts composed before they are cut", "tokenizer", around(tokenizer.JsonTokenizer, "encode", composed), "witness denies", trial="witnesses"),
+    f("zero widths left out", "tokenizer", encoding(lambda encode, self, text, bos=True: encode(self, text.replace("\u200b", ""), bos)), "witness denies", trial="witnesses"),
+    f("templates never open a turn", "tokenizer", around(chats, "_rendered", lambda render, template, names: render(template, {**names, "add_generation_prompt": False})), "spells otherwise", trial="witnesses"),
+    f("templates see stripped words", "tokenizer", around(chats, "_rendered", lambda render, template, names: render(template, {**names, "messages": [{**m, "content": m["content"].strip(".")} for m in names["messages"]]})), "spells otherwise", trial="witnesses"),
+    f("q and k in halves, by another reader", "checkpoint", around(huggingface, "interleave", lambda interleave, rows, head_dim: rows), "reads otherwise", trial="numbers"),
+    f("k's heads in another order", "checkpoint", around(huggingface, "interleave", lambda interleave, rows, head_dim: interleave(rows, head_dim).flip(0) if len(rows) == 24 else interleave(rows, head_dim)), "reads otherwise", trial="numbers"),
+]  # fmt: skip
+FAULTS = MODEL_FAULTS + LOOP_FAULTS + FACE_FAULTS

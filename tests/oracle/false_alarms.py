@@ -2,7 +2,8 @@
 
     python tests/oracle/false_alarms.py [--seeds 200] [--processes 2]
 
-Each trial asks stages and logits by all routes, in float32 for even seeds and in bfloat16 for odd ones. No alarm in n
+Each trial asks stages and logits by all routes, and of what is a plan or a replacement also requests of unusual shapes, the
+window, the library's face, seeds and objects, in float32 for even seeds and in bfloat16 for odd ones. No alarm in n
 trials bounds their rate at 3 / n with 95% confidence (the rule of three). Exit 1 if there is one.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import trials
 from variations import VARIATIONS
 
 from conftest import TINY
@@ -39,6 +41,7 @@ def trial(task: tuple[int, int]) -> tuple[str, float, str]:
     dtype = torch.float32 if seed % 2 == 0 else torch.bfloat16
     with pytest.MonkeyPatch.context() as patch:
         found = variation.tried(checkpoint, dtype, seed, patch)
+        found = trials.Found(found.parts | variation.asked_more(checkpoint, dtype, patch).parts)
     used = max((check.measured / check.budget for check in found.verdict.checks if check.budget > 0), default=0.0)
     failed = "" if found.verdict.outcome is Outcome.AGREE else f"{found.verdict.outcome.value} {found.words}"
     return variation.name, used, failed

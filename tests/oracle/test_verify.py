@@ -17,10 +17,13 @@ from llama_fast.recipes import optimised
 from llama_ref.checkpoint import Checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
 from oracle import cli
+from oracle.questions import witnesses
+from oracle.questions.witnesses import Told
 from oracle.report.certificate import SCHEMA
-from oracle.statistics.compare import Outcome
+from oracle.statistics.compare import Outcome, Unjudgeable
 from oracle.subjects.adapters import RefSubject
-from oracle.verify import judge_runner, verify
+from oracle.verify import _round_trip, judge_runner, verify
+from oracle.verify_ranks import CORNERS
 
 CPU = torch.device("cpu")
 
@@ -66,9 +69,12 @@ def test_agree_is_exit_0_and_a_certificate(
     assert document["outcome"] == "AGREE"
     assert document["subject"]["encoding"] == encoding
     names = {part["name"] for part in document["parts"]}
-    of_types = {f"{dtype} {part}" for dtype in ("float32", "bfloat16") for part in ("rope table", "stages", "logits")}
-    loop = {"sampling", "stop rules", "draws", "repetition", "other process"}
-    assert of_types | loop | {"requests", "float32 window", "weights", "round trip"} == names
+    kinds = ("rope table", "stages", "logits", "requests", "window")
+    of_types = {f"{dtype} {part}" for dtype in ("float32", "bfloat16") for part in kinds}
+    loop = {"sampling", "face", "seeds", "objects", "loop", "stop rules", "draws", "repetition", "other process"}
+    files = {"weights", "round trip", "witnesses"}
+    assert of_types | loop | files | ({"bfloat16 stored numbers"} if encoding == "int8" else set()) == names
+    assert "no witness of ids and conversations: there is no tokenizer" in document["notes"]
     assert all(check["ok"] for part in document["parts"] for check in part["checks"])
 
 
@@ -181,9 +187,7 @@ def test_the_reference_in_float64_is_never_read_at_once(tiny: Checkpoint) -> Non
     assert len(alive) == len(tiny.weights)
 
 
-def test_a_witness_that_cannot_be_had_is_passed_over(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_witness_that_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As where a tokenizer's class wants a package that is not installed: the model is judged all the same."""
     import transformers
 
@@ -192,7 +196,78 @@ def test_a_witness_that_cannot_be_had_is_passed_over(
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", absent)
     (tmp_path / "tokenizer.json").write_text("{}")
-    ours = SimpleNamespace(encode=list)
-    found = SimpleNamespace(has_tokenizer=True, tokenizer=lambda: ours, path=tmp_path)
-    assert cli.texts(found) == (list, None)  # type: ignore[arg-type]
-    assert capsys.readouterr().err == "· no witness for ids: needs mistral-common\n"
+    told = Told()
+    witnesses.texts(told, tmp_path, SimpleNamespace(encode=list))  # type: ignore[arg-type]
+    assert told == Told({}, {}, ["ids and conversations: needs mistral-common"])
+
+
+def test_an_error_inside_a_question_differs_and_is_told_with_its_place(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama_fast.engine.sampling import BatchSampler
+
+    choose = BatchSampler.__call__
+
+    def outside(self: BatchSampler, logits_BV: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
+        return choose(self, logits_BV, position_B) + 1000
+
+    monkeypatch.setattr(BatchSampler, "__call__", outside)
+    certificate = verify(tiny, optimised(), CPU, torch.float32)
+    assert certificate.outcome is Outcome.DIFFER
+    ended = [check for check in certificate.verdict.failures if "ended with an error" in check.name]
+    assert ended and all(".py:" in check.where for check in ended)
+
+
+def test_weights_that_cannot_be_judged_are_refused(tiny: Checkpoint) -> None:
+    weights = dict(tiny.weights) | {"norm.weight": torch.full((64,), torch.nan)}
+    with pytest.raises(Unjudgeable, match="float64 truth holds NaN"):
+        verify(replace(tiny, weights=weights), optimised(), CPU, torch.float32)
+
+
+def test_a_round_trip_that_cannot_be_asked_is_empty(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oracle.verify.has_no_file", lambda checkpoint: "no config.json says it")
+    found = _round_trip(tiny, optimised(), CPU, torch.float32)
+    assert found.outcome is Outcome.EMPTY and "no config.json says it" in str(found)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("--cache", "grown"), "unknown cache 'grown' (known: static, growing)"),
+        (("--projections", "torn"), "unknown projections 'torn' (known: joined, separate)"),
+        (("--rung", "baseline", "--compile"), "--rung says what the plan and its draft are"),
+        (("--rung", "tp"), "say --ranks 2"),
+        (("--rung", "unheard-of"), "unknown rung 'unheard-of'"),
+        (("--rung", "fused"), "it needs a CUDA device"),
+        (("--ranks", "1"), "a model is cut over two or more"),
+        (("--ranks", "3"), "n_heads=4 does not divide over 3 ranks"),
+    ],
+)
+def test_a_plan_that_cannot_be_spelled_is_exit_2_and_one_line(
+    words: tuple[str, ...], told: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--model", named, "--device", "cpu", *words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and told in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [("--cache", "growing", "--projections", "separate"), ("--rung", "baseline")])
+def test_the_ladders_first_rung_can_be_asked(
+    words: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--model", named, "--device", "cpu", *words) in (0, 1)
+    out = capsys.readouterr().out
+    assert "plan      dense · growing · eager · whole\n" in out
+
+
+def test_ranks_are_judged_by_the_command(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ranks.json"
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    assert run(monkeypatch, "--model", saved, "--device", "cpu", "--ranks", "2", "--json", str(path)) == 0
+    document = json.loads(path.read_text())
+    assert document["outcome"] == "AGREE" and "tensor parallel over 2" in document["subject"]["plan"]
+    (ranks,) = [part for part in document["parts"] if part["name"] == "all ranks"]
+    assert [check["compared"] for check in ranks["checks"]] == [2, 2]
+    assert {f"corner: {name}" for name in CORNERS} <= {part["name"] for part in document["parts"]}

@@ -19,19 +19,27 @@ from llama_ref.config import LlamaConfig
 from llama_ref.tokenizers.json_tokenizer import JsonTokenizer
 from oracle.questions.cases import TEXT, Case, random_row, standard_case
 from oracle.questions.checkpoints import judge_repetition, judge_round_trip, judge_text, judge_window, references
+from oracle.questions.face import Faces, judge_face
 from oracle.questions.generation import judge_draws, judge_stopping
 from oracle.questions.judge import Bench, judge
 from oracle.questions.law import judge_rounds
-from oracle.questions.localise import first_beyond, judge_rope_table, judge_weights, summary
+from oracle.questions.localise import first_beyond, judge_rope_table, judge_stages, judge_weights, summary
+from oracle.questions.objects import judge_objects
 from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
+from oracle.questions.seeds import judge_seeds
 from oracle.questions.speculation import judge_acceptance, judge_speculation
-from oracle.questions.threads import judge_ranks
-from oracle.statistics.compare import Verdict
+from oracle.questions.stored import judge_stored, rounded_reference
+from oracle.questions.survival import survived
+from oracle.questions.threads import RankedSubject, judge_ranks
+from oracle.questions.witnesses import Told, judge_conversations, judge_ids, numbers
+from oracle.statistics.compare import Verdict, unit_roundoff
 from oracle.subjects.adapters import angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
 from oracle.subjects.others import HFSubject
-from oracle.verify import bench_for, stage_reports
+from oracle.subjects.walkers import CHAT
+from oracle.verify import bench_for, shown_stages
+from oracle.verify_ranks import CORNERS
 
 CPU = torch.device("cpu")
 
@@ -64,7 +72,8 @@ def model(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1)
     case = short_case(standard_case(config.vocab_size, config.max_context, seed=seed))
     truth, yardstick = references(runner, checkpoint)
     subject = FastSubject(runner, len(case.rows), case.longest, used_cache=True, tokens_a_step=5)
-    stages = stage_reports(subject, truth, yardstick, case.rows)
+    cut, traces = shown_stages(subject, truth, case.rows)
+    stages = judge_stages(cut, traces, truth, yardstick, config.n_layers, unit_roundoff(dtype))
     table = angles(config, config.max_context)
     lossy = 0.0 if plan.encoding.name == "dense" else 0.5 / 127 * (1 + 2**-7) * 1.001
     parts = {
@@ -77,8 +86,9 @@ def model(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1)
         ),
         "logits": judge(subject, Bench(truth, yardstick), case),
     }
-    if dtype is torch.float32:
-        parts["window"] = judge_window(checkpoint, plan, CPU, dtype)[0]
+    parts["window"] = judge_window(checkpoint, plan, CPU, dtype)[0]
+    if lossy and dtype is not torch.float32:
+        parts["stored numbers"] = judge_stored(cut, traces, truth, rounded_reference(truth, dtype), config.n_layers)
     first = first_beyond(stages)
     return Found(parts, "" if first is None else first.name)
 
@@ -91,13 +101,54 @@ def loop(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) 
         "stop rules": judge_stopping(subject, prompts, 12),
         "draws": judge_draws(subject, prompts, 12, runs=8),
         "repetition": judge_repetition(subject, prompts, 8),
-        "requests": judge_requests(checkpoint, plan, CPU),
     }
     return Found(parts)
 
 
+def requests(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"requests": judge_requests(checkpoint, plan, CPU, dtype)})
+
+
 def sampling(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
     return Found({"sampling": judge_sampling(FastSampler(CPU), CPU)})
+
+
+def face(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"face": judge_face(plan, CPU)})
+
+
+def seeds(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"seeds": judge_seeds(Faces(plan, CPU))})
+
+
+def objects(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"objects": judge_objects(Faces(plan, CPU))})
+
+
+def corners(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    """The shapes at which cutting has its corners, over threads in place of processes."""
+    parts = {}
+    for name, config in CORNERS.items():
+        made = random_checkpoint(config, seed)
+        case = short_case(standard_case(config.vocab_size, 40, seed=seed))
+        parts[f"corner: {name}"] = judge(RankedSubject(made, plan, dtype, 2), bench_for(made, dtype, CPU), case)
+    return Found(parts)
+
+
+def witnesses(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    """Ids and conversations of the small tokenizer, by the libraries that made it, asked directly."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    files = tokenizer_files()
+    settings = {**json.loads(files["tokenizer_config.json"]), "chat_template": CHAT}
+    ours = JsonTokenizer({**files, "tokenizer_config.json": json.dumps(settings)})
+    backend = Backend.from_str(files["tokenizer.json"])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT)
+    told = Told()
+    judge_ids(told, ours, lambda words: [0, *backend.encode(words, add_special_tokens=False).ids])
+    judge_conversations(told, ours, theirs)
+    return Found({"witnesses": told.verdict()})
 
 
 def speculation(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
@@ -159,7 +210,14 @@ def tokenizer_files() -> dict[str, str]:
 
 
 def round_trip(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
-    return Found({"round trip": judge_round_trip(checkpoint, plan, CPU, dtype)})
+    return Found({"round trip": survived("round trip", lambda: judge_round_trip(checkpoint, plan, CPU, dtype))})
+
+
+def tensors(path: Path) -> Found:
+    """A directory of `transformers`, whose numbers `safetensors` reads again."""
+    told = Told()
+    numbers(told, path, open_checkpoint(path))
+    return Found({"numbers": told.verdict()})
 
 
 def witness(path: Path) -> Found:
@@ -178,10 +236,16 @@ def witness(path: Path) -> Found:
 TRIALS = {
     "model": model,
     "loop": loop,
+    "requests": requests,
     "sampling": sampling,
     "speculation": speculation,
     "rounds": rounds,
     "ranks": ranks,
     "text": text,
     "round trip": round_trip,
+    "face": face,
+    "seeds": seeds,
+    "objects": objects,
+    "corners": corners,
+    "witnesses": witnesses,
 }

@@ -20,21 +20,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_fast.arithmetic import pytorch
 from llama_fast.build import build
-from llama_fast.encodings import dense
+from llama_fast.encodings import dense, int8
 from llama_fast.model import llama as fast
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from oracle.questions.cases import Split, standard_case
-from oracle.questions.checkpoints import references
+from oracle.questions.checkpoints import judge_window, references
+from oracle.questions.face import Faces, judge_face
 from oracle.questions.judge import Bench, judge
-from oracle.questions.localise import summary
+from oracle.questions.localise import judge_stages, summary
+from oracle.questions.objects import judge_objects
+from oracle.questions.requests import judge_requests
+from oracle.questions.seeds import judge_seeds
+from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.threads import RankedSubject
+from oracle.statistics.compare import unit_roundoff
 from oracle.statistics.orders import Order
 from oracle.subjects.adapters import RefSubject, Weights
 from oracle.subjects.fast import FastSubject
 from oracle.subjects.others import CallableSubject
 from oracle.subjects.subject import Subject
-from oracle.verify import bench_for, stage_reports
+from oracle.verify import bench_for, shown_stages
 
 Patch = pytest.MonkeyPatch
 
@@ -52,9 +58,9 @@ class Within(FastSubject):
         with self.enter():
             return super().decode_logits(rows, splits)
 
-    def _several(self, rows: Any, splits: Any) -> list[Tensor]:
+    def several(self, rows: Any, splits: Any) -> list[Tensor]:
         with self.enter():
-            return super()._several(rows, splits)
+            return super().several(rows, splits)
 
     def greedy(self, prompts: Any, n: int) -> list[tuple[list[int], Tensor]]:
         with self.enter():
@@ -65,6 +71,10 @@ class Within(FastSubject):
             return super().trace(rows, splits)
 
 
+def as_it_is(seed: int) -> Any:
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class Variation:
     """A plan, what is replaced, and the context that the subject runs in; or another kind of subject."""
@@ -72,7 +82,7 @@ class Variation:
     name: str
     plan: Plan = DENSE
     plant: Callable[[Patch], None] = lambda patch: None
-    inside: Callable[[int], Any] = lambda seed: contextlib.nullcontext()
+    inside: Callable[[int], Any] = as_it_is
     batch: int | None = 2
     cache: int | None = 160
     other: Callable[[Checkpoint, torch.dtype], Subject] | None = None
@@ -94,7 +104,29 @@ class Variation:
             subject = Within(runner, self.batch, self.cache, used_cache=True, tokens_a_step=1 + seed % 7)
             subject.enter = lambda: self.inside(seed)
             parts = {"logits": judge(subject, bench, case)}
-            parts["stages"] = summary(stage_reports(subject, truth, yardstick, case.rows))
+            cut, traces = shown_stages(subject, truth, case.rows)
+            stages = judge_stages(cut, traces, truth, yardstick, config.n_layers, unit_roundoff(dtype))
+            parts["stages"] = summary(stages)
+            if self.plan.encoding.name != "dense" and dtype is not torch.float32:
+                rounded = rounded_reference(truth, dtype)
+                parts["stored numbers"] = judge_stored(cut, traces, truth, rounded, config.n_layers)
+        return trials.Found(parts)
+
+    def asked_more(self, checkpoint: Checkpoint, dtype: torch.dtype, patch: Patch) -> trials.Found:
+        """Rows of many numbers, the window, the library's face, seeds and objects; of a variation that is a plan or a
+        replacement, since these questions build their own models."""
+        if self.other is not None or self.batch != 2 or self.inside is not as_it_is:
+            return trials.Found({})
+        with patch.context() as inner:
+            self.plant(inner)
+            parts = {
+                "requests": judge_requests(checkpoint, self.plan, trials.CPU, dtype),
+                "window": judge_window(checkpoint, self.plan, trials.CPU, dtype)[0],
+            }
+            if dtype is torch.float32:
+                faces = Faces(self.plan, trials.CPU)
+                parts |= {"face": judge_face(self.plan, trials.CPU), "objects": judge_objects(faces)}
+                parts["seeds"] = judge_seeds(faces)
         return trials.Found(parts)
 
 
@@ -125,6 +157,10 @@ def in_double(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
     return F.linear(x.double(), parts["weight"].double()).to(x.dtype)
 
 
+def one_rounding(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+    return (F.linear(x.float(), parts["weight"].float()) * parts["scale"].float().view(-1)).to(x.dtype)
+
+
 def by_hand(forward: Any, self: Any, x: Tensor) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
@@ -143,6 +179,13 @@ def complex_rotation(rotate: Any, x: Tensor, turns: Tensor) -> Tensor:
 def angles_in_float32(table: Any, config: Any) -> Tensor:
     exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     angle = torch.arange(config.max_context).float()[:, None] / config.rope_theta**exponent
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def angles_by_exponentials(table: Any, config: Any) -> Tensor:
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    frequency = (-exponent * torch.tensor(config.rope_theta).float().log()).exp()
+    angle = torch.arange(config.max_context).float()[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()], -1)
 
 
@@ -174,6 +217,7 @@ VARIATIONS = [
     Variation("static cache, projections apart", replace(DENSE, fuse_projections=False)),
     Variation("int8", INT8),
     Variation("int8, cache that grows", replace(INT8, cache=Plan().cache), cache=None),
+    Variation("int8, rounded once", INT8, plant=around(int8.Int8, "product", one_rounding)),
     Variation("any order of summation", inside=lambda seed: Order(1000 + seed)),
     Variation("any order, projections apart", GROWING, cache=None, inside=lambda seed: Order(3000 + seed)),
     Variation("any order, int8", INT8, inside=lambda seed: Order(5000 + seed)),
@@ -188,6 +232,7 @@ VARIATIONS = [
     Variation("norm in float64", plant=norm(norm_in_double)),
     Variation("rotation by complex numbers", plant=around(pytorch, "rotate", complex_rotation)),
     Variation("angles multiplied out in float32", plant=around(fast, "rope_table", angles_in_float32)),
+    Variation("angles from exponentials in float32", plant=around(fast, "rope_table", angles_by_exponentials)),
     Variation("silu by its exponential", plant=around(fast.F, "silu", exp_silu)),
     Variation("one row at a time", batch=1),
     Variation("batch of five", batch=5),
