@@ -24,6 +24,7 @@ from llama_fast.caches import growing as growing_cache
 from llama_fast.caches import static as static_cache
 from llama_fast.encodings import dense, int8
 from llama_fast.engine import engine, generate, logprobs, request, runner, sampling, text
+from llama_fast.engine.caches import Caches
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.llama import Llama
 from llama_fast.model import llama as fast
@@ -603,8 +604,8 @@ def rolled_logprobs(out: Any) -> Any:
     return out if not out.logprobs else replace(out, logprobs=[*out.logprobs[-1:], *out.logprobs[:-1]])
 
 
-def scaled_logprobs(columns: Any, self: Any, token_B1: Tensor, logits_BV: Tensor) -> Tensor:
-    return columns(self, token_B1, logits_BV / 0.6)  # type: ignore[no-any-return]
+def scaled_logprobs(columns: Any, token_B1: Tensor, logits_BV: Tensor, top: int) -> Tensor:
+    return columns(token_B1, logits_BV / 0.6, top)  # type: ignore[no-any-return]
 
 
 def shifted_scores(score: Any, self: Any, rows: Any) -> Any:
@@ -624,28 +625,20 @@ def all_at_once(stream: Any, self: Any, *args: Any, **options: Any) -> Any:
     return (piece for piece in ["".join(stream(self, *args, **options))])
 
 
-def lent_twice(lend: Any, self: Any, batch: int, length: int) -> Any:
+def lent_twice(take: Any, self: Any, rows: int, length: int) -> Any:
     """The cache stays in its place while somebody has it."""
-    cache = lend(self, batch, length)
-    if cache is not None:
-        self._cache[batch] = cache
+    cache = self.kept[rows] = take(self, rows, length)
     return cache
 
 
-def without_prompts(
-    init: Any, self: Any, sampling: Any, seeds: Any, device: Any, written: Any = None, *rest: Any
-) -> None:
-    init(self, sampling, seeds, device, written and [[] for _ in written], *rest)
+def without_prompts(set_rows: Any, self: Any, first: int, settings: Any, written: Any = None) -> None:
+    set_rows(self, first, settings, written and [[] for _ in written])
 
 
-def penalty_of_row_0(self: Any) -> None:
+def penalty_of_row_0(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor) -> Tensor:
     if self.seen_BV is not None:
-        self.seen_BV = self.seen_BV[:1].expand_as(self.seen_BV).clone()
-
-
-def penalty_only_when_greedy(self: Any) -> None:
-    if not self.coldest:
-        self.penalty = self.penalty * 0 + 1
+        self.seen_BV.copy_(self.seen_BV[:1].clone().expand_as(self.seen_BV))
+    return choose(self, logits_BV, position_B)  # type: ignore[no-any-return]
 
 
 def last_words_alone(chat_text: Any, self: Any, messages: Any) -> str:
@@ -975,7 +968,7 @@ LOOP_FAULTS = [
 ]  # fmt: skip
 FACE_FAULTS = [
     f("log-probabilities of the token before", "face", told(rolled_logprobs), "log-probabilities", trial="face"),
-    f("log-probabilities of cooled logits", "face", around(logprobs.Logprobs, "columns", scaled_logprobs), "log-probabilities", trial="face"),
+    f("log-probabilities of cooled logits", "face", around(logprobs, "columns", scaled_logprobs), "log-probabilities", trial="face"),
     f("every row's reason is a stop", "face", told(lambda out: replace(out, finish_reason="stop")), "generate", trial="face"),
     f("BOS is no token of a prompt", "face", told(lambda out: replace(out, prompt_tokens=out.prompt_tokens - 1)), "generate", trial="face"),
     f("a text's first letter lost", "face", told(lambda out: replace(out, text=out.text[1:])), "generate", trial="face"),
@@ -988,11 +981,11 @@ FACE_FAULTS = [
     f("all pieces at once", "face", around(Llama, "stream", all_at_once), "stream", trial="face"),
     f("scores shifted by a token", "face", around(Llama, "score_ids", shifted_scores), "score", trial="face"),
     f("likeliest flags of the next token", "face", around(Llama, "score_ids", next_ones_greedy), "score", trial="face"),
-    f("a cache lent twice", "face", around(Llama, "_lend_cache", lent_twice), "interleaved", trial="face"),
-    f("a penalty that forgets the prompt", "penalties", around(BatchSampler, "__init__", without_prompts), "penalties", trial="face"),
+    f("a cache lent twice", "face", around(Caches, "take", lent_twice), "interleaved", trial="face"),
+    f("a penalty that forgets the prompt", "penalties", around(BatchSampler, "set_rows", without_prompts), "penalties", trial="face"),
     f("a penalty that forgets what was said", "penalties", around(BatchSampler, "note", lambda note, self, token: None), "penalties", trial="face"),
-    f("row 0's tokens penalised in all", "penalties", chosen_with(penalty_of_row_0), "penalties", trial="face"),
-    f("a penalty for greedy text alone", "penalties", chosen_with(penalty_only_when_greedy), "penalties", trial="face"),
+    f("row 0's tokens penalised in all", "penalties", around(BatchSampler, "__call__", penalty_of_row_0), "penalties", trial="face"),
+    f("a penalty for greedy text alone", "penalties", chosen_with(lambda one: replace(one, repetition_penalty=1.0) if one.temperature else one), "penalties", trial="face"),
     f("one token more held than is known", "chat", around(chat, "common", lambda common, one, other: common(one, other) + bool(other)), "chat", trial="face"),
     f("a reply that is cut is closed", "chat", around(chat, "with_reply", lambda reply, messages, words, said: reply(messages, words, said.rstrip("0123456789abcdefg"))), "cut and continued", trial="face"),
     f("no open turn", "chat", around(Llama, "chat_text", lambda spell, self, messages: spell(self, messages).removesuffix("<a>")), "open turn", trial="face"),
@@ -1005,7 +998,7 @@ FACE_FAULTS = [
     f("seeds sorted", "seeds", around(sampling.Sampling, "seeds", lambda seeds, self, rows: sorted(seeds(self, rows))), "seeds: answers", trial="seeds"),
     f("the highest bit of a seed lost", "seeds", around(sampling.Sampling, "seeds", lambda seeds, self, rows: [seed % 2**63 for seed in seeds(self, rows)]), "seeds: answers", trial="seeds"),
     f("streams draw with the next seed", "seeds", with_options("stream", seed=lambda seed: seed + 1), "seeds: answers", trial="seeds"),
-    f("tokens 0.05 colder", "seeds", chosen_with(lambda self: setattr(self, "temperature", self.temperature * 0.8)), "chance of", trial="seeds"),
+    f("tokens 0.05 colder", "seeds", with_temperature(lambda t: t * 0.8), "chance of", trial="seeds"),
     f("weights remembered by their names", "objects", around(weights, "encode_one", remembered(lambda checkpoint, stem, *rest: stem)), "two checkpoints", trial="objects"),
     f("models remembered by their config", "objects", around(building, "construct", remembered(lambda config, *rest: config)), "two checkpoints", trial="objects"),
     f("files remembered by their path", "objects", around(checkpoint_files, "open_saved", remembered(str)), "opened again", trial="objects"),
