@@ -357,12 +357,13 @@ class Rounds:
 
     def of_round(self, k: int, rows: list[list[int]]) -> list[list[int]]:
         taken, stood = [row[0] for row in rows], [row[1] for row in rows]
-        running = [b for b, left in enumerate(self.left) if left]
+        wanted = self.left
+        running = [b for b, left in enumerate(wanted) if left]
         assert all(taken[b] > 0 for b in running), "a row that still wants tokens got none"
         if not self.source.blind:
             for b in running:
                 seen = k - self.row(b) if self.aligned else k
-                self.statistics.round(k, stood[b], emitted=min(taken[b], self.left[b]), seen=seen)
+                self.statistics.round(k, stood[b], emitted=min(taken[b], wanted[b]), seen=seen)
             self.adaptive_k.record(
                 k, [self.evidence[b] for b in running], [stood[b] for b in running], [taken[b] for b in running]
             )
