@@ -22,6 +22,7 @@ from llama_fast.contracts import Cut, PartLayout, Parts
 from llama_fast.encodings.cutting import cut_along_axes
 from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product_by_slices
+from llama_fast.model.tiles import sums_of_nibbles
 from llama_ref.checkpoint import TensorSource
 
 NIBBLES = 8
@@ -91,6 +92,9 @@ class Int4:
     def product(self, x: Tensor, parts: Parts) -> Tensor:
         """The decoded matrix's, some rows of it at a time."""
         return product_by_slices(x, parts["weight"].shape[0], lambda rows: self.decode(rows_of(parts, rows)))
+
+    def sums_over_tiles(self, x_RK: Tensor, parts: Parts) -> Tensor:
+        return sums_of_nibbles(x_RK, parts["weight"], parts["scale"], parts.get("zero"), self.group)
 
     def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         flat = {name: part[ids.reshape(-1)] for name, part in parts.items()}
