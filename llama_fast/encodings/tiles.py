@@ -18,6 +18,9 @@ from llama_fast.model.matvec import FEW, product_by_slices
 from llama_fast.model.tiles import LANES, rows_of_tiles, tiled, untiled
 from llama_ref.checkpoint import TensorSource
 
+SLICE_NUMBERS = 1 << 19
+"""Numbers that are taken out of tiles at once: what is made of them on the way stays in a core's cache."""
+
 
 class Tileable(Encoding, Protocol):
     """An encoding that has a loop over tiles."""
@@ -56,7 +59,11 @@ class Tiled:
         if torch.compiler.is_compiling() and x_RK.shape[0] <= FEW:
             y_RN = self.encoding.sums_over_tiles(x_RK.float(), parts)[:, : self.outputs]
             return y_RN.to(x.dtype).view(*x.shape[:-1], self.outputs)
-        return product_by_slices(x, self.outputs, lambda rows: self.encoding.decode(self.rows_of(parts, rows)), LANES)
+
+        def decoded(rows: slice) -> Tensor:
+            return self.encoding.decode(self.rows_of(parts, rows))
+
+        return product_by_slices(x, self.outputs, decoded, LANES, SLICE_NUMBERS)
 
     def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         flat = ids.reshape(-1)

@@ -310,6 +310,8 @@ def bench(
     for rung in named:
         if rung.needs_gpu and to.type != "cuda":
             raise ValueError(f"the rung {rung.name} needs a CUDA device")
+        if rung.needs_cpu and to.type != "cpu":
+            raise ValueError(f"the rung {rung.name} needs --device cpu")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise OSError(f"cannot write to {out}")

@@ -29,6 +29,8 @@ BY_WORDS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Tensor:
     """(x @ weight.T) * scale for x [..., K]: [..., N] in x's type. All is float32, but a library's sums before the scale."""
     if not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and x.dtype is torch.float32 and weight_NK.dtype is not torch.float32:
+            return scaled(product_by_slices(x, weight_NK.shape[0], lambda rows: weight_NK[rows].float()), scale_N1)
         return scaled(library_product(x, weight_NK.to(x.dtype)), scale_N1)
     x_RK = x.reshape(-1, x.shape[-1])
     few = FEW_OF_BF16 if weight_NK.dtype is torch.bfloat16 else FEW
@@ -45,10 +47,12 @@ SLICE_NUMBERS = 4 << 20
 """Numbers of a matrix that are decoded at once: their memory is used again, and stays in a GPU's cache."""
 
 
-def product_by_slices(x: Tensor, N: int, decoded: Callable[[slice], Tensor], together: int = 1) -> Tensor:
+def product_by_slices(
+    x: Tensor, N: int, decoded: Callable[[slice], Tensor], together: int = 1, numbers: int = SLICE_NUMBERS
+) -> Tensor:
     """x [..., K] @ weight.T, of a weight [N, K] whose rows `decoded` gives in float32, some at a time: [..., N] in x's type.
 
-    It is asked for multiples of `together` rows, but at the end of the matrix.
+    A slice is a multiple of `together` rows, but at the end of the matrix, and has about as many `numbers`.
     The decoded numbers are not rounded: a CPU multiplies in float32, a GPU bf16 activations in fp16 (`fp16_product`).
     """
     x_RK = x.reshape(-1, x.shape[-1])
@@ -57,7 +61,7 @@ def product_by_slices(x: Tensor, N: int, decoded: Callable[[slice], Tensor], tog
         y_RN = (sums if few else F.linear)(x_RK.float(), decoded(slice(0, N)))
         return y_RN.to(x.dtype).view(*x.shape[:-1], N)
     multiply = fp16_product if x.device.type == "cuda" and x.dtype is not torch.float32 else library_product_float32
-    rows = max(1, SLICE_NUMBERS // x.shape[-1] // together) * together
+    rows = max(1, numbers // x.shape[-1] // together) * together
     parts = [multiply(x_RK, decoded(slice(first, min(first + rows, N)))) for first in range(0, N, rows)]
     return torch.cat(parts, -1).to(x.dtype).view(*x.shape[:-1], N)
 
