@@ -83,7 +83,7 @@ class Int4:
         """Float32 [out, in]: an integer of five bits times a bf16 scale, so nothing is rounded."""
         grouped = unpacked(parts["weight"]).unflatten(1, (-1, self.group)).float()
         zero = parts["zero"].float()[..., None] if "zero" in parts else MIDDLE
-        weight: Tensor = (grouped - zero) * parts["scale"].float()[..., None]
+        weight: Tensor = grouped.sub_(zero).mul_(parts["scale"].float()[..., None])
         return weight.flatten(1)
 
     def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:

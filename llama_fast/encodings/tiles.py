@@ -18,7 +18,7 @@ from llama_fast.model.matvec import FEW, product_by_slices
 from llama_fast.model.tiles import LANES, rows_of_tiles, tiled, untiled
 from llama_ref.checkpoint import TensorSource
 
-SLICE_NUMBERS = 1 << 19
+SLICE_NUMBERS = 1 << 20
 """Numbers that are taken out of tiles at once: what is made of them on the way stays in a core's cache."""
 
 

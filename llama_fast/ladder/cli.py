@@ -289,7 +289,9 @@ def convert(
 @app.command()
 def bench(
     model: ModelFlag = DEFAULT_MODEL,
-    rungs: Annotated[str | None, typer.Option(help="Which rungs, with commas between; all by default.")] = None,
+    rungs: Annotated[
+        str | None, typer.Option(help="Which rungs, with commas between; all by default, but `int4`, a CPU's.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where ladder.json and ladder.png go.")] = Path("."),
     samples: Annotated[int, typer.Option(help="Samples of every rung, taken in turns.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens a sample, whatever the EOS ids say.", min=2)] = 200,
