@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llama_fast.contracts import Operations, Stored
-from llama_fast.encodings.tiles import laid_in_tiles
+from llama_fast.encodings.tiled import laid_in_tiles
 from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
 from llama_fast.model.matrices import Joined, Matrix, Separate, Table

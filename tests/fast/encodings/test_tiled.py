@@ -8,10 +8,10 @@ import torch
 from llama_fast.build import build
 from llama_fast.caches.static import Static
 from llama_fast.contracts import Stored
-from llama_fast.encodings import tiles
+from llama_fast.encodings import tiled
 from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
-from llama_fast.encodings.tiles import Tiled, laid_in_tiles
+from llama_fast.encodings.tiled import Tiled, laid_in_tiles
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
@@ -41,7 +41,7 @@ def test_in_tiles_it_is_the_same_matrix(kind: Int4, rows: int) -> None:
 
 
 def test_a_product_by_slices_ends_within_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "SLICE_NUMBERS", 40 * 128)  # 40 rows: two tiles and a half
+    monkeypatch.setattr(tiled, "SLICE_NUMBERS", 40 * 128)  # 40 rows: two tiles and a half
     plain = stored(Int4(32), 75, 128)
     laid = laid_in_tiles(plain)
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
