@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llama_fast.contracts import Operations, Stored
+from llama_fast.encodings.tiled import laid_in_tiles
 from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
 from llama_fast.model.matrices import Joined, Matrix, Separate, Table
@@ -97,17 +98,32 @@ def construct(
 ) -> Llama:
     """The model over stored weights, which are taken out of `stored` as they are used."""
     join = Joined if plan.fuse_projections else Separate
+    # joined first: rows stand in tiles with their neighbours
+    lay = laid_in_tiles if operations.compilable and is_on_cpu(stored) else as_stored
+
+    def matrix(stored: Stored) -> Matrix:
+        return Matrix(lay(stored))
 
     def block(layer: str) -> Block:
         norms = {norm: stored.pop(f"{layer}.{norm}").parts["weight"] for norm in ("attention_norm", "ffn_norm")}
         projections: dict[str, nn.Module] = {
-            role: join([stored.pop(f"{layer}.{name}") for name in names]) for role, names in JOINED.items()
+            role: join([stored.pop(f"{layer}.{name}") for name in names], matrix) for role, names in JOINED.items()
         }
-        projections |= {role: Matrix(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
+        projections |= {role: matrix(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
         return Block(config, norms, projections, operations)
 
     table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
     output = share_of(table, "output", plan, config) if config.tie_embeddings else stored.pop("output")
-    head = plan.shard.head(Matrix(output), config.vocab_size)
+    tied = output.shape == table.shape and config.tie_embeddings
+    table = lay(table)
+    head = plan.shard.head(Matrix(table if tied else lay(output)), config.vocab_size)
     blocks = [block(f"layers.{i}") for i in range(config.n_layers)]
     return Llama(config, Table(table, dtype), blocks, stored.pop("norm").parts["weight"], head)
+
+
+def is_on_cpu(stored: dict[str, Stored]) -> bool:
+    return next(iter(stored["norm"].parts.values())).device.type == "cpu"
+
+
+def as_stored(stored: Stored) -> Stored:
+    return stored

@@ -22,6 +22,7 @@ from llama_fast.contracts import Cut, PartLayout, Parts
 from llama_fast.encodings.cutting import cut_along_axes
 from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product_by_slices
+from llama_fast.model.tiles import sums_of_nibbles
 from llama_ref.checkpoint import TensorSource
 
 NIBBLES = 8
@@ -82,7 +83,7 @@ class Int4:
         """Float32 [out, in]: an integer of five bits times a bf16 scale, so nothing is rounded."""
         grouped = unpacked(parts["weight"]).unflatten(1, (-1, self.group)).float()
         zero = parts["zero"].float()[..., None] if "zero" in parts else MIDDLE
-        weight: Tensor = (grouped - zero) * parts["scale"].float()[..., None]
+        weight: Tensor = grouped.sub_(zero).mul_(parts["scale"].float()[..., None])
         return weight.flatten(1)
 
     def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
@@ -91,6 +92,9 @@ class Int4:
     def product(self, x: Tensor, parts: Parts) -> Tensor:
         """The decoded matrix's, some rows of it at a time."""
         return product_by_slices(x, parts["weight"].shape[0], lambda rows: self.decode(rows_of(parts, rows)))
+
+    def sums_over_tiles(self, x_RK: Tensor, parts: Parts) -> Tensor:
+        return sums_of_nibbles(x_RK, parts["weight"], parts["scale"], parts.get("zero"), self.group)
 
     def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         flat = {name: part[ids.reshape(-1)] for name, part in parts.items()}
@@ -111,6 +115,9 @@ def packed(nibbles: Tensor) -> Tensor:
 
 def unpacked(words: Tensor) -> Tensor:
     """The numbers again, uint8 [out, in]."""
+    if torch.compiler.is_compiling():  # shifts fuse with what uses the numbers, a stack does not
+        half_2, byte_4 = (torch.arange(n, dtype=torch.int32, device=words.device) for n in (2, NIBBLES // 2))
+        return (words[..., None, None] >> 4 * half_2[:, None] + 8 * byte_4 & 15).to(torch.uint8).flatten(1)
     byte_OW4 = words.contiguous().view(torch.uint8).unflatten(1, (-1, NIBBLES // 2))
     return torch.stack([byte_OW4 & 15, byte_OW4 >> 4], 2).flatten(1)
 

@@ -299,7 +299,9 @@ def convert(
 @app.command()
 def bench(
     model: ModelFlag = DEFAULT_MODEL,
-    rungs: Annotated[str | None, typer.Option(help="Which rungs, with commas between; all by default.")] = None,
+    rungs: Annotated[
+        str | None, typer.Option(help="Which rungs, with commas between; all by default, but `int4`, a CPU's.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where ladder.json and ladder.png go.")] = Path("."),
     samples: Annotated[int, typer.Option(help="Samples of every rung, taken in turns.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens a sample, whatever the EOS ids say.", min=2)] = 200,
@@ -322,6 +324,8 @@ def bench(
     for rung in named:
         if rung.needs_gpu and to.type != "cuda":
             raise ValueError(f"the rung {rung.name} needs a CUDA device")
+        if rung.needs_cpu and to.type != "cpu":
+            raise ValueError(f"the rung {rung.name} needs --device cpu")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise OSError(f"cannot write to {out}")

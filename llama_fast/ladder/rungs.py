@@ -25,6 +25,8 @@ class Rung:
     plan: Plan
     cpu_dtype: torch.dtype = torch.float32
     needs_gpu: bool = False
+    needs_cpu: bool = False
+    """Climbed on a CPU alone, and only when it is asked for: not every matrix is whole groups."""
     draft: Plan | None = None
     """Of the model that proposes tokens, with the same weights; None: plain decoding."""
     on_gpu: tuple[Plan, Plan | None] | None = None
@@ -47,6 +49,7 @@ RUNGS = {
         Rung("baseline", "eager, q k v apart, a cache that grows", Plan()),
         Rung("compiled", "torch.compile, static cache", optimised(Dense(), compile=True)),
         Rung("int8", "the same, int8 weights", optimised(Int8(), compile=True)),
+        Rung("int4", "the same, int4 in groups of 32", optimised(Int4(32), compile=True), needs_cpu=True),
         Rung(
             "speculative",
             "compiled, int8 draft of the same model (on a GPU both fused)",
@@ -89,6 +92,7 @@ def rungs_of(device: torch.device, encoding: str = "dense", launched: bool = Fal
         rung
         for rung in RUNGS.values()
         if (on_gpu or not rung.needs_gpu)
+        and not rung.needs_cpu
         and (rung.over_ranks if launched else several or not rung.over_ranks)
         and encoding in ("dense", rung.plans(device)[0].encoding.name)
     ]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_fast.model.matvec import kept
+
 FEW_SLOTS = 1024
 """Slots of all rows up to which a call of PyTorch's attention costs more than its work: 36 us for 256, with loops 10."""
 
@@ -41,9 +43,13 @@ def attend(q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask_B1TS: Tensor | N
 
 
 def attend_by_sums(q_BKGd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask_B11S: Tensor) -> Tensor:
-    """One token's attention [B, K, G, d], in float32 and rounded once."""
-    k_BK1Sd, v_BK1Sd = k_BKSd[:, :, None].float(), v_BKSd[:, :, None].float()
-    score_BKGS = (q_BKGd[..., None, :].float() * k_BK1Sd).sum(-1) * q_BKGd.shape[-1] ** -0.5
-    share_BKGS = score_BKGS.masked_fill(~mask_B11S, -torch.inf).softmax(-1)
-    a_BKGd: Tensor = (share_BKGS[..., None] * v_BK1Sd).sum(-2)
+    """One token's attention [B, K, G, d], in float32 and rounded once.
+
+    The heads of a group are sums of one loop, so a key is read once.
+    """
+    k_BKSd, v_BKSd = k_BKSd.float(), v_BKSd.float()
+    rows_BKd = kept(q_BKGd.float()).unbind(2)
+    score_BKGS = torch.stack([(q_BKd[:, :, None] * k_BKSd).sum(-1) for q_BKd in rows_BKd], 2) * q_BKGd.shape[-1] ** -0.5
+    share_BKGS = kept(score_BKGS.masked_fill(~mask_B11S, -torch.inf).softmax(-1))
+    a_BKGd = torch.stack([(share_BKS[..., None] * v_BKSd).sum(-2) for share_BKS in share_BKGS.unbind(2)], 2)
     return a_BKGd.type_as(q_BKGd)

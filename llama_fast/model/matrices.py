@@ -58,9 +58,9 @@ class Table(Matrix):
 class Separate(nn.Module):
     """Several projections of one input, each its own product."""
 
-    def __init__(self, several: Sequence[Stored]):
+    def __init__(self, several: Sequence[Stored], matrix: Callable[[Stored], Matrix] = Matrix):
         super().__init__()
-        self.linears = nn.ModuleList(Matrix(stored) for stored in several)
+        self.linears = nn.ModuleList(matrix(stored) for stored in several)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(linear(x) for linear in self.linears)
@@ -69,9 +69,9 @@ class Separate(nn.Module):
 class Joined(nn.Module):
     """Several projections of one input as one product, cut apart afterwards."""
 
-    def __init__(self, several: Sequence[Stored]):
+    def __init__(self, several: Sequence[Stored], matrix: Callable[[Stored], Matrix] = Matrix):
         super().__init__()
-        self.linear = Matrix(joined(several))
+        self.linear = matrix(joined(several))
         self.sizes = [stored.shape[0] for stored in several]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

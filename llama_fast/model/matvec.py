@@ -29,6 +29,8 @@ BY_WORDS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 def product(x: Tensor, weight_NK: Tensor, scale_N1: Tensor | None = None) -> Tensor:
     """(x @ weight.T) * scale for x [..., K]: [..., N] in x's type. All is float32, but a library's sums before the scale."""
     if not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and x.dtype is torch.float32 and weight_NK.dtype is not torch.float32:
+            return scaled(product_by_slices(x, weight_NK.shape[0], lambda rows: weight_NK[rows].float()), scale_N1)
         return scaled(library_product(x, weight_NK.to(x.dtype)), scale_N1)
     x_RK = x.reshape(-1, x.shape[-1])
     few = FEW_OF_BF16 if weight_NK.dtype is torch.bfloat16 else FEW
@@ -45,9 +47,12 @@ SLICE_NUMBERS = 4 << 20
 """Numbers of a matrix that are decoded at once: their memory is used again, and stays in a GPU's cache."""
 
 
-def product_by_slices(x: Tensor, N: int, decoded: Callable[[slice], Tensor]) -> Tensor:
+def product_by_slices(
+    x: Tensor, N: int, decoded: Callable[[slice], Tensor], together: int = 1, numbers: int = SLICE_NUMBERS
+) -> Tensor:
     """x [..., K] @ weight.T, of a weight [N, K] whose rows `decoded` gives in float32, some at a time: [..., N] in x's type.
 
+    A slice is a multiple of `together` rows, but at the end of the matrix, and has about as many `numbers`.
     The decoded numbers are not rounded: a CPU multiplies in float32, a GPU bf16 activations in fp16 (`fp16_product`).
     """
     x_RK = x.reshape(-1, x.shape[-1])
@@ -56,7 +61,7 @@ def product_by_slices(x: Tensor, N: int, decoded: Callable[[slice], Tensor]) -> 
         y_RN = (sums if few else F.linear)(x_RK.float(), decoded(slice(0, N)))
         return y_RN.to(x.dtype).view(*x.shape[:-1], N)
     multiply = fp16_product if x.device.type == "cuda" and x.dtype is not torch.float32 else library_product_float32
-    rows = max(1, SLICE_NUMBERS // x.shape[-1])
+    rows = max(1, numbers // x.shape[-1] // together) * together
     parts = [multiply(x_RK, decoded(slice(first, min(first + rows, N)))) for first in range(0, N, rows)]
     return torch.cat(parts, -1).to(x.dtype).view(*x.shape[:-1], N)
 
@@ -82,22 +87,35 @@ def power_of_two(x_RK: Tensor) -> Tensor:
 
 
 def sums(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x @ weight.T as a loop over each row of weights."""
-    wide_NK = weight_NK.float()
-    return torch.stack([(row_K * wide_NK).sum(-1) for row_K in x_RK.unbind()])
+    """x @ weight.T as a loop over each row of weights; of int8 weights over two rows, which are read side by side."""
+    streams = 2 if weight_NK.dtype is torch.int8 and weight_NK.shape[0] % 2 == 0 else 1
+    wide_SnK = weight_NK.unflatten(0, (streams, -1)).float()
+    return torch.stack(
+        [torch.cat([(row_K * wide_nK).sum(-1) for wide_nK in wide_SnK]) for row_K in kept(x_RK).unbind()]
+    )
+
+
+def kept(x: Tensor) -> Tensor:
+    """x, which a compiled step is to store and not to compute again wherever it is read.
+
+    A word that `torch._inductor.inductor_prims` knows asks for the layout that x has; what has a layout is stored.
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    stored: Tensor = torch.ops.prims.inductor_force_stride_order(x, x.contiguous().stride())
+    return stored
 
 
 def sums_by_words(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
     """The same of int8 weights that are read four to a word: shifts bring each to the top, and down again with its sign.
 
-    Every fourth input then stands beside its like: x [R, 4, K / 4]. That layout is asked of inductor by a word of its own, which
-    `torch._inductor.inductor_prims` knows; otherwise it would turn the weights instead.
+    Every fourth input then stands beside its like: x [R, 4, K / 4]. That layout is asked for; otherwise inductor would turn the
+    weights instead.
     """
     # by way of float32: whole vectors of these are read as they lie, of integers by a copy
     word_NQ = weight_NK.view(torch.float32).view(torch.int32)
     bytes_of_word = [(word_NQ << (24 - 8 * i) >> 24).float() for i in range(4)]
-    x_R4Q = x_RK.unflatten(-1, (-1, 4)).transpose(1, 2)
-    x_R4Q = torch.ops.prims.inductor_force_stride_order(x_R4Q, x_R4Q.contiguous().stride())
+    x_R4Q = kept(x_RK.unflatten(-1, (-1, 4)).transpose(1, 2))
     parts = [[x_Q * byte_NQ for x_Q, byte_NQ in zip(x_4Q.unbind(), bytes_of_word)] for x_4Q in x_R4Q.unbind()]
     return torch.stack([((p[0] + p[1]) + (p[2] + p[3])).sum(-1) for p in parts])
 

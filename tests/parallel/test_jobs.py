@@ -67,7 +67,7 @@ def test_the_number_of_ranks() -> None:
         ValueError, match="n_heads=1, n_kv_heads=1 and ffn_dim=72 divide over no number of ranks above one"
     ):
         jobs.ranks_for(dataclasses.replace(CONFIG, n_heads=1, n_kv_heads=1), CPU)
-    assert not any(rung.over_ranks for rung in rungs_of(CPU)), "on a CPU only when asked for"
+    assert not any(rung.over_ranks or rung.needs_cpu for rung in rungs_of(CPU)), "on a CPU only when asked for"
 
 
 def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import inductor_prims  # noqa: F401 - as `Compiled` does
 
 from llama_fast.model import attention
 from llama_fast.model.attention import FEW_SLOTS, attend, attend_by_sums
