@@ -86,7 +86,7 @@ def verify(
     if subject != "ours":
         other_subject = other_named(subject, found, checkpoint.config.vocab_size, in_type, on)
         finish(verify_other(other_subject, checkpoint, on, encode, model, say), json, html)
-    kept = presets.encoding_named(encoding or checkpoint.encoding)
+    kept = presets.chosen_encoding(encoding, checkpoint, fused)
     plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
     words = ["--model", model, "--encoding", kept.name, "--device", on.type, "--dtype", str(in_type)[6:]]
     extras = Extras(

@@ -111,7 +111,7 @@ def verify(
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        no_file = has_no_file(checkpoint)
+        no_file = has_no_file(checkpoint, plan)
         if no_file:
             certificate.notes.append(f"round trip not asked: {no_file}")
         else:
@@ -124,8 +124,10 @@ def verify(
     return certificate
 
 
-def has_no_file(checkpoint: Checkpoint) -> str:
+def has_no_file(checkpoint: Checkpoint, plan: Plan) -> str:
     """Why a checkpoint cannot be encoded and saved; empty if it can."""
+    if plan.encoding.name == "stored" and checkpoint.stored is not None:
+        return "its matrices are kept as its own file has them"
     if checkpoint.encoding != "dense":
         return f"it is stored as {checkpoint.encoding} already"
     try:
@@ -287,7 +289,7 @@ def _verify_encoding(
             f"drift not asked: stored as {checkpoint.encoding}, the original weights are not at hand"
         )
         return
-    lossy = name != "dense"
+    lossy = name not in ("dense", "stored")
     budget = BUDGETS.get(name)
     if lossy and budget is None:
         certificate.parts["drift"] = empty("drift", f"no budget is written down for the encoding {name!r}")
@@ -295,7 +297,12 @@ def _verify_encoding(
     progress("weights against the original ones")
     original = Weights(checkpoint.weights, None if lossy else runner.dtype, runner.device)
     step = 0.0 if budget is None else budget.weight_step
-    certificate.parts["weights"] = judge_weights(runner.reference_weights(), original, step)
+    held = runner.reference_weights()
+    if (
+        name == "stored"
+    ):  # narrow numbers are kept exactly, where the original ones are rounded to the arithmetic's type
+        held = Weights(held, runner.dtype, runner.device)
+    certificate.parts["weights"] = judge_weights(held, original, step)
     if encode is None:
         certificate.notes.append("drift not asked: random weights predict nothing that could drift")
         return
