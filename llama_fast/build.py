@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,7 @@ from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
 from llama_fast.model.matrices import Joined, Matrix, Separate, Table
 from llama_fast.plan import Plan
-from llama_fast.weights import check_encoded, encoded, share_of
+from llama_fast.weights import as_planned, check_encoded, encoded, share_of
 from llama_ref.arguments import floating, made, place, shown
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
@@ -43,14 +44,14 @@ def build(
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
     check_addresses(plan)
-    check_encoded(checkpoint, plan.encoding)
+    check_encoded(as_planned(checkpoint, plan), plan.encoding)
     config = plan.shard.local_config(checkpoint.config)
     operations = plan.arithmetic.bind(config, plan, device)
     if checkpoint.low_rank and not operations.compilable:
         raise ValueError(
             f"the fused kernels add no adapter to {checkpoint.encoding} weights: adapt the dense model, or take Compiled()"
         )
-    stored = dict(encoded(checkpoint, plan, dtype, device))
+    stored = Arriving(encoded(checkpoint, plan, dtype, device), kernels=bool(plan.arithmetic.name))
     model = construct(config, stored, plan, operations, dtype).eval().requires_grad_(False)
     return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))
 
@@ -75,6 +76,27 @@ def check_addresses(plan: Plan) -> None:
         raise ValueError("{} needs a cache whose addresses stay: Static(), not {}()".format(*kinds))
 
 
+class Arriving:
+    """Weights by stem, each encoded when it is asked for, so that what is joined is not held beside all that is not yet.
+
+    `kernels`: they multiply by kernels of ours, which must be able to read them.
+    """
+
+    def __init__(self, weights: Iterable[tuple[str, Stored]], kernels: bool):
+        self._weights, self._kernels = iter(weights), kernels
+        self._passed: dict[str, Stored] = {}
+
+    def pop(self, stem: str) -> Stored:
+        """One weight, once. ValueError for an encoding that no kernel of ours reads."""
+        while stem not in self._passed:
+            name, stored = next(self._weights)
+            if self._kernels and not stored.encoding.loader:
+                told = f"the fused kernels read no {stored.encoding.name} weights ({name})"
+                raise ValueError(f"{told}: take Compiled(), or the encoding dense")
+            self._passed[name] = stored
+        return self._passed.pop(stem)
+
+
 def where(device: torch.device | str | None) -> torch.device:
     """The device that is meant: None or "auto" is a GPU if there is one. ValueError for one that is not there."""
     if device is None or device == "auto":
@@ -93,36 +115,38 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def construct(
-    config: LlamaConfig, stored: dict[str, Stored], plan: Plan, operations: Operations, dtype: torch.dtype
-) -> Llama:
+def construct(config: LlamaConfig, stored: Arriving, plan: Plan, operations: Operations, dtype: torch.dtype) -> Llama:
     """The model over stored weights, which are taken out of `stored` as they are used."""
-    join = Joined if plan.fuse_projections else Separate
-    # joined first: rows stand in tiles with their neighbours
-    lay = laid_in_tiles if operations.compilable and is_on_cpu(stored) else as_stored
+    table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
+    on_cpu = next(iter(table.parts.values())).device.type == "cpu"
+    lay = (
+        laid_in_tiles if operations.compilable and on_cpu else as_stored
+    )  # after they are joined: rows stand with neighbours
+    mixed = plan.encoding.name == "stored" and not plan.arithmetic.name
 
     def matrix(stored: Stored) -> Matrix:
         return Matrix(lay(stored))
 
+    def join(several: list[Stored]) -> nn.Module:
+        """One product, unless a file of mixed encodings stores the matrices in several."""
+        alike = all(stored.encoding == several[0].encoding for stored in several)
+        return (Joined if plan.fuse_projections and (alike or not mixed) else Separate)(several, matrix)
+
     def block(layer: str) -> Block:
         norms = {norm: stored.pop(f"{layer}.{norm}").parts["weight"] for norm in ("attention_norm", "ffn_norm")}
         projections: dict[str, nn.Module] = {
-            role: join([stored.pop(f"{layer}.{name}") for name in names], matrix) for role, names in JOINED.items()
+            role: join([stored.pop(f"{layer}.{name}") for name in names]) for role, names in JOINED.items()
         }
         projections |= {role: matrix(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
         return Block(config, norms, projections, operations)
 
-    table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
+    blocks = [block(f"layers.{i}") for i in range(config.n_layers)]
+    norm = stored.pop("norm").parts["weight"]
     output = share_of(table, "output", plan, config) if config.tie_embeddings else stored.pop("output")
     tied = output.shape == table.shape and config.tie_embeddings
     table = lay(table)
     head = plan.shard.head(Matrix(table if tied else lay(output)), config.vocab_size)
-    blocks = [block(f"layers.{i}") for i in range(config.n_layers)]
-    return Llama(config, Table(table, dtype), blocks, stored.pop("norm").parts["weight"], head)
-
-
-def is_on_cpu(stored: dict[str, Stored]) -> bool:
-    return next(iter(stored["norm"].parts.values())).device.type == "cpu"
+    return Llama(config, Table(table, dtype), blocks, norm, head)
 
 
 def as_stored(stored: Stored) -> Stored:

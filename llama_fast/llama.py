@@ -31,7 +31,7 @@ from llama_fast.engine.speculation import Speculation, Statistics
 from llama_fast.engine.text import TextStream, stop_strings
 from llama_fast.engine.transfer import pad
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named, optimised, plan_named
+from llama_fast.recipes import chosen_encoding, optimised, plan_named
 from llama_ref.arguments import floating, made, named, row_of_ids, rows_of_ids, shown, whole
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizers.chat import chat_text, may_go_on
@@ -122,7 +122,7 @@ class Llama:
             raise TypeError(f"plan={shown(plan)} must be a Plan, as Plan(encoding=Int8()), or a preset's name, as int8")
         found = resolve(named("model", model))
         checkpoint = found.open(device, dtype, adapter)
-        plan = plan or optimised(encoding_named(checkpoint.encoding))
+        plan = plan or optimised(chosen_encoding(None, checkpoint))
         return cls(build(checkpoint, plan, device, dtype), found.tokenizer(), chat_template)
 
     @overload

@@ -33,7 +33,7 @@ from llama_fast.lm_eval_settings import (
     with_defaults,
     without_stops,
 )
-from llama_fast.recipes import encoding_named, optimised
+from llama_fast.recipes import chosen_encoding, optimised
 from llama_ref.arguments import floating
 from llama_ref.models import resolve
 from llama_ref.tokenizers.chat import chat_text
@@ -122,7 +122,7 @@ class LlamaFast(TemplateLM):  # type: ignore[misc]  # the harness has no types
         kind = default_dtype(to) if dtype is None or dtype == "auto" else floating("dtype", dtype)
         found = resolve(pretrained)
         checkpoint = found.open(to, kind, peft)
-        plan = optimised(encoding_named(encoding or checkpoint.encoding), bool(compile))
+        plan = optimised(chosen_encoding(encoding, checkpoint), bool(compile))
         words = (found if tokenizer is None else resolve(str(tokenizer))).tokenizer()
         self.llama = Llama(build(checkpoint, plan, to, kind), words, chat_template)
         self._stated = checkpoint_settings(found.path)

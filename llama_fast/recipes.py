@@ -5,26 +5,13 @@ Leaves are imported where a plan asks for them, so that one that is not there is
 
 from __future__ import annotations
 
-import pkgutil
 from dataclasses import replace
-from functools import cache
-from importlib import import_module
 
-import llama_fast.encodings
 from llama_fast.contracts import Encoding
+from llama_fast.encodings.by_name import encodings
 from llama_fast.plan import Plan
 from llama_ref.arguments import text
-
-
-@cache
-def encodings() -> dict[str, Encoding]:
-    """The encodings by name: those that the files of `encodings` list, as `ENCODINGS = (Int8(),)`."""
-    files = (import_module(f"{llama_fast.encodings.__name__}.{file.name}") for file in _files())
-    return {encoding.name: encoding for file in files for encoding in getattr(file, "ENCODINGS", ())}
-
-
-def _files() -> list[pkgutil.ModuleInfo]:
-    return sorted(pkgutil.iter_modules(llama_fast.encodings.__path__), key=lambda file: file.name)
+from llama_ref.checkpoint import Checkpoint
 
 
 def encoding_named(name: str) -> Encoding:
@@ -32,6 +19,11 @@ def encoding_named(name: str) -> Encoding:
     if text("encoding", name) not in encodings():
         raise ValueError(f"unknown encoding {name!r} (known: {', '.join(encodings())})")
     return encodings()[name]
+
+
+def chosen_encoding(name: str | None, checkpoint: Checkpoint, fused: bool = False) -> Encoding:
+    """The encoding called `name`; None: as the checkpoint is stored, but beneath our kernels a GGUF file's blocks are decoded."""
+    return encoding_named(name or (checkpoint.encoding if fused else checkpoint.default_encoding))
 
 
 def plan_named(name: str) -> Plan:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from llama_fast.contracts import Encoding, PartLayout, Stored
+from llama_fast.encodings.by_name import readable
 from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.ggml import repacked
 from llama_fast.parallel.alone import Whole
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint, TensorSource
@@ -27,6 +29,7 @@ def encoded(
 
     What the encoding leaves alone becomes `dtype`; None keeps it as stored.
     """
+    checkpoint = as_planned(checkpoint, plan)
     for name in checkpoint.weights:
         stem, _, part = name.rpartition(".")
         if part != "weight":  # read together with its weight
@@ -54,17 +57,21 @@ def encode_one(
     checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | None, device: torch.device
 ) -> Stored:
     """One weight. Reads only this process's rows; where columns are cut, whole rows, one stripe at a time."""
+    checkpoint = as_planned(checkpoint, plan)
     weights, config = checkpoint.weights, checkpoint.config
     source, whole_shape = weights[f"{stem}.weight"], expected_shapes(config)[f"{stem}.weight"]
     cut = plan.shard.part(stem, whole_shape, config)
     shape = tuple(len(range(*part.indices(size))) for part, size in zip(cut, whole_shape, strict=True))
     stored = parts_of(checkpoint, stem)
-    if is_stored_encoded(stored):
-        check_layout(stem, stored, plan.encoding.layout(whole_shape), checkpoint.path)
-        parts = plan.encoding.cut(stored, whole_shape, cut)
-        return Stored(plan.encoding, shape, {name: held.to(device) for name, held in parts.items()})
     kept = dtype or source.dtype
-    if checkpoint.encoding != "dense" or not is_encoded(stem, config) or plan.encoding.name == "dense":
+    if is_stored_encoded(stored) or (stem in checkpoint.encodings and source.dtype is not kept):
+        encoding = encoding_of(checkpoint, stem, plan.encoding)
+        check_layout(stem, stored, encoding.layout(whole_shape), checkpoint.path)
+        parts = encoding.cut(stored, whole_shape, cut)
+        if plan.arithmetic.name or device.type != "cpu":
+            encoding, parts = repacked(encoding, parts)
+        return Stored(encoding, shape, {name: held.to(device) for name, held in parts.items()})
+    if checkpoint.encoding != "dense" or not is_encoded(stem, config) or plan.encoding.name in ("dense", "stored"):
         return Stored(Dense(), shape, Dense().encode(source[cut].contiguous().to(device), kept))
     encoding = plan.encoding
     # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
@@ -80,6 +87,22 @@ def encode_one(
                 parts[name] = tensor.new_empty(stop - first, *tensor.shape[1:])
             parts[name][row - first : row - first + len(tensor)] = tensor
     return Stored(encoding, shape, parts)
+
+
+def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """The checkpoint with its matrices as the file holds them, if the plan keeps them so and the file has others than floats."""
+    keeps = plan.encoding.name == "stored" and checkpoint.stored is not None
+    return checkpoint.stored if keeps and checkpoint.stored is not None else checkpoint
+
+
+def encoding_of(checkpoint: Checkpoint, stem: str, encoding: Encoding) -> Encoding:
+    """How one matrix is stored: as the checkpoint names it for this matrix, else as `encoding`. CheckpointError, by name."""
+    name = checkpoint.encodings.get(stem, encoding.name)
+    if name != encoding.name and name not in readable():
+        raise CheckpointError(
+            f"{checkpoint.path}: {stem} is stored as {name}, which is not multiplied as it is: take the encoding dense"
+        )
+    return readable()[name] if name != encoding.name else encoding
 
 
 def parts_of(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
@@ -111,8 +134,12 @@ def check_encoded(checkpoint: Checkpoint, encoding: Encoding) -> None:
     shapes = expected_shapes(checkpoint.config)
     for name in checkpoint.weights:
         stem, _, part = name.rpartition(".")
-        if part == "weight" and is_stored_encoded(parts := parts_of(checkpoint, stem)):
-            check_layout(stem, parts, encoding.layout(shapes[name]), checkpoint.path)
+        if part != "weight":
+            continue
+        parts = parts_of(checkpoint, stem)
+        if is_stored_encoded(parts) or stem in checkpoint.encodings:
+            layout = encoding_of(checkpoint, stem, encoding).layout(shapes[name])
+            check_layout(stem, parts, layout, checkpoint.path)
 
 
 def share_of(table: Stored, name: str, plan: Plan, config: LlamaConfig) -> Stored:
@@ -128,7 +155,7 @@ def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:
     source = checkpoint.weights.get(f"{stem}.bias")
     if source is None:
         return None
-    shape = checkpoint.weights[f"{stem}.weight"].shape
+    shape = expected_shapes(checkpoint.config)[f"{stem}.weight"]
     rows, columns = plan.shard.part(stem, shape, checkpoint.config)
     bias = source[(rows,)].contiguous()
     return bias if columns.indices(shape[1])[0] == 0 else torch.zeros_like(bias)
@@ -163,7 +190,7 @@ class DecodedWeights(Mapping[str, Tensor]):
     """Canonical dense weights with exactly the numbers that a plan computes with, made anew at every access."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, device: torch.device):
-        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._checkpoint, self._dtype, self._device = as_planned(checkpoint, plan), dtype, device
         self._plan = replace(plan, shard=Whole())
         self._names = [name for name in checkpoint.weights if name.endswith((".weight", ".bias"))]
 

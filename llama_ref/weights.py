@@ -61,15 +61,26 @@ class LowRank:
 class Checkpoint:
     """A config and its weights by canonical name; `path` is None where no file lies behind them.
 
-    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given. `low_rank` holds what an
-    adapter adds to encoded matrices when they multiply, by name without ".weight"; into dense ones it is merged.
+    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given. Where they are not all
+    stored alike it is "stored", and `encodings` names each matrix's by its stem, as {"layers.0.attention.wq": "q4_k"}. `low_rank`
+    holds what an adapter adds to encoded matrices when they multiply, by name without ".weight"; into dense ones it is merged.
     """
 
     config: LlamaConfig
     weights: Mapping[str, TensorSource]
     path: Path | None = None
     encoding: str = "dense"
+    encodings: Mapping[str, str] = field(default_factory=dict)
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
+    stored: Checkpoint | None = None
+    """The same model with its matrices as the file holds them, where `weights` decodes them as they are read (GGUF)."""
+    keeps_stored: bool = False
+    """Whether a plan that names no encoding takes `stored`."""
+
+    @property
+    def default_encoding(self) -> str:
+        """The encoding of a plan that names none."""
+        return "stored" if self.stored is not None and self.keeps_stored else self.encoding
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

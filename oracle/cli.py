@@ -70,6 +70,7 @@ def verify(
 
     from llama_fast.build import default_dtype, where
     from llama_fast.parallel.ranks import Place
+    from llama_fast.recipes import chosen_encoding
     from llama_ref.models import resolve
     from oracle.plans import Words, rung_plans
     from oracle.questions.cases import text_rows
@@ -108,7 +109,7 @@ def verify(
         other_subject = other_named(subject, found, checkpoint.config.vocab_size, in_type, on)
         finish(verify_other(other_subject, checkpoint, on, encode, model, say), json, html)
     if rung is None:
-        spelled = replace(spelled, encoding=encoding or checkpoint.encoding)
+        spelled = replace(spelled, encoding=chosen_encoding(encoding, checkpoint, fused).name)
         plan = spelled.plan()
     if Place.of_environment() is not None and subject == "ours":
         if draft is not None or proposed is not None:

@@ -15,8 +15,8 @@ FACTS = tuple(
     f"llama_ref.{name}"
     for name in (
         *("arguments", "checkpoint", "command", "config", "convert", "interrupts", "models", "weights"),
-        *("formats.saved", "tokenizers.chat", "tokenizers.chat_templates", "tokenizers.contract"),
-        *("tokenizers.tokenizer", "tokenizers.tokenizer_files"),
+        *("formats.gguf_blocks", "formats.saved", "tokenizers.chat", "tokenizers.chat_templates"),
+        *("tokenizers.contract", "tokenizers.tokenizer", "tokenizers.tokenizer_files"),
     )
 )
 """What describes files is shared by both Llamas; what says how a Llama computes is written twice."""

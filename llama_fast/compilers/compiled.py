@@ -53,6 +53,21 @@ CPU_OPTIONS: Options = {
 }
 
 
+UNPACKING: Options = {
+    # A number that is unpacked from several fields of a block stays in the loop that multiplies it: stored, it is four bytes.
+    "realize_acc_reads_threshold": 64,
+    "realize_reads_threshold": 64,
+    "realize_opcount_threshold": 1000,
+}
+
+
+def options_for(model: nn.Module, on_gpu: bool) -> Options:
+    """Inductor's options; on a CPU others where an encoding says that it `unpacks`: its products store their input themselves."""
+    encodings = [getattr(module, "encoding", None) for module in model.modules()]
+    unpacks = any(getattr(encoding, "unpacks", False) for encoding in encodings)
+    return GPU_OPTIONS if on_gpu else CPU_OPTIONS | UNPACKING if unpacks else CPU_OPTIONS
+
+
 @dataclass(frozen=True)
 class Compiled:
     """The source's two phases. `regions`: one compilation for all blocks, else each by itself, in minutes."""
@@ -73,7 +88,7 @@ class Compiled:
             raise ValueError("Compiled() compiles PyTorch's operators: with kernels, as Triton(), take Graphed()")
         on_gpu = next(model.buffers()).device.type == "cuda"
         shell = with_regions(model) if self.regions else model
-        options = GPU_OPTIONS if on_gpu else CPU_OPTIONS
+        options = options_for(model, on_gpu)
         steps: dict[tuple[object, ...], Phase] = {}
         prefills: dict[tuple[object, ...], Phase] = {}
         marked: weakref.WeakSet[KVCache] = weakref.WeakSet()

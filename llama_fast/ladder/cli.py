@@ -25,7 +25,7 @@ from llama_fast.model.roofline import GB
 from llama_fast.parallel import ranks
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named
+from llama_fast.recipes import chosen_encoding, encoding_named
 from llama_fast.speculative.proposers import Draft, Ngram
 from llama_fast.weights import named_tensors
 from llama_ref.arguments import whole
@@ -47,7 +47,9 @@ ModelFlag = Annotated[
 DeviceFlag = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.")]
 DtypeFlag = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bf16 on a GPU, float32 on a CPU.")]
 AdapterFlag = Annotated[str | None, typer.Option(help="A LoRA directory of PEFT, applied to the model.")]
-EncodingFlag = Annotated[str | None, typer.Option(help="dense or int8; by default as the checkpoint is stored.")]
+EncodingFlag = Annotated[
+    str | None, typer.Option(help="dense, int8 or stored; by default as the checkpoint is stored.")
+]
 
 TRACED_TOKENS = 16
 """A trace grows by some thousand events a token."""
@@ -108,7 +110,7 @@ def generate(
     checkpoint = found.open(to, kind, adapter)
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
-    kept = encoding_named(encoding or checkpoint.encoding)
+    kept = chosen_encoding(encoding, checkpoint, fused)
     plan = replace(presets.fused(kept) if fused else presets.optimised(kept, compile), shard=member.shard)
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
@@ -201,7 +203,7 @@ def chat(
     found = resolve(model)
     to, kind = where(device), dtype_named(dtype, where(device))
     checkpoint = found.open(to, kind, adapter)
-    plan = presets.optimised(encoding_named(encoding or checkpoint.encoding), compile)
+    plan = presets.optimised(chosen_encoding(encoding, checkpoint), compile)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
     talk(Chat(llama, system, max_new_tokens, sampling, ends), sys.stdin.isatty(), begin)
 
@@ -265,8 +267,8 @@ def quantize(
     from llama_ref.formats.saved import check_can_write, save_checkpoint
 
     kind = encoding_named(encoding)
-    if kind.name == "dense":
-        raise ValueError("encoding dense changes nothing: name a smaller one, as int8")
+    if kind.name in ("dense", "stored"):
+        raise ValueError(f"encoding {kind.name} changes nothing: name a smaller one, as int8")
     check_can_write(out)
     found = resolve(model)
     checkpoint = found.open(adapter=adapter)
@@ -404,7 +406,7 @@ def proposer_named(
     if k is not None and k < 1:
         raise ValueError(f"k={k} must be at least 1: so many tokens are proposed in a round")
     checkpoint = resolve(draft).open(device, dtype)
-    plan = replace(target, encoding=encoding_named(encoding or checkpoint.encoding))
+    plan = replace(target, encoding=chosen_encoding(encoding, checkpoint, bool(target.arithmetic.name)))
     return Draft(build(checkpoint, plan, device, dtype), k)
 
 

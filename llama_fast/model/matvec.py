@@ -9,7 +9,7 @@ Shapes: R rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +62,31 @@ def product_by_slices(
         return y_RN.to(x.dtype).view(*x.shape[:-1], N)
     multiply = fp16_product if x.device.type == "cuda" and x.dtype is not torch.float32 else library_product_float32
     rows = max(1, numbers // x.shape[-1] // together) * together
-    parts = [multiply(x_RK, decoded(slice(first, min(first + rows, N)))) for first in range(0, N, rows)]
-    return torch.cat(parts, -1).to(x.dtype).view(*x.shape[:-1], N)
+    # laid out first: small results that live on among the large temporaries would keep an allocator from using these again
+    y_RN = x_RK.new_empty(x_RK.shape[0], N, dtype=torch.float32)
+    for first in range(0, N, rows):
+        some = slice(first, min(first + rows, N))
+        y_RN[:, some] = multiply(x_RK, decoded(some))
+    return y_RN.to(x.dtype).view(*x.shape[:-1], N)
+
+
+def product_by_pieces(x: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+    """x [..., K] @ weight.T, of a weight that is given in P pieces float32 [N, B, a, w]: [..., N] in x's type.
+
+    The K columns are [B, a, P, w], and piece p holds those at [:, :, p]. For a compiler: a few rows on a CPU become one loop
+    over the pieces' own storage.
+    """
+    N, blocks, a, w = pieces[0].shape
+    x_RK = x.reshape(-1, x.shape[-1]).float()
+    if x.device.type == "cpu" and x_RK.shape[0] <= FEW:
+        # stored before it is read N times, whatever made it
+        x_RK = torch.ops.prims.inductor_force_stride_order(x_RK, x_RK.contiguous().stride())
+        rows = [row.unflatten(0, (blocks, a, len(pieces), w)).unbind(2) for row in x_RK.unbind()]
+        products = [[x_Baw * piece for x_Baw, piece in zip(row, pieces)] for row in rows]
+        y_RN = torch.stack([sum(terms[1:], terms[0]).sum((1, 2, 3)) for terms in products])
+    else:
+        y_RN = F.linear(x_RK, torch.stack([*pieces], 3).flatten(1))
+    return y_RN.to(x.dtype).view(*x.shape[:-1], N)
 
 
 def library_product_float32(x_RK: Tensor, weight_NK: Tensor) -> Tensor:

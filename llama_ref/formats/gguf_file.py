@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture: one file with everything in it, often quantised; read back as floats.
+"""GGUF files of the llama architecture: one file with everything in it, often quantised; read as floats, or kept as stored.
 
 Unlike in Hugging Face's layout, the rows of q and k already stand in Meta's order. The file states two facts by its
 tensors: no `output.weight` means tied embeddings, and `rope_freqs.weight` means llama-3 RoPE scaling.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from llama_ref.config import LlamaConfig
+from llama_ref.formats.gguf_blocks import BLOCKS, block_fields, mapped
 from llama_ref.formats.gguf_config import from_gguf
 from llama_ref.formats.gguf_header import PART, TensorPlace, first_part, read_header
-from llama_ref.weights import Checkpoint, CheckpointError, Key, check_shapes, expected_shapes, spans
+from llama_ref.weights import Checkpoint, CheckpointError, Key, TensorSource, check_shapes, expected_shapes, spans
 
 OF_MODEL = {
     "tok_embeddings.weight": "token_embd.weight",
@@ -38,13 +40,14 @@ OF_LAYER = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}  # ggml type -> stored as it is
+HALVES = ("f16", "bf16")  # floats as they are, but narrower than what a CPU computes in
 INTEGERS = ("I8", "I16", "I32", "I64")
 RECENT = {39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}  # types that an older gguf package cannot name
 
 
 @dataclass(frozen=True, eq=False)
 class GgufTensor:
-    """One tensor of a memory-mapped file; only the rows asked for are read and dequantised (to float32).
+    """One tensor of a file; only the rows asked for are read and dequantised (to float32).
 
     A quantised row is a chain of blocks, so columns are cut after the rows have been dequantised.
     """
@@ -52,7 +55,16 @@ class GgufTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     ggml_type: int
-    rows: Any = field(repr=False)  # uint8, [rows, bytes of a row], a view of the mapped file
+    path: Path
+    offset_bytes: int
+    row_bytes: int
+
+    @property
+    def kind(self) -> str:
+        """Its GGML type's name in small letters: "q4_k"."""
+        from gguf.constants import GGMLQuantizationType
+
+        return str(GGMLQuantizationType(self.ggml_type).name).lower()
 
     def __getitem__(self, key: Key, /) -> torch.Tensor:
         import numpy
@@ -61,7 +73,8 @@ class GgufTensor:
         if any(start == stop for start, stop in parts):
             return torch.empty([stop - start for start, stop in parts], dtype=self.dtype)
         start, stop = parts[0] if len(self.shape) == 2 else (0, 1)
-        taken = numpy.array(self.rows[start:stop])  # a copy: a tensor over the read-only mapping could be written to
+        place = self.path, self.offset_bytes + start * self.row_bytes, (stop - start, self.row_bytes)
+        taken = numpy.array(mapped(*place))  # a copy: a tensor over the read-only mapping could be written to
         if self.ggml_type in PLAIN:
             values = torch.from_numpy(taken).view(self.dtype)
         else:
@@ -106,7 +119,31 @@ def open_gguf(path: Path) -> Checkpoint:
     check_shapes({name: tensor.shape for name, tensor in stored.items()}, wanted, path)
     if alone:
         warnings.warn(f"{path}: no token_embd.weight; output.weight is read as both tables", stacklevel=2)
-    return Checkpoint(config, {name: stored[gguf_name(name)] for name in expected}, path)
+    tensors = {name: stored[gguf_name(name)] for name in expected}
+    kept = _as_stored(config, tensors, path)
+    quantised = any(kind not in HALVES for kind in kept.encodings.values())
+    return Checkpoint(config, tensors, path, stored=kept if kept.encodings else None, keeps_stored=quantised)
+
+
+def _as_stored(config: LlamaConfig, tensors: Mapping[str, GgufTensor], path: Path) -> Checkpoint:
+    """The same tensors, each matrix that is narrower than float32 as the fields of its blocks.
+
+    A matrix of a type whose blocks are not known here keeps its floats beside its type's name: whoever multiplies refuses it.
+    """
+    weights: dict[str, TensorSource] = {}
+    encodings = {}
+    for name, tensor in tensors.items():
+        stem, kind = name.rpartition(".")[0], tensor.kind
+        if len(tensor.shape) != 2 or kind in ("f32", "f64"):
+            weights[name] = tensor
+            continue
+        encodings[stem] = kind
+        if kind not in BLOCKS:
+            weights[name] = tensor
+            continue
+        fields = block_fields(kind, (tensor.shape[0], tensor.shape[1]), tensor.path, tensor.offset_bytes)
+        weights |= {f"{stem}.{part}": source for part, source in fields.items()}
+    return Checkpoint(config, weights, path, "stored", encodings)
 
 
 def _parts(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
@@ -147,12 +184,11 @@ def _with_vocabulary_of(metadata: dict[str, Any], stored: Mapping[str, GgufTenso
 
 def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTensor]:
     try:
-        import numpy
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError as error:
         raise CheckpointError(f"{path}: reading GGUF needs the package gguf (pip install gguf)") from error
     sizes = {kind.value: size for kind, size in GGML_QUANT_SIZES.items()}  # (weights, bytes) of a block
-    content = numpy.memmap(path, mode="r", dtype=numpy.uint8)
+    size = path.stat().st_size
     tensors = {}
     for name, place in places.items():
         if place.ggml_type not in sizes:
@@ -168,11 +204,10 @@ def _map_tensors(path: Path, places: dict[str, TensorPlace]) -> dict[str, GgufTe
             raise CheckpointError(f"{path}: {name} of shape {list(place.shape)} cannot be read as {kind.name}")
         row_bytes = columns // block_columns * block_bytes
         end = place.offset_bytes + rows * row_bytes
-        if end > len(content):
-            raise CheckpointError(f"{path}: truncated: {name} ends at byte {end} of a file of {len(content)}")
-        data = content[place.offset_bytes : end].reshape(rows, row_bytes)
+        if end > size:
+            raise CheckpointError(f"{path}: truncated: {name} ends at byte {end} of a file of {size}")
         dtype = PLAIN.get(place.ggml_type, torch.float32)
-        tensors[name] = GgufTensor(place.shape, dtype, place.ggml_type, data)
+        tensors[name] = GgufTensor(place.shape, dtype, place.ggml_type, path, place.offset_bytes, row_bytes)
     return tensors
 
 

@@ -48,7 +48,8 @@ def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
         for name, source in checkpoint.weights.items()
         if not name.startswith("layers.") or int(name.split(".")[1]) < count
     }
-    return replace(checkpoint, config=replace(checkpoint.config, n_layers=count), weights=kept)
+    stored = None if checkpoint.stored is None else first_blocks(checkpoint.stored, count)
+    return replace(checkpoint, config=replace(checkpoint.config, n_layers=count), weights=kept, stored=stored)
 
 
 def one_block(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import os
 import random
@@ -65,6 +66,7 @@ def write_seeds(root: Path) -> None:
     _write_tied(root, state)
     _write_adapters(root)
     _write_gguf(root / "gguf")
+    _write_gguf_blocks(root / "blocks")
     _write_gguf_vocabularies(root)
     _write_tokenizers(root)
 
@@ -165,6 +167,30 @@ def _write_gguf(directory: Path) -> None:
     writer.close()
 
 
+def _write_gguf_blocks(directory: Path) -> None:
+    """A matrix of each type whose blocks are kept, and one of a type that is only decoded."""
+    import numpy
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    from llama_ref.formats.gguf_blocks import BLOCKS
+    from tests.ref.gguf_files import tensors_of, write_gguf
+
+    directory.mkdir()
+    kinds = itertools.cycle([*(kind.upper() for kind in BLOCKS), "IQ2_XXS"])
+    tensors: dict[str, Any] = {}
+    for name, array in tensors_of(8).items():
+        shape = [256 if extent in (32, 64) else extent for extent in array.shape]
+        for layer in range(2 if name.startswith("blk") else 1):
+            stored: Any = numpy.ones(shape, dtype=numpy.float32)
+            if len(shape) == 2:
+                kind = GGMLQuantizationType[next(kinds)]
+                columns, size = GGML_QUANT_SIZES[kind]
+                stored = numpy.zeros((shape[0], shape[1] // columns * size), dtype=numpy.uint8), kind
+            tensors[name.replace("blk.0", f"blk.{layer}")] = stored
+    shape_of = {"llama.embedding_length": 256, "llama.feed_forward_length": 256, "llama.block_count": 2}
+    write_gguf(directory / "model.gguf", shape_of, tensors)
+
+
 def _write_gguf_vocabularies(root: Path) -> None:
     """One vocabulary of each kind, with every field that our reader looks at."""
     from sentencepiece import SentencePieceProcessor
@@ -255,6 +281,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "legacy": ("pytorch_model.bin",),
     "meta": ("params.json", "consolidated.00.pth"),
     "gguf": ("model.gguf",),
+    "blocks": ("model.gguf",),
     "words": ("model.gguf",),
     "pieces": ("model.gguf",),
     "json": ("tokenizer.json", "tokenizer_config.json"),
@@ -474,7 +501,8 @@ def _load(work: Path, kind: str) -> None:
     checkpoint = open_checkpoint(work)
     if (work / "adapter").is_dir():
         checkpoint = with_adapter(checkpoint, work / "adapter")
-    for tensor in checkpoint.weights.values():
+    kept = {} if checkpoint.stored is None else checkpoint.stored.weights
+    for tensor in (*checkpoint.weights.values(), *kept.values()):
         whole = tensor[:]
         assert tuple(whole.shape) == tuple(tensor.shape)
         tensor[:1]

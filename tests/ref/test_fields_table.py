@@ -48,6 +48,7 @@ NO_READERS = {  # modules that read no field of a file
         "checkpoint",
         "command",
         "config",
+        "gguf_blocks",
         "contract",
         "fields",
         "generate",
