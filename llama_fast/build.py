@@ -8,6 +8,8 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,8 +18,9 @@ from torch import nn
 from llama_fast.contracts import Operations, Stored
 from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
-from llama_fast.model.matrices import Joined, Matrix, Separate, Table
+from llama_fast.model.matrices import Joined, Matrix, Separate, Table, apart
 from llama_fast.plan import Plan
+from llama_fast.recipes import encoding_named
 from llama_fast.weights import check_encoded, encoded, share_of
 from llama_ref.arguments import floating, made, place, shown
 from llama_ref.checkpoint import Checkpoint
@@ -44,7 +47,7 @@ def build(
     check_addresses(plan)
     check_encoded(checkpoint, plan.encoding)
     config = plan.shard.local_config(checkpoint.config)
-    operations = plan.arithmetic.bind(config, plan, device)
+    operations = bind(checkpoint, config, plan, device)
     stored = dict(encoded(checkpoint, plan, dtype, device))
     model = construct(config, stored, plan, operations, dtype).eval().requires_grad_(False)
     return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))
@@ -88,17 +91,32 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def bind(checkpoint: Checkpoint, config: LlamaConfig, plan: Plan, device: torch.device) -> Operations:
+    """The operations of the plan's arithmetic; ValueError, by name, for an encoding that it cannot read, also of one matrix."""
+    for name in sorted(set(checkpoint.encodings.values()) - {plan.encoding.name}):
+        plan.arithmetic.bind(config, replace(plan, encoding=encoding_named(name)), device)
+    return plan.arithmetic.bind(config, plan, device)
+
+
 def construct(
     config: LlamaConfig, stored: dict[str, Stored], plan: Plan, operations: Operations, dtype: torch.dtype
 ) -> Llama:
     """The model over stored weights, which are taken out of `stored` as they are used."""
-    join = Joined if plan.fuse_projections else Separate
+    separate: list[str] = []
+
+    def join(layer: str, names: Sequence[str]) -> nn.Module:
+        several = [stored.pop(f"{layer}.{name}") for name in names]
+        if not plan.fuse_projections:
+            return Separate(several)
+        why = "" if operations.needs_joined else apart(several)
+        if not why:
+            return Joined(several)
+        separate.append(f"{layer}: {why}")
+        return Separate(several)
 
     def block(layer: str) -> Block:
         norms = {norm: stored.pop(f"{layer}.{norm}").parts["weight"] for norm in ("attention_norm", "ffn_norm")}
-        projections: dict[str, nn.Module] = {
-            role: join([stored.pop(f"{layer}.{name}") for name in names]) for role, names in JOINED.items()
-        }
+        projections: dict[str, nn.Module] = {role: join(layer, names) for role, names in JOINED.items()}
         projections |= {role: Matrix(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
         return Block(config, norms, projections, operations)
 
@@ -106,4 +124,7 @@ def construct(
     output = share_of(table, "output", plan, config) if config.tie_embeddings else stored.pop("output")
     head = plan.shard.head(Matrix(output), config.vocab_size)
     blocks = [block(f"layers.{i}") for i in range(config.n_layers)]
+    if separate:
+        told = f"{len(separate)} groups of projections are not joined but multiplied one by one, the first in {separate[0]}"
+        warnings.warn(told, stacklevel=3)
     return Llama(config, Table(table, dtype), blocks, stored.pop("norm").parts["weight"], head)

@@ -9,6 +9,7 @@ import pkgutil
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import llama_fast.encodings
 from llama_fast.contracts import Encoding
@@ -19,19 +20,27 @@ from llama_ref.arguments import text
 @cache
 def encodings() -> dict[str, Encoding]:
     """The encodings by name: those that the files of `encodings` list, as `ENCODINGS = (Int8(),)`."""
-    files = (import_module(f"{llama_fast.encodings.__name__}.{file.name}") for file in _files())
-    return {encoding.name: encoding for file in files for encoding in getattr(file, "ENCODINGS", ())}
+    return {encoding.name: encoding for file in _files() for encoding in getattr(file, "ENCODINGS", ())}
 
 
-def _files() -> list[pkgutil.ModuleInfo]:
-    return sorted(pkgutil.iter_modules(llama_fast.encodings.__path__), key=lambda file: file.name)
+@cache
+def _files() -> list[ModuleType]:
+    names = sorted(file.name for file in pkgutil.iter_modules(llama_fast.encodings.__path__))
+    return [import_module(f"{llama_fast.encodings.__name__}.{name}") for name in names]
 
 
 def encoding_named(name: str) -> Encoding:
-    """ "int8" -> Int8(); ValueError that lists the known names."""
-    if text("encoding", name) not in encodings():
-        raise ValueError(f"unknown encoding {name!r} (known: {', '.join(encodings())})")
-    return encodings()[name]
+    """ "int8" -> Int8(), "int4-g64" -> Int4(64); ValueError that lists the names that stand for themselves.
+
+    Others have sizes in them: a file of `encodings` reads these by its `of_name`.
+    """
+    if text("encoding", name) in encodings():
+        return encodings()[name]
+    for file in _files():
+        found: Encoding | None = file.of_name(name) if hasattr(file, "of_name") else None
+        if found is not None:
+            return found
+    raise ValueError(f"unknown encoding {name!r} (known: {', '.join(encodings())})")
 
 
 def plan_named(name: str) -> Plan:

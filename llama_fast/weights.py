@@ -12,6 +12,7 @@ from llama_fast.contracts import Encoding, PartLayout, Stored
 from llama_fast.encodings.dense import Dense
 from llama_fast.parallel.alone import Whole
 from llama_fast.plan import Plan
+from llama_fast.recipes import encoding_named
 from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
 from llama_ref.weights import FLOATS, CheckpointError, check_shapes, expected_shapes
@@ -54,9 +55,15 @@ def encode_one(
     shape = tuple(len(range(*part.indices(size))) for part, size in zip(cut, whole_shape, strict=True))
     stored = parts_of(checkpoint, stem)
     if is_stored_encoded(stored):
-        check_layout(stem, stored, plan.encoding.layout(whole_shape), checkpoint.path)
-        parts = plan.encoding.cut(stored, whole_shape, cut)
-        return Stored(plan.encoding, shape, {name: held.to(device) for name, held in parts.items()})
+        encoding = stored_encoding(checkpoint, stem, plan.encoding)
+        check_layout(stem, stored, encoding.layout(whole_shape), checkpoint.path)
+        try:
+            parts = encoding.cut(stored, whole_shape, cut)
+        except CheckpointError:
+            raise
+        except ValueError as error:  # a group that would be parted
+            raise ValueError(f"{stem}, stored as {encoding.name}: {error}") from error
+        return Stored(encoding, shape, {name: held.to(device) for name, held in parts.items()})
     kept = dtype or source.dtype
     if checkpoint.encoding != "dense" or not is_encoded(stem, config) or plan.encoding.name == "dense":
         return Stored(Dense(), shape, Dense().encode(source[cut].contiguous().to(device), kept))
@@ -100,13 +107,19 @@ def check_layout(stem: str, parts: Mapping[str, TensorSource], layout: Mapping[s
             raise CheckpointError(f"{where}: {stem}.{name} is {str(held).removeprefix('torch.')}, not {wanted}")
 
 
+def stored_encoding(checkpoint: Checkpoint, stem: str, encoding: Encoding) -> Encoding:
+    """How a weight is stored that is in parts: as the checkpoint says of it, else as the plan's `encoding`."""
+    name = checkpoint.encodings.get(stem, encoding.name)
+    return encoding if name == encoding.name else encoding_named(name)
+
+
 def check_encoded(checkpoint: Checkpoint, encoding: Encoding) -> None:
-    """CheckpointError unless every weight of a checkpoint that is stored as `encoding` is whole."""
+    """CheckpointError unless every weight of a checkpoint that is stored in parts is whole."""
     shapes = expected_shapes(checkpoint.config)
     for name in checkpoint.weights:
         stem, _, part = name.rpartition(".")
         if part == "weight" and is_stored_encoded(parts := parts_of(checkpoint, stem)):
-            check_layout(stem, parts, encoding.layout(shapes[name]), checkpoint.path)
+            check_layout(stem, parts, stored_encoding(checkpoint, stem, encoding).layout(shapes[name]), checkpoint.path)
 
 
 def share_of(table: Stored, name: str, plan: Plan, config: LlamaConfig) -> Stored:
@@ -122,7 +135,7 @@ def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:
     source = checkpoint.weights.get(f"{stem}.bias")
     if source is None:
         return None
-    shape = checkpoint.weights[f"{stem}.weight"].shape
+    shape = expected_shapes(checkpoint.config)[f"{stem}.weight"]
     rows, columns = plan.shard.part(stem, shape, checkpoint.config)
     bias = source[(rows,)].contiguous()
     return bias if columns.indices(shape[1])[0] == 0 else torch.zeros_like(bias)

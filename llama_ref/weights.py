@@ -8,7 +8,7 @@ stand in Meta's order: the two halves of rotary pair i are rows 2i and 2i + 1 of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -48,13 +48,15 @@ class TensorSource(Protocol):
 class Checkpoint:
     """A config and its weights by canonical name; `path` is None where no file lies behind them.
 
-    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given.
+    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given. Where a file mixes
+    several, it is that of most of them, and `encodings` has each one's, by the weight's name without ".weight".
     """
 
     config: LlamaConfig
     weights: Mapping[str, TensorSource]
     path: Path | None = None
     encoding: str = "dense"
+    encodings: Mapping[str, str] = field(default_factory=dict)
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
