@@ -8,7 +8,8 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from llama_fast.contracts import Operations, Stored
 from llama_fast.encodings.tiled import laid_in_tiles
 from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
-from llama_fast.model.matrices import Joined, Matrix, Separate, Table
+from llama_fast.model.matrices import Joined, Matrix, Separate, Table, apart
 from llama_fast.plan import Plan
 from llama_fast.weights import as_planned, check_encoded, encoded, share_of
 from llama_ref.arguments import floating, made, place, shown
@@ -119,24 +120,24 @@ def construct(config: LlamaConfig, stored: Arriving, plan: Plan, operations: Ope
     """The model over stored weights, which are taken out of `stored` as they are used."""
     table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
     on_cpu = next(iter(table.parts.values())).device.type == "cpu"
-    lay = (
-        laid_in_tiles if operations.compilable and on_cpu else as_stored
-    )  # after they are joined: rows stand with neighbours
-    mixed = plan.encoding.name == "stored" and not plan.arithmetic.name
+    # behind joining: rows stand in tiles with their neighbours
+    lay = laid_in_tiles if operations.compilable and on_cpu else as_stored
+    separate: list[str] = []
 
     def matrix(stored: Stored) -> Matrix:
         return Matrix(lay(stored))
 
-    def join(several: list[Stored]) -> nn.Module:
-        """One product, unless a file of mixed encodings stores the matrices in several."""
-        alike = all(stored.encoding == several[0].encoding for stored in several)
-        return (Joined if plan.fuse_projections and (alike or not mixed) else Separate)(several, matrix)
+    def join(layer: str, names: Sequence[str]) -> nn.Module:
+        """One product, unless the matrices are stored in several ways."""
+        several = [stored.pop(f"{layer}.{name}") for name in names]
+        why = "" if operations.needs_joined or not plan.fuse_projections else apart(several)
+        if why:
+            separate.append(f"{layer}: {why}")
+        return (Joined if plan.fuse_projections and not why else Separate)(several, matrix)
 
     def block(layer: str) -> Block:
         norms = {norm: stored.pop(f"{layer}.{norm}").parts["weight"] for norm in ("attention_norm", "ffn_norm")}
-        projections: dict[str, nn.Module] = {
-            role: join([stored.pop(f"{layer}.{name}") for name in names]) for role, names in JOINED.items()
-        }
+        projections: dict[str, nn.Module] = {role: join(layer, names) for role, names in JOINED.items()}
         projections |= {role: matrix(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
         return Block(config, norms, projections, operations)
 
@@ -146,6 +147,9 @@ def construct(config: LlamaConfig, stored: Arriving, plan: Plan, operations: Ope
     tied = output.shape == table.shape and config.tie_embeddings
     table = lay(table)
     head = plan.shard.head(Matrix(table if tied else lay(output)), config.vocab_size)
+    if separate and plan.encoding.name != "stored":  # a GGUF file mixes types as a rule
+        told = f"{len(separate)} groups of projections are not joined but multiplied one by one, the first in {separate[0]}"
+        warnings.warn(told, stacklevel=3)
     return Llama(config, Table(table, dtype), blocks, norm, head)
 
 

@@ -18,7 +18,8 @@ from llama_ref.config import LlamaConfig
 Parts = Mapping[str, Tensor]
 """The tensors of one stored matrix [out, in] by name: {"weight": ...}, or {"weight": int8 [out, in], "scale": [out, 1]}.
 
-The first axis of every part is `out`, so that matrices of one input are joined by joining their parts.
+The first axis of every part is `out`, so that matrices of one input are joined by joining their parts; or 1, where all rows share
+one, as an order of columns: joined matrices then have the same.
 """
 
 PartLayout = tuple[tuple[int, ...], torch.dtype | None]
@@ -140,6 +141,10 @@ class Operations(Protocol):
     @property
     def compilable(self) -> bool:
         """Whether a compiler can read them: PyTorch's operators, and nothing that is launched by hand."""
+
+    @property
+    def needs_joined(self) -> bool:
+        """Whether projections of one input must be one matrix."""
 
     @property
     def sampling_kernels(self) -> SamplingKernels | None:

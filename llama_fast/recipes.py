@@ -8,17 +8,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llama_fast.contracts import Encoding
-from llama_fast.encodings.by_name import encodings
+from llama_fast.encodings.by_name import encodings, of_size
 from llama_fast.plan import Plan
 from llama_ref.arguments import text
 from llama_ref.checkpoint import Checkpoint
 
 
 def encoding_named(name: str) -> Encoding:
-    """ "int8" -> Int8(); ValueError that lists the known names."""
-    if text("encoding", name) not in encodings():
-        raise ValueError(f"unknown encoding {name!r} (known: {', '.join(encodings())})")
-    return encodings()[name]
+    """ "int8" -> Int8(), "int4-g64" -> Int4(64); ValueError that lists the names that stand for themselves.
+
+    Others have sizes in them: a file of `encodings` reads these by its `of_name`.
+    """
+    found = encodings().get(text("encoding", name)) or of_size(name)
+    if found is not None:
+        return found
+    raise ValueError(f"unknown encoding {name!r} (known: {', '.join(encodings())})")
 
 
 def chosen_encoding(name: str | None, checkpoint: Checkpoint, fused: bool = False) -> Encoding:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.contracts import Encoding, PartLayout, Stored
-from llama_fast.encodings.by_name import readable
+from llama_fast.encodings.by_name import of_size, readable
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.ggml import repacked
 from llama_fast.parallel.alone import Whole
@@ -67,7 +67,12 @@ def encode_one(
     if is_stored_encoded(stored) or (stem in checkpoint.encodings and source.dtype is not kept):
         encoding = encoding_of(checkpoint, stem, plan.encoding)
         check_layout(stem, stored, encoding.layout(whole_shape), checkpoint.path)
-        parts = encoding.cut(stored, whole_shape, cut)
+        try:
+            parts = encoding.cut(stored, whole_shape, cut)
+        except CheckpointError:
+            raise
+        except ValueError as error:  # a group that would be parted
+            raise ValueError(f"{stem}, stored as {encoding.name}: {error}") from error
         if plan.arithmetic.name or device.type != "cpu":
             encoding, parts = repacked(encoding, parts)
         return Stored(encoding, shape, {name: held.to(device) for name, held in parts.items()})
@@ -98,11 +103,12 @@ def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
 def encoding_of(checkpoint: Checkpoint, stem: str, encoding: Encoding) -> Encoding:
     """How one matrix is stored: as the checkpoint names it for this matrix, else as `encoding`. CheckpointError, by name."""
     name = checkpoint.encodings.get(stem, encoding.name)
-    if name != encoding.name and name not in readable():
+    found = encoding if name == encoding.name else readable().get(name) or of_size(name)
+    if found is None:
         raise CheckpointError(
             f"{checkpoint.path}: {stem} is stored as {name}, which is not multiplied as it is: take the encoding dense"
         )
-    return readable()[name] if name != encoding.name else encoding
+    return found
 
 
 def parts_of(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
@@ -130,7 +136,7 @@ def check_layout(stem: str, parts: Mapping[str, TensorSource], layout: Mapping[s
 
 
 def check_encoded(checkpoint: Checkpoint, encoding: Encoding) -> None:
-    """CheckpointError unless every weight of a checkpoint that is stored as `encoding` is whole."""
+    """CheckpointError unless every weight of a checkpoint that is stored in parts is whole."""
     shapes = expected_shapes(checkpoint.config)
     for name in checkpoint.weights:
         stem, _, part = name.rpartition(".")

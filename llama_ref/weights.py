@@ -61,9 +61,10 @@ class LowRank:
 class Checkpoint:
     """A config and its weights by canonical name; `path` is None where no file lies behind them.
 
-    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given. Where they are not all
-    stored alike it is "stored", and `encodings` names each matrix's by its stem, as {"layers.0.attention.wq": "q4_k"}. `low_rank`
-    holds what an adapter adds to encoded matrices when they multiply, by name without ".weight"; into dense ones it is merged.
+    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given. Where a file mixes
+    several, it is that of most of them, or "stored" of a GGUF file's, and `encodings` names each matrix's by its stem, as
+    {"layers.0.attention.wq": "q4_k"}. `low_rank` holds what an adapter adds to encoded matrices when they multiply, by name
+    without ".weight"; into dense ones it is merged.
     """
 
     config: LlamaConfig

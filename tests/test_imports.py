@@ -15,7 +15,13 @@ FACTS = tuple(
     f"llama_ref.{name}"
     for name in (
         *("arguments", "checkpoint", "command", "config", "convert", "interrupts", "models", "weights"),
-        *("formats.gguf_blocks", "formats.saved", "tokenizers.chat", "tokenizers.chat_templates"),
+        *(
+            "formats.gguf_blocks",
+            "formats.packed_bits",
+            "formats.saved",
+            "tokenizers.chat",
+            "tokenizers.chat_templates",
+        ),
         *("tokenizers.contract", "tokenizers.tokenizer", "tokenizers.tokenizer_files"),
     )
 )
@@ -35,11 +41,11 @@ FLOORS = {
     "model": ("contracts",),
     **dict.fromkeys(LEAVES, ("contracts", "kernels", "model")),
     "plan": ("contracts", *LEAVES),
-    "weights": ("contracts", "plan", *LEAVES),
+    "recipes": ("contracts", "plan", *LEAVES),
+    "weights": ("contracts", "plan", "recipes", *LEAVES),
     "engine": ("contracts", "model", "plan", "weights", *LEAVES),
     "speculative": ("contracts", "model", "compilers", "plan", "engine", "caches", "parallel"),
-    "build": ("contracts", "model", "plan", "weights", "engine", *LEAVES),
-    "recipes": ("contracts", "plan", *LEAVES),
+    "build": ("contracts", "model", "plan", "recipes", "weights", "engine", *LEAVES),
     "llama": ("contracts", "plan", "engine", "build", "recipes", *LEAVES),
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_settings": (),

@@ -38,6 +38,7 @@ class Operators:
     window: int | None
     all_reduce: AllReduce
     compilable: ClassVar[bool] = True
+    needs_joined: ClassVar[bool] = False
     sampling_kernels: ClassVar[None] = None
 
     def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:

@@ -90,6 +90,7 @@ class Kernels:
     """The operations of one model. Scratch memory is kept, so that a CUDA graph finds it where it was."""
 
     compilable = False
+    needs_joined = True
 
     def __init__(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device):
         from llama_fast.kernels import launching, ops  # lazy import: Triton is optional

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pkgutil
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import llama_fast.encodings
 from llama_fast.contracts import Encoding
@@ -25,7 +26,17 @@ def readable() -> dict[str, Encoding]:
     return _listed("ENCODINGS") | _listed("STORED")
 
 
+def of_size(name: str) -> Encoding | None:
+    """One whose name has sizes in it, as "int4-g64": a file reads these by its `of_name`. None for other names."""
+    found = (module.of_name(name) for module in _modules() if hasattr(module, "of_name"))
+    return next((encoding for encoding in found if encoding is not None), None)
+
+
 def _listed(name: str) -> dict[str, Encoding]:
-    files = sorted(pkgutil.iter_modules(llama_fast.encodings.__path__), key=lambda file: file.name)
-    modules = [import_module(f"{llama_fast.encodings.__name__}.{file.name}") for file in files]
-    return {encoding.name: encoding for module in modules for encoding in getattr(module, name, ())}
+    return {encoding.name: encoding for module in _modules() for encoding in getattr(module, name, ())}
+
+
+@cache
+def _modules() -> list[ModuleType]:
+    names = sorted(file.name for file in pkgutil.iter_modules(llama_fast.encodings.__path__))
+    return [import_module(f"{llama_fast.encodings.__name__}.{name}") for name in names]

@@ -29,3 +29,10 @@ def rescaled(part: slice, size: int, length: int) -> slice:
     if start * length % size or stop * length % size:
         raise ValueError(f"columns {start} to {stop} of {size} part one of {length} groups")
     return slice(start * length // size, stop * length // size)
+
+
+def check_groups(cut: Cut, shape: Sequence[int], group: int) -> None:
+    """ValueError, with numbers, where columns are cut elsewhere than between groups of so many."""
+    start, stop, _ = cut[1].indices(shape[1])
+    if start % group or (stop % group and stop != shape[1]):
+        raise ValueError(f"columns {start} to {stop} of {shape[1]} part one of {-(-shape[1] // group)} groups")

@@ -13,6 +13,7 @@ the scale of a block repeated for each of its rows: so every part's first axis i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from llama_ref.checkpoint import TensorSource
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
+NAME = re.compile(r"fp8(-g(?P<group>[1-9]\d{0,5}))?")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class Fp8:
         flat = ids.reshape(-1)
         numbers = parts["weight"].view(torch.uint8)[flat].view(E4M3)  # of e4m3 itself no rows are gathered
         return self.decode({"weight": numbers, "scale": parts["scale"][flat]}).to(dtype).view(*ids.shape, -1)
+
+
+def of_name(name: str) -> Fp8 | None:
+    """ "fp8-g64" -> Fp8(64); None for other names."""
+    found = NAME.fullmatch(name)
+    return Fp8(int(found["group"] or 0)) if found else None
 
 
 ENCODINGS = (Fp8(), Fp8(128))

@@ -11,6 +11,7 @@ that `word & 0x0f0f0f0f` leaves are four neighbours, as are the four behind a sh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,15 +20,17 @@ import torch
 from torch import Tensor
 
 from llama_fast.contracts import Cut, PartLayout, Parts
-from llama_fast.encodings.cutting import cut_along_axes
+from llama_fast.encodings.cutting import check_groups, cut_along_axes
 from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product_by_slices
 from llama_fast.model.tiles import sums_of_nibbles
 from llama_ref.checkpoint import TensorSource
+from llama_ref.formats.packed_bits import NIBBLES
+from llama_ref.formats.packed_bits import packed_nibbles as packed
+from llama_ref.formats.packed_bits import unpacked_nibbles as unpacked
 
-NIBBLES = 8
-"""Weights of a word of 32 bits."""
 MIDDLE, LARGEST = 8, 15
+NAME = re.compile(r"int4(-g(?P<group>[1-9]\d{0,5}))?(?P<zero>-zero)?")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Int4:
         return weight.flatten(1)
 
     def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
+        """ValueError for a cut through a group, also through the only one: its words hold columns of both sides."""
+        check_groups(cut, shape, self.group)
         return cut_along_axes(parts, shape, cut)
 
     def product(self, x: Tensor, parts: Parts) -> Tensor:
@@ -106,20 +111,10 @@ def rows_of(parts: Parts, rows: slice) -> dict[str, Tensor]:
     return {name: part[rows] for name, part in parts.items()}
 
 
-def packed(nibbles: Tensor) -> Tensor:
-    """Numbers 0 to 15, uint8 [out, in], as words int32 [out, in / 8]."""
-    low_OW4, high_OW4 = nibbles.unflatten(1, (-1, 2, NIBBLES // 2)).unbind(2)
-    byte_OW4: Tensor = low_OW4 | high_OW4 << 4
-    return byte_OW4.contiguous().view(torch.int32).flatten(1)
-
-
-def unpacked(words: Tensor) -> Tensor:
-    """The numbers again, uint8 [out, in]."""
-    if torch.compiler.is_compiling():  # shifts fuse with what uses the numbers, a stack does not
-        half_2, byte_4 = (torch.arange(n, dtype=torch.int32, device=words.device) for n in (2, NIBBLES // 2))
-        return (words[..., None, None] >> 4 * half_2[:, None] + 8 * byte_4 & 15).to(torch.uint8).flatten(1)
-    byte_OW4 = words.contiguous().view(torch.uint8).unflatten(1, (-1, NIBBLES // 2))
-    return torch.stack([byte_OW4 & 15, byte_OW4 >> 4], 2).flatten(1)
+def of_name(name: str) -> Int4 | None:
+    """ "int4-g64-zero" -> Int4(64, True); None for other names."""
+    found = NAME.fullmatch(name)
+    return Int4(int(found["group"] or 128), bool(found["zero"])) if found else None
 
 
 ENCODINGS = (Int4(), Int4(32), Int4(128, True), Int4(32, True))

@@ -90,13 +90,33 @@ class SplitHead(nn.Module):
         return self.gather(self.linear(x))
 
 
-def joined(several: Sequence[Stored]) -> Stored:
-    """Matrices of one input as one: every part, and the bias, is joined along its first axis, `out`."""
+def apart(several: Sequence[Stored]) -> str:
+    """Why matrices of one input cannot be joined: "stored as int4, int8", or in orders that differ; "" if they can."""
     first = several[0]
     if any(stored.encoding != first.encoding for stored in several):
-        names = ", ".join(stored.encoding.name for stored in several)
-        raise ValueError(f"projections stored as {names} cannot be joined: take Plan(fuse_projections=False)")
-    parts = {name: torch.cat([stored.parts[name] for stored in several]) for name in first.parts}
+        return "stored as " + ", ".join(stored.encoding.name for stored in several)
+    shared = [name for name, part in first.parts.items() if is_shared(part, first)]
+    if any(not torch.equal(stored.parts[name], first.parts[name]) for stored in several for name in shared):
+        return "with columns in orders that differ"
+    return ""
+
+
+def is_shared(part: Tensor, stored: Stored) -> bool:
+    """Whether all rows of a matrix share a part, as the order of columns [1, in]."""
+    return part.shape[0] == 1 != stored.shape[0]
+
+
+def joined(several: Sequence[Stored]) -> Stored:
+    """Matrices of one input as one: every part, and the bias, is joined along its first axis, `out`; one that all rows
+    share must be the same in all.
+    """
+    first, why = several[0], apart(several)
+    if why:
+        raise ValueError(f"projections {why} cannot be joined: take Plan(fuse_projections=False)")
+    parts = {
+        name: part if is_shared(part, first) else torch.cat([stored.parts[name] for stored in several])
+        for name, part in first.parts.items()
+    }
     biases = [stored.bias for stored in several if stored.bias is not None]
     shape = (sum(stored.shape[0] for stored in several), *first.shape[1:])
     return Stored(first.encoding, shape, parts, torch.cat(biases) if biases else None, _joined_pairs(several))

@@ -43,6 +43,14 @@ def flag(data: Mapping[str, Any], name: str, default: bool = False) -> bool:
     return default if value is None else value
 
 
+def word(data: Mapping[str, Any], name: str, default: str) -> str:
+    """A text, in small letters. `null` is as good as absent."""
+    value = data.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}={value!r:.80} must be a text")
+    return default if value is None else value.lower()
+
+
 def stated(value: Any, default: Any) -> Any:
     """The value, or the default where there is none."""
     return default if value is None else value

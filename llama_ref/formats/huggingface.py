@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from llama_ref.config import LlamaConfig
+from llama_ref.formats import foreign
 from llama_ref.formats.fields import as_ids, whole
 from llama_ref.formats.hf_config import from_hf, ids_within
 from llama_ref.formats.safetensors_files import read_json
 from llama_ref.formats.tied_tables import settle_tables
-from llama_ref.formats.weight_files import NAMED, holds_weights, open_weights
+from llama_ref.formats.weight_files import NAMED, header_texts, holds_weights, open_weights
 from llama_ref.weights import (
     Checkpoint,
     CheckpointError,
@@ -93,8 +94,8 @@ def halve(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def is_rotary(name: str) -> bool:
-    """Whether a canonical tensor's rows stand in rotary pairs: those of q and k, weights and biases."""
-    return ".attention.wq." in name or ".attention.wk." in name
+    """Whether a canonical tensor's rows stand in rotary pairs: those of q and k, weights and biases, in all parts."""
+    return (".attention.wq." in name or ".attention.wk." in name) and not name.endswith(".order")
 
 
 def huggingface_name(name: str) -> str:
@@ -113,25 +114,61 @@ def is_huggingface(directory: Path) -> bool:
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
-    """Open a directory that `save_pretrained` or the hub wrote; raises CheckpointError."""
-    config = read_config(directory)
-    named = read_json(directory / "config.json").get(NAMED)
+    """Open a directory that `save_pretrained`, the hub, or a tool that quantises wrote; raises CheckpointError."""
+    data = read_json(directory / "config.json")
+    settings = foreign.stated_in(data)
+    config = _config(directory, data if settings is None else foreign.without(data))
+    named = data.get(NAMED)
     stored = _under_full_names(open_weights(directory, named), config)
+    encodings: dict[str, str] = {}
+    if settings is not None:
+        untied = dataclasses.replace(config, tie_embeddings=False)
+        shapes = {huggingface_name(name): shape for name, shape in expected_shapes(untied).items()}
+        texts = header_texts(directory, named) if settings["quant_method"] == "torchao" else {}
+        stored, encodings = foreign.held(stored, settings, shapes, texts, directory)
     stored, config = settle_tables(stored, config, TABLES, directory)
+    if config.tie_embeddings and TABLES[1] in encodings:
+        encodings[TABLES[0]] = encodings.pop(TABLES[1])
+    parts = {name for name in stored if name.rpartition(".")[0] in encodings and not name.endswith(".bias")}
+    _check(stored, parts, config, directory)
     expected = expected_shapes(config)
-    wanted = {huggingface_name(name): shape for name, shape in expected.items()}
+    weights: dict[str, TensorSource] = {}
+    stems = {huggingface_name(name).rpartition(".")[0]: name.rpartition(".")[0] for name in expected}
+    for name, tensor in stored.items():
+        module, _, part = name.rpartition(".")
+        ours = f"{stems[module]}.{part}"
+        weights[ours] = InterleavedRows(tensor, config.head_dim) if is_rotary(ours) else tensor
+    kinds = {stems[module]: kind for module, kind in encodings.items()}
+    ordered = {name: weights[name] for name in _in_order(weights, expected)}
+    return Checkpoint(config, ordered, directory, _principal(kinds, expected), kinds)
+
+
+def _in_order(names: Iterable[str], expected: Iterable[str]) -> list[str]:
+    """The names as a forward pass meets them, the parts of a matrix behind its weight."""
+    place = {name: index for index, name in enumerate(expected)}
+    return sorted(names, key=lambda name: place[name if name in place else f"{name.rpartition('.')[0]}.weight"])
+
+
+def _check(stored: Mapping[str, TensorSource], parts: Collection[str], config: LlamaConfig, directory: Path) -> None:
+    """CheckpointError unless the tensors are the model's: floats of its shapes, or `parts`, which their reader has compared."""
+    wanted = {huggingface_name(name): shape for name, shape in expected_shapes(config).items()}
     if wanted.keys() ^ stored.keys() == {OF_MODEL["output.weight"]}:
         raise CheckpointError(
             f"{directory}: 1 missing: {OF_MODEL['output.weight']}; a model saved without its head can be read only if "
             "config.json says tie_word_embeddings"
         )
+    wanted |= {name: tuple(stored[name].shape) for name in parts}
     check_shapes({name: tensor.shape for name, tensor in stored.items()}, wanted, directory)
-    check_floats(stored, directory)
-    weights: dict[str, TensorSource] = {}
-    for name in expected:
-        tensor = stored[huggingface_name(name)]
-        weights[name] = InterleavedRows(tensor, config.head_dim) if is_rotary(name) else tensor
-    return Checkpoint(config, weights, directory)
+    check_floats({name: tensor for name, tensor in stored.items() if name not in parts}, directory)
+
+
+def _principal(kinds: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """The encoding of most of the weights that are encoded; "dense" where none is."""
+    weights = dict.fromkeys(kinds.values(), 0)
+    for stem, kind in kinds.items():
+        rows, columns = expected[f"{stem}.weight"]
+        weights[kind] += rows * columns
+    return max(weights, key=lambda kind: weights[kind], default="dense")
 
 
 def _under_full_names(stored: Mapping[str, TensorSource], config: LlamaConfig) -> dict[str, TensorSource]:
@@ -140,32 +177,39 @@ def _under_full_names(stored: Mapping[str, TensorSource], config: LlamaConfig) -
     Buffers that follow from the config are left out.
     """
     untied = dataclasses.replace(config, tie_embeddings=False)
-    known = {huggingface_name(name) for name in expected_shapes(untied)}
+    known = {huggingface_name(name).rpartition(".")[0] for name in expected_shapes(untied)}
     found: dict[str, TensorSource] = {}
     for name, tensor in stored.items():
         if HARMLESS.search(name):
             continue
         full = name
-        if name not in known:
+        if name.rpartition(".")[0] not in known:
             others = [f"{PREFIX}{name}", name.removeprefix(PREFIX)]
-            full = next(
-                (other for other in others if other in known and other not in stored and other not in found), name
-            )
+            full = next((other for other in others if _free(other, known, stored, found)), name)
         found[full] = tensor
     return found
 
 
+def _free(name: str, known: set[str], *taken: Mapping[str, TensorSource]) -> bool:
+    """Whether a name is of one of the modules `known`, and no tensor has it."""
+    return name.rpartition(".")[0] in known and not any(name in others for others in taken)
+
+
 def read_config(directory: Path) -> LlamaConfig:
     """config.json, with the EOS ids of generation_config.json; raises CheckpointError."""
+    return _config(directory, read_json(directory / "config.json"))
+
+
+def _config(directory: Path, data: Mapping[str, Any]) -> LlamaConfig:
+    """The same of what config.json holds."""
     config, generation = directory / "config.json", directory / "generation_config.json"
-    data = read_json(config)
     ends = _stated_ends(data, config)
     more = _stated_ends(read_json(generation), generation) if generation.is_file() else None
     try:
         if more is not None:  # it, not config.json, is where chat models name all their stop tokens
             ends = (ends or ()) + ids_within(more, "eos_token_id", whole(data, "vocab_size"), generation)
         if ends is not None:  # else the published default: it is not joined to what a file states
-            data["eos_token_id"] = list(ends)
+            data = {**data, "eos_token_id": list(ends)}
         return from_hf(data, config)
     except CheckpointError:
         raise

@@ -72,6 +72,14 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path}: cannot be mapped into memory ({_one_line(error)})") from error
 
 
+def header_texts(path: Path) -> dict[str, str]:
+    """What the header of a file that opens states besides tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def write_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write tensors, none of which shares memory with another, as a file with the mode that the user's umask gives.
 

@@ -18,18 +18,18 @@ def open_shards(
 
     A tensor that stands in several shards, as where one was left from an earlier save, is the one of the index.
     """
-    places = _places(directory / index)
-    shards = sorted(set(places.values()))
+    place_of = places(directory / index)
+    shards = sorted(set(place_of.values()))
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise CheckpointError(f"{directory}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:20])}")
     opened = {shard: open_file(directory / shard) for shard in shards}
-    strays = [f"{name} (by the index in {shard})" for name, shard in places.items() if name not in opened[shard]]
+    strays = [f"{name} (by the index in {shard})" for name, shard in place_of.items() if name not in opened[shard]]
     if strays:
         raise CheckpointError(f"{directory}: {len(strays)} missing: {', '.join(strays[:20])}")
     counts = Counter(name for shard in opened.values() for name in shard)
     doubles = [name for name, count in counts.items() if count > 1]
-    unplaced = [name for name in doubles if name not in places]
+    unplaced = [name for name in doubles if name not in place_of]
     if unplaced:
         raise CheckpointError(f"{directory}: {unplaced[0]} stands in several shards, and {index} names none of them")
     if doubles:
@@ -41,11 +41,11 @@ def open_shards(
         name: tensor
         for shard, tensors in opened.items()
         for name, tensor in tensors.items()
-        if places.get(name, shard) == shard
+        if place_of.get(name, shard) == shard
     }
 
 
-def _places(index: Path) -> dict[str, str]:
+def places(index: Path) -> dict[str, str]:
     """Tensor name -> file name, all of them files of the index's own directory."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):

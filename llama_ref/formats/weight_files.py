@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.formats import pickled_files, safetensors_files
-from llama_ref.formats.sharded_files import open_shards
+from llama_ref.formats.sharded_files import open_shards, places
 from llama_ref.weights import CheckpointError, TensorSource
 
 NAMED = "transformers_weights"
@@ -39,6 +39,18 @@ def open_weights(directory: Path, named: Any = None) -> Mapping[str, TensorSourc
     if left_out:
         warnings.warn(f"{directory}: {found[0]} is read; {', '.join(left_out)} left out", stacklevel=2)
     return _open(directory, found[0])
+
+
+def header_texts(directory: Path, named: Any = None) -> dict[str, str]:
+    """What the headers of the safetensors files that are read state besides tensors; {} of pickles."""
+    found = [name for name in ORDER if (directory / name).is_file()] if named is None else [_checked(named, directory)]
+    if not found or pickled(found[0]):
+        return {}
+    files = set(places(directory / found[0]).values()) if found[0].endswith(".json") else {found[0]}
+    texts: dict[str, str] = {}
+    for file in sorted(files):
+        texts |= safetensors_files.header_texts(directory / file)
+    return texts
 
 
 def pickled(name: str) -> bool:

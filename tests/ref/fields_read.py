@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-ASKED_BY_HELPERS = ("data", "rope", "params", "metadata", "settings", "specials", "header.metadata")  # names of holders
+ASKED_BY_HELPERS = (  # names of holders
+    *("data", "rope", "params", "metadata", "settings", "specials", "header.metadata", "scheme", "weights", "stated"),
+)
 
 Texts = Mapping[str, list[str]]  # name -> the texts that it is, or holds
 

@@ -69,6 +69,7 @@ def write_seeds(root: Path) -> None:
     _write_gguf_blocks(root / "blocks")
     _write_gguf_vocabularies(root)
     _write_tokenizers(root)
+    _write_quantised(root)
 
 
 def _write_fields(root: Path) -> None:
@@ -191,6 +192,22 @@ def _write_gguf_blocks(directory: Path) -> None:
     write_gguf(directory / "model.gguf", shape_of, tensors)
 
 
+def _write_quantised(root: Path) -> None:
+    """One directory of each tool, with every field of its config that is read."""
+    from tests.ref.quantised_files import KINDS, fp8, write, write_matrices
+
+    config = LlamaConfig(64, 1, 2, 1, 32, 64, 40, 64)
+    for kind in QUANTISED:
+        if kind == "fp8":
+            settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 32]}
+            write_matrices(root / kind, settings | {"fmt": "e4m3"}, fp8("blocks", "weight_scale_inv"), config)
+            continue
+        write(root / kind, kind, config)
+        content = json.loads((root / kind / "config.json").read_text())
+        content["quantization_config"] |= OF_QUANTISED.get(KINDS[kind].settings["quant_method"], {})
+        (root / kind / "config.json").write_text(json.dumps({"quantization_config": None} | content))
+
+
 def _write_gguf_vocabularies(root: Path) -> None:
     """One vocabulary of each kind, with every field that our reader looks at."""
     from sentencepiece import SentencePieceProcessor
@@ -290,6 +307,19 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "json-companions": ("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"),
     "sentencepiece-companions": ("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"),
     "class": ("tokenizer_config.json", "tokenizer.json"),
+    "gptq": ("config.json", "model.safetensors"),
+    "gptq-order": ("model.safetensors", "config.json"),
+    "awq": ("config.json", "model.safetensors"),
+    "ct-4-zero": ("config.json", "model.safetensors"),
+    "ct-int8-zero": ("config.json", "model.safetensors"),
+    "fp8": ("config.json", "model.safetensors"),
+    "torchao-intx": ("config.json", "model.safetensors"),
+}
+QUANTISED = ("gptq", "gptq-order", "awq", "ct-4-zero", "ct-int8-zero", "fp8", "torchao-intx")
+OF_QUANTISED: dict[str, dict[str, Any]] = {
+    "gptq": {"checkpoint_format": "gptq", "pack_dtype": "int32", "is_marlin_format": False},
+    "awq": {"backend": "auto", "w_bit": 4},
+    "compressed-tensors": {"ignore": ["lm_head", "re:.*embed"], "kv_cache_scheme": None, "sparsity_config": {}},
 }
 TOKENIZERS = (
     *("json", "sentencepiece", "tiktoken", "words", "pieces"),
@@ -311,6 +341,8 @@ def mutated(name: str, data: bytes, draw: random.Random) -> bytes:
     kind = draw.random()
     if name.endswith(".json") and kind < 0.7:
         return _odd_json(data, draw)
+    if name.endswith(".safetensors") and kind < 0.3:
+        return _odd_tensors(data, draw)
     if name.endswith(".safetensors") and kind < 0.6:
         length = int.from_bytes(data[:8], "little")
         header = _odd_json(data[8 : 8 + length], draw)
@@ -346,6 +378,38 @@ def _odd_json(data: bytes, draw: random.Random) -> bytes:
         else:
             holder[key] = copy.deepcopy(draw.choice(ODD_VALUES))  # a later change must not reach the next case
     return json.dumps(content).encode()
+
+
+def _odd_tensors(data: bytes, draw: random.Random) -> bytes:
+    """A file in order whose tensors are not: of another type or shape, with other numbers, without a name or under another."""
+    from safetensors.torch import load, save
+
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    tensors = load(data)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        name = draw.choice([*tensors])
+        tensor = tensors.pop(name)
+        change = draw.randrange(8)
+        if change == 0:
+            continue
+        if change == 1:
+            stem, _, part = draw.choice([*tensors]).rpartition(".")
+            name = draw.choice((f"{stem}.{name.rpartition('.')[2]}", f"{name.rpartition('.')[0]}.{part}", f"{name}2"))
+        elif change == 2:
+            tensor = tensor.to(
+                draw.choice((torch.int8, torch.uint8, torch.int32, torch.int64, torch.half, torch.float))
+            )
+        elif change == 3:
+            tensor = tensor.t() if tensor.dim() == 2 else tensor[None]
+        elif change == 4:
+            tensor = tensor.flatten()[: draw.choice((0, 1, 7))] if draw.random() < 0.5 else tensor[:-1]
+        elif change == 5 and tensor.numel() and not tensor.dtype.is_floating_point:
+            tensor = tensor.clone()
+            tensor.view(-1)[draw.randrange(tensor.numel())] = draw.choice((-1, 0, 1, 7, 127, -128))
+        elif change == 6:
+            tensor = torch.cat([tensor, tensor]) if tensor.dim() else tensor.reshape(1, 1)
+        tensors[name] = tensor.contiguous()
+    return save({name: tensor.clone() for name, tensor in tensors.items()}, header.get("__metadata__"))
 
 
 ROPE = [f"llama.rope.scaling.{name}" for name in ("type", "factor", "attn_factor", "yarn_beta_fast", "alpha")]

@@ -15,9 +15,13 @@ PAGE = ROOT / "docs" / "formats.md"
 GGUF = "GGUF"
 FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it reads
     "added_tokens": ("tokenizer_config.json", "special_tokens_map.json"),
+    "awq": ("config.json",),
     "chat_templates": ("tokenizer_config.json",),
     "companions": ("tokenizer_config.json", "special_tokens_map.json"),
+    "compressed_tensors": ("config.json",),
     "convert": ("config.json",),
+    "foreign": ("config.json",),
+    "fp8_files": ("config.json",),
     "gguf_byte_pair": (GGUF,),
     "gguf_config": (GGUF,),
     "gguf_file": (GGUF,),
@@ -26,6 +30,7 @@ FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it 
     "gguf_sentencepiece": (GGUF,),
     "gguf_tokenizer": (GGUF,),
     "gguf_vocabulary": (GGUF,),
+    "gptq": ("config.json",),
     "hf_config": ("config.json",),
     "hf_rope": ("config.json",),
     "huggingface": ("config.json", "generation_config.json"),
@@ -37,6 +42,7 @@ FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it 
     "sentencepiece_tokenizer": ("tokenizer_config.json",),
     "sharded_files": ("*.index.json",),
     "tokenizer": ("random_tokenizer.json",),
+    "torchao_files": ("safetensors",),
     "tokenizer_class": ("tokenizer_config.json", "config.json", "tokenizer.json"),
 }
 NO_READERS = {  # modules that read no field of a file
@@ -66,10 +72,11 @@ NO_READERS = {  # modules that read no field of a file
         "random_weights",
     ),
     *("rope_scaling", "safetensors_files", "sentencepiece_model", "tied_tables", "tiktoken_file", "tokenizer_files"),
-    *("weight_files", "weights"),
+    *("narrow", "packed_bits", "quantised", "weight_files", "weights"),
 }
 NO_FIELDS = {  # what is asked for something else than a field of a file
     *("files", "message", "named", "stored", "tensors", "checkpoint.weights", "name", "shard", "OF_MODEL", "expected"),
+    "quantised.stored",
     *("_HF_CONTEXT", "DEFAULTS[name]", "self.chat_templates", "files.get(JSON_FILE, '')"),
 }
 
