@@ -27,7 +27,7 @@ class EightBitLayer:
         return (self.tensors[1] * self.tensors[3]).to(self.dtype)
 
     def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
-        for new, whole, scale in ((k_BTKd, *self.tensors[::2]), (v_BTKd, *self.tensors[1::2])):
+        for new, whole, scale in zip((k_BTKd, v_BTKd), self.tensors[:2], self.tensors[2:]):
             step = (new.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
             write_at(whole, (new.float() / step).round().to(torch.int8), position_BT)
             write_at(scale, step, position_BT)
@@ -35,15 +35,15 @@ class EightBitLayer:
 
 class EightBitCache:
     def __init__(self, layers: Sequence[EightBitLayer]):
-        self.batch, _, self.length, _ = layers[0].tensors[0].shape
-        self.capacity, self.layers, self._parts = self.length, list(layers), {}  # type: ignore[var-annotated]
+        (self.batch, _, self.length, _), self.layers = layers[0].tensors[0].shape, list(layers)
+        self.capacity, self._parts = self.length, {}  # type: ignore[var-annotated]
         self.nbytes = sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     def reserve(self, start_B: Tensor, T: int) -> None: ...
 
     def rows(self, first: int, count: int) -> KVCache:
-        cut = (EightBitLayer([t[first : first + count] for t in at.tensors], at.dtype) for at in self.layers)
-        return self._parts.setdefault((first, count), EightBitCache(list(cut)))  # type: ignore[no-any-return]
+        cut = [EightBitLayer([t[first : first + count] for t in at.tensors], at.dtype) for at in self.layers]
+        return self._parts.setdefault((first, count), EightBitCache(cut))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class EightBitKeys:
     def allocate(
         self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        shape = (batch, config.n_kv_heads, length)
-        kinds = [(config.head_dim, torch.int8)] * 2 + [(1, torch.float32)] * 2
+        shape, width = (batch, config.n_kv_heads, length), config.head_dim
+        kinds = ((width, torch.int8), (width, torch.int8), (1, torch.float32), (1, torch.float32))
         made = [[torch.zeros(*shape, d, dtype=of, device=device) for d, of in kinds] for _ in range(config.n_layers)]
         return EightBitCache([EightBitLayer(tensors, dtype) for tensors in made])

@@ -64,7 +64,7 @@ def recorded() -> dict[str, dict[str, object]]:
     if not RECORDED.is_file():
         return {}
     with safe_open(RECORDED, "pt") as file:
-        return {name: json.loads(fact) for name, fact in file.metadata().items()}
+        return {name: json.loads(fact) for name, fact in sorted(file.metadata().items())}  # of no order
 
 
 def test_every_tool_is_recorded() -> None:
