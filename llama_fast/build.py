@@ -21,6 +21,7 @@ from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
 from llama_fast.model.matrices import Joined, Matrix, Separate, Table, apart
 from llama_fast.plan import Plan
+from llama_fast.recipes import encoding_named
 from llama_fast.weights import as_planned, check_encoded, encoded, share_of
 from llama_ref.arguments import floating, made, place, shown
 from llama_ref.checkpoint import Checkpoint
@@ -47,6 +48,8 @@ def build(
     check_addresses(plan)
     check_encoded(as_planned(checkpoint, plan), plan.encoding)
     config = plan.shard.local_config(checkpoint.config)
+    for name in sorted(set(checkpoint.encodings.values()) - {plan.encoding.name}):
+        plan.arithmetic.bind(config, replace(plan, encoding=encoding_named(name)), device)  # or refuses
     operations = plan.arithmetic.bind(config, plan, device)
     if checkpoint.low_rank and not operations.compilable:
         raise ValueError(

@@ -91,7 +91,8 @@ def references(runner: Runner, checkpoint: Checkpoint, orders: int = ORDERS) -> 
     weights = Weights(source, runner.dtype if dense else None, runner.device)
     config = checkpoint.config
     truth = RefSubject(config, weights, torch.float64, runner.device, "truth")
-    if not dense and runner.dtype is not torch.float32:
+    # an adapter's term is added to a product that is rounded already: one rounding more, as a matrix that holds both would bring
+    if not dense and runner.dtype is not torch.float32 and not checkpoint.low_rank:
         return truth, Yardstick(config, weights, runner.dtype, runner.device, orders, stored=True)
     if orders == 1:
         return truth, RefSubject(config, weights, runner.dtype, runner.device, "yardstick")

@@ -40,7 +40,6 @@ class EightBitCache:
         self.nbytes = sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     def reserve(self, start_B: Tensor, T: int) -> None: ...
-
     def rows(self, first: int, count: int) -> KVCache:
         cut = [EightBitLayer([t[first : first + count] for t in at.tensors], at.dtype) for at in self.layers]
         return self._parts.setdefault((first, count), EightBitCache(cut))  # type: ignore[no-any-return]
@@ -56,5 +55,5 @@ class EightBitKeys:
     ) -> KVCache:
         shape, width = (batch, config.n_kv_heads, length), config.head_dim
         kinds = ((width, torch.int8), (width, torch.int8), (1, torch.float32), (1, torch.float32))
-        made = [[torch.zeros(*shape, d, dtype=of, device=device) for d, of in kinds] for _ in range(config.n_layers)]
+        made = ([torch.zeros(*shape, d, dtype=of, device=device) for d, of in kinds] for _ in range(config.n_layers))
         return EightBitCache([EightBitLayer(tensors, dtype) for tensors in made])
