@@ -12,6 +12,7 @@ from llama_fast.contracts import Encoding, PartLayout, Stored
 from llama_fast.encodings.dense import Dense
 from llama_fast.parallel.alone import Whole
 from llama_fast.plan import Plan
+from llama_fast.recipes import encoding_named
 from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
 from llama_ref.weights import FLOATS, CheckpointError, check_shapes, expected_shapes
@@ -52,15 +53,14 @@ def encode_one(
     source, whole_shape = weights[f"{stem}.weight"], expected_shapes(config)[f"{stem}.weight"]
     cut = plan.shard.part(stem, whole_shape, config)
     shape = tuple(len(range(*part.indices(size))) for part, size in zip(cut, whole_shape, strict=True))
-    stored = parts_of(checkpoint, stem)
+    stored, encoding = parts_of(checkpoint, stem), encoding_of(checkpoint, stem, plan.encoding)
     if is_stored_encoded(stored):
-        check_layout(stem, stored, plan.encoding.layout(whole_shape), checkpoint.path)
-        parts = plan.encoding.cut(stored, whole_shape, cut)
-        return Stored(plan.encoding, shape, {name: held.to(device) for name, held in parts.items()})
+        check_layout(stem, stored, encoding.layout(whole_shape), checkpoint.path)
+        parts = encoding.cut(stored, whole_shape, cut)
+        return Stored(encoding, shape, {name: held.to(device) for name, held in parts.items()})
     kept = dtype or source.dtype
-    if checkpoint.encoding != "dense" or not is_encoded(stem, config) or plan.encoding.name == "dense":
+    if checkpoint.encoding != "dense" or not is_encoded(stem, config) or encoding.name == "dense":
         return Stored(Dense(), shape, Dense().encode(source[cut].contiguous().to(device), kept))
-    encoding = plan.encoding
     # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
     first, stop, _ = cut[0].indices(source.shape[0])
     on_file = not hasattr(source, "device")  # what has a device is in its memory, or drawn there whole
@@ -74,6 +74,12 @@ def encode_one(
                 parts[name] = tensor.new_empty(stop - first, *tensor.shape[1:])
             parts[name][row - first : row - first + len(tensor)] = tensor
     return Stored(encoding, shape, parts)
+
+
+def encoding_of(checkpoint: Checkpoint, stem: str, most: Encoding) -> Encoding:
+    """How one matrix is, or shall be, stored: as the checkpoint says of it, else as `most` of them."""
+    name = checkpoint.encodings.get(stem)
+    return most if name is None else encoding_named(name)
 
 
 def parts_of(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
@@ -101,12 +107,13 @@ def check_layout(stem: str, parts: Mapping[str, TensorSource], layout: Mapping[s
 
 
 def check_encoded(checkpoint: Checkpoint, encoding: Encoding) -> None:
-    """CheckpointError unless every weight of a checkpoint that is stored as `encoding` is whole."""
+    """CheckpointError unless every weight of a checkpoint that is mostly stored as `encoding` is whole."""
     shapes = expected_shapes(checkpoint.config)
     for name in checkpoint.weights:
         stem, _, part = name.rpartition(".")
         if part == "weight" and is_stored_encoded(parts := parts_of(checkpoint, stem)):
-            check_layout(stem, parts, encoding.layout(shapes[name]), checkpoint.path)
+            layout = encoding_of(checkpoint, stem, encoding).layout(shapes[name])
+            check_layout(stem, parts, layout, checkpoint.path)
 
 
 def share_of(table: Stored, name: str, plan: Plan, config: LlamaConfig) -> Stored:

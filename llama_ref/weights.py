@@ -8,7 +8,7 @@ stand in Meta's order: the two halves of rotary pair i are rows 2i and 2i + 1 of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -48,13 +48,15 @@ class TensorSource(Protocol):
 class Checkpoint:
     """A config and its weights by canonical name; `path` is None where no file lies behind them.
 
-    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given.
+    `encoding` says how linear weights are stored: "dense", or a name that `save_checkpoint` was given; `encodings` the same of
+    single ones that are stored, or shall be, in another way than the rest: {"output": "int8"}.
     """
 
     config: LlamaConfig
     weights: Mapping[str, TensorSource]
     path: Path | None = None
     encoding: str = "dense"
+    encodings: Mapping[str, str] = field(default_factory=dict)
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -109,7 +109,7 @@ def test_quantize_writes_a_directory_that_stands_alone(run: Run, model: Path, tm
         (("generate", "--max-new-tokens", -5), "max_new_tokens=-5 must be at least 1"),
         (("generate", "--prompt", "x" * 200), "exceed the model's context of 128"),
         (("generate", "--prompt", ""), "a prompt is empty"),
-        (("generate", "--encoding", "int7"), "unknown encoding 'int7' (known: dense, int8"),
+        (("generate", "--encoding", "int7"), "unknown encoding 'int7' (known: dense, fp8"),
         (("generate", "--dtype", "float8"), "unknown dtype 'float8' (known: float32, bfloat16)"),
         (("generate", "--temperature", -1), "temperature=-1.0"),
         (("generate", "--stop", ""), "a stop string is empty"),
