@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 0.01
-"""Added to the diagonal, as a share of its mean: what the text did not show may still come."""
+DAMPING = 0.1
+"""Added to the diagonal, as a share of its mean: what the text did not show may still come. Ten times what GPTQ takes: on text of
+another kind than the calibration text's the loss is a tenth smaller with it, on text of its kind the same."""
 
 
 @dataclass(frozen=True)
