@@ -290,6 +290,8 @@ def quantize(
             print(f"note: {notice}", file=sys.stderr)
     tensors = quantizing.nearest(checkpoint, kind, to)
     held = quantizing.held_out(checkpoint, tokenizer, to) if measure and found.has_tokenizer else None
+    if measure and held is None:
+        print("note: the loss is not measured: no tokenizer says what text means to this model", file=sys.stderr)
     if held is not None:
         print(f"Rounded to the nearest: {quantizing.measured(held, checkpoint, tensors, kind.name)}", flush=True)
     if fitting is not None and text is not None:

@@ -20,7 +20,7 @@ from llama_ref.tokenizers.contract import Tokenizer
 from oracle.questions.cases import TEXT, text_rows
 
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 4, 256
-FITS = ("feedback", "weighted")
+FITS = ("weighted", "feedback")
 Say = Callable[[str], None]
 
 
