@@ -55,7 +55,9 @@ def open_saved(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
     weights, config = settle_tables(open_weights(directory), config, ("tok_embeddings", "output"), directory)
     check_whole(weights, config, encoding, directory)
-    return Checkpoint(config, weights, directory, str(encoding), exceptions(mark.get("encodings", {}), config, directory))
+    return Checkpoint(
+        config, weights, directory, str(encoding), exceptions(mark.get("encodings", {}), config, directory)
+    )
 
 
 def exceptions(told: object, config: LlamaConfig, where: object) -> dict[str, str]:
@@ -64,7 +66,9 @@ def exceptions(told: object, config: LlamaConfig, where: object) -> dict[str, st
         raise CheckpointError(f"{where}: encodings is {str(told)[:100]}, not a name for each matrix")
     unknown = [stem for stem in told if len(expected_shapes(config).get(f"{stem}.weight", ())) != 2]
     if unknown:
-        raise CheckpointError(f"{where}: encodings names {', '.join(unknown[:5])}, which this model has not as a matrix")
+        raise CheckpointError(
+            f"{where}: encodings names {', '.join(unknown[:5])}, which this model has not as a matrix"
+        )
     return dict(told)
 
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from llama_fast.calibration.fitting import Fit
+from llama_fast.calibration.rounding import round_alone
+from llama_fast.contracts import Encoding
 from llama_fast.ladder.quality import HeldOut, drift_of, in_memory
 from llama_fast.ladder.quantizing import Text, fitted, nearest, with_head
 from llama_fast.recipes import encoding_named
@@ -41,7 +43,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `head`: the head's own encoding; `fit`: nearest, weighted or feedback."""
+    """One line of the table. `head`: the head's own encoding; `fit`: nearest, searched, weighted or feedback.
+
+    "searched" is the search for scales of "weighted" without a text: an error costs the same in every column.
+    """
 
     encoding: str
     fit: str = "nearest"
@@ -63,6 +68,7 @@ ROWS = (
     Row("int4-g64", "weighted"),
     Row("int4-g64", "feedback"),
     Row("int4-g32"),
+    Row("int4-g32", "searched"),
     Row("int4-g32", "weighted"),
     Row("int4-g32", "feedback"),
     Row("int4-g64-zero"),
@@ -108,7 +114,20 @@ def tensors_of(row: Row, original: Checkpoint, text: Text) -> dict[str, Tensor]:
     kind = encoding_named(row.encoding)
     if row.fit == "nearest":
         return nearest(original, kind, CPU)
+    if row.fit == "searched":
+        return nearest(original, kind, CPU) | searched(original, kind)
     return fitted(Fit(original, kind, row.fit == "feedback", CPU, lambda line: print(f"  note: {line}")), text)
+
+
+def searched(original: Checkpoint, kind: Encoding) -> dict[str, Tensor]:
+    """The blocks' matrices with scales whose squared errors of the weights are least."""
+    found: dict[str, Tensor] = {}
+    for name, source in original.weights.items():
+        if name.startswith("layers.") and len(source.shape) == 2:
+            weight, alike = source[:].float(), torch.ones(source.shape[1])
+            parts = round_alone(weight, alike, kind.grid(weight, alike, torch.bfloat16))  # type: ignore[attr-defined]
+            found |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in parts.items()}
+    return found
 
 
 def layer_bytes(tensors: dict[str, Tensor]) -> int:
