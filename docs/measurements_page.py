@@ -1,6 +1,7 @@
 """Write docs/measurements.md, docs/quality.md and README's table from the records: `python docs/measurements_page.py`.
 
-The records are docs/measurements/*.toml, a file a day (or a subject of a day). A record is one question that was put to a machine, and its answer:
+The records are docs/measurements/*.toml, a file a day (or a subject of a day). A record is one question that was put to a
+machine, and its answer:
 
     [[record]]
     name = "h100-ladder"                      # by this name the tables refer to it

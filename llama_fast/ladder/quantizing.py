@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.calibration.fitting import Fit, as_saved, calibrated
-from llama_fast.calibration.text import calibration_rows
+from llama_fast.calibration.text import LENGTH, calibration_rows
 from llama_fast.contracts import Encoding
 from llama_fast.ladder.quality import HeldOut, in_memory, told
 from llama_fast.plan import Plan
@@ -38,7 +38,7 @@ class Text:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: no UTF-8 text ({error.reason} at byte {error.start})") from error
-        length = min(512, context)
+        length = min(LENGTH, context, tokens)
         try:
             found, notice = calibration_rows(text, tokenizer.encode, max(1, tokens // length), length)
         except ValueError as error:
