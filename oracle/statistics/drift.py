@@ -75,15 +75,16 @@ BUDGETS: Mapping[str, DriftBudget] = {
     "fp8": DriftBudget(0.06, 0.82, 0.15, 1.1, 16 / 448 * WIDENED),
     "fp8-g128": DriftBudget(0.06, 0.82, 0.15, 1.1, 16 / 448 * WIDENED),
     # half of 1/7 of a group's largest weight; with a zero point, half of 1/15 of a range that is at most twice as long
-    "int4": DriftBudget(1.0, 0.45, 0.55, 2.0, 0.5 / 7 * WIDENED),
-    "int4-g64": DriftBudget(1.0, 0.45, 0.55, 2.0, 0.5 / 7 * WIDENED),
+    "int4": DriftBudget(1.0, 0.45, 0.55, 2.2, 0.5 / 7 * WIDENED),
+    "int4-g64": DriftBudget(1.0, 0.45, 0.55, 2.2, 0.5 / 7 * WIDENED),
     "int4-g32": DriftBudget(0.8, 0.5, 0.5, 1.8, 0.5 / 7 * WIDENED),
     "int4-zero": DriftBudget(0.8, 0.5, 0.5, 1.8, 1 / 15 * WIDENED),
     "int4-g64-zero": DriftBudget(0.8, 0.5, 0.5, 1.8, 1 / 15 * WIDENED),
     "int4-g32-zero": DriftBudget(0.6, 0.55, 0.45, 1.6, 1 / 15 * WIDENED),
-    # half of the weights are dropped, however large they are beside the rest of their row
-    "sparse24": DriftBudget(10.0, 0.0, 1.0, 1e4, None),
-    "sparse24-int8": DriftBudget(10.0, 0.0, 1.0, 1e4, None),
+    # half of the weights are dropped, however large they are beside the rest of their row; without a text a small model then
+    # predicts next to nothing (docs/quality.md), and little is left to keep to
+    "sparse24": DriftBudget(6.5, 0.0, 1.0, 400, None),
+    "sparse24-int8": DriftBudget(6.5, 0.0, 1.0, 400, None),
 }
 
 
