@@ -165,8 +165,8 @@ def one_layer(config: LlamaConfig, tokens_BT: Tensor, device: torch.device) -> K
 
 
 def as_saved(stored: Stored) -> Stored:
-    """What an encoding stores as floats beside integers, in 16 bits: a scale is so already, values of 2:4 may be wider."""
-    if stored.encoding.name == "dense":
+    """Values that an encoding stores as floats, as those of 2:4, in 16 bits, whatever the original's type was."""
+    weight = stored.parts["weight"]
+    if stored.encoding.name == "dense" or weight.dtype is not torch.float32:
         return stored
-    narrow = {name: part.to(VALUES) if part.dtype is torch.float32 else part for name, part in stored.parts.items()}
-    return replace(stored, parts=narrow)
+    return replace(stored, parts={**stored.parts, "weight": weight.to(VALUES)})
