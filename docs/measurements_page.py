@@ -1,6 +1,7 @@
-"""Write docs/measurements.md and README's table from the records: `python docs/measurements_page.py`.
+"""Write docs/measurements.md, docs/quality.md and README's table from the records: `python docs/measurements_page.py`.
 
-The records are docs/measurements/*.toml, a file a day. A record is one question that was put to a machine, and its answer:
+The records are docs/measurements/*.toml, a file a day (or a subject of a day). A record is one question that was put to a
+machine, and its answer:
 
     [[record]]
     name = "h100-ladder"                      # by this name the tables refer to it
@@ -14,7 +15,8 @@ The records are docs/measurements/*.toml, a file a day. A record is one question
     notes = "What else was seen."
 
 Records stand on the page from the newest day to the oldest, those of a day in the order of their file. The tables that are made
-from records are templates: `{h100-ladder: fused: tokens/s}` is the number in that record's row and column.
+from records are templates: `{h100-ladder: fused: tokens/s}` is the number in that record's row and column, and a line
+`{table: quality}` all values of that record.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ else:
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "measurements"
-PAGE, README = HERE / "measurements.md", HERE.parent / "README.md"
+PAGE, QUALITY, README = HERE / "measurements.md", HERE / "quality.md", HERE.parent / "README.md"
 WIDTH = 120
 BEGIN, END = "<!-- reached: made by docs/measurements_page.py -->", "<!-- /reached -->"
 REFERENCE = re.compile(r"\{([^:{}]+): ([^:{}]+): ([^:{}]+)\}")
+TABLE = re.compile(r"^\{table: ([^{}]+)\}$", re.M)
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?x?")
 
 INTRODUCTION = """
@@ -51,7 +54,7 @@ names in a command are those of its commit. Unless a record says otherwise, one 
 200 new ones; 5 samples. Tokens/s are new tokens over the wall time of prefill and decode, without compilation: the median,
 and in brackets the least and the most of the samples. GB = 1e9 bytes. AGREE is the oracle's verdict on the very rung.
 
-`docs/measurements_page.py` makes this page and README's table from the records in `docs/measurements/`.
+`docs/measurements_page.py` makes this page, quality.md and README's table from the records in `docs/measurements/`.
 """
 
 
@@ -118,8 +121,7 @@ def page(found: list[Record]) -> str:
     for record in found:
         parts += [f"## {record.date}: {record.question}", wrapped(record.answer)]
         if record.values:
-            head, *rows = record.values.strip().splitlines()
-            parts.append("\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows]))
+            parts.append(table(record))
         if record.notes:
             parts.append(wrapped(record.notes))
         parts.append(
@@ -127,6 +129,12 @@ def page(found: list[Record]) -> str:
         )
     parts += ["## The machines", wrapped("\n\n".join(f"- **{name}**: {text}" for name, text in machines().items()))]
     return "\n\n".join(parts) + "\n"
+
+
+def table(record: Record) -> str:
+    """The values with their line of dashes."""
+    head, *rows = record.values.strip().splitlines()
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows])
 
 
 def wrapped(text: str) -> str:
@@ -157,6 +165,13 @@ def reached(found: list[Record]) -> str:
     return filled((RECORDS / "reached.md").read_text(encoding="utf-8"), found).strip()
 
 
+def quality(found: list[Record]) -> str:
+    """docs/quality.md."""
+    by_name = {record.name: record for record in found}
+    template = (RECORDS / "quality.md").read_text(encoding="utf-8")
+    return filled(TABLE.sub(lambda match: table(by_name[match[1]]), template), found)
+
+
 def with_table(readme: str, table: str) -> str:
     """README with the part between its two marks replaced."""
     before, rest = readme.split(BEGIN)
@@ -172,6 +187,7 @@ def scaling_rows(found: list[Record]) -> dict[tuple[str, str, str, int], float]:
 def main() -> None:
     found = records()
     PAGE.write_text(page(found), encoding="utf-8")
+    QUALITY.write_text(quality(found), encoding="utf-8")
     README.write_text(with_table(README.read_text(encoding="utf-8"), reached(found)), encoding="utf-8")
 
 

@@ -82,6 +82,31 @@ class Encoding(Protocol):
         """The matrix's rows [..., in] at ids [...], in `dtype`: an embedding."""
 
 
+Shared = tuple[Tensor, ...]
+"""What neighbouring columns of a matrix have in common: a scale [out, 1], or which of them are kept, [out, columns]."""
+
+
+class Grid(Protocol):
+    """The numbers that one matrix [out, in] can be stored as.
+
+    An encoding that can be fitted to a text has a method `grid(weight [out, in], cost [in], dtype) -> Grid`: cost is what an
+    error in a column costs, and dtype the type of what is stored as floats.
+    """
+
+    @property
+    def columns(self) -> int:
+        """How many neighbouring columns have something in common: a group's, or all of a row's."""
+
+    def share(self, weight: Tensor, cost: Tensor) -> Shared:
+        """What so many columns [out, columns] shall have in common, so that their squared errors cost little."""
+
+    def nearest(self, weight: Tensor, shared: Shared) -> Tensor:
+        """The numbers next to these, float32; `shared` has one entry a row, or one for each of these columns."""
+
+    def parts(self, weight: Tensor, shared: Sequence[Shared]) -> dict[str, Tensor]:
+        """A matrix [out, in] of such numbers as the encoding stores it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Stored:
     """One matrix of shape [out, in] (or a norm's vector) as this process stores it: one value from the checkpoint to the kernel.

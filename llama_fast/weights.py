@@ -63,9 +63,9 @@ def encode_one(
     cut = plan.shard.part(stem, whole_shape, config)
     shape = tuple(len(range(*part.indices(size))) for part, size in zip(cut, whole_shape, strict=True))
     stored = parts_of(checkpoint, stem)
-    kept = dtype or source.dtype
-    if is_stored_encoded(stored) or (stem in checkpoint.encodings and source.dtype is not kept):
-        encoding = encoding_of(checkpoint, stem, plan.encoding)
+    encoding, kept = encoding_of(checkpoint, stem, plan.encoding), dtype or source.dtype
+    of_file = checkpoint.encoding == "stored" and stem in checkpoint.encodings and source.dtype is not kept
+    if is_stored_encoded(stored) or of_file:
         check_layout(stem, stored, encoding.layout(whole_shape), checkpoint.path)
         try:
             parts = encoding.cut(stored, whole_shape, cut)
@@ -76,9 +76,8 @@ def encode_one(
         if plan.arithmetic.name or device.type != "cpu":
             encoding, parts = repacked(encoding, parts)
         return Stored(encoding, shape, {name: held.to(device) for name, held in parts.items()})
-    if checkpoint.encoding != "dense" or not is_encoded(stem, config) or plan.encoding.name in ("dense", "stored"):
+    if checkpoint.encoding != "dense" or not is_encoded(stem, config) or encoding.name in ("dense", "stored"):
         return Stored(Dense(), shape, Dense().encode(source[cut].contiguous().to(device), kept))
-    encoding = plan.encoding
     # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
     first, stop, _ = cut[0].indices(source.shape[0])
     on_file = not hasattr(source, "device")  # what has a device is in its memory, or drawn there whole
@@ -101,7 +100,7 @@ def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
 
 
 def encoding_of(checkpoint: Checkpoint, stem: str, encoding: Encoding) -> Encoding:
-    """How one matrix is stored: as the checkpoint names it for this matrix, else as `encoding`. CheckpointError, by name."""
+    """How one matrix is, or shall be, stored: as the checkpoint says of it, else as `encoding`. CheckpointError, by name."""
     name = checkpoint.encodings.get(stem, encoding.name)
     found = encoding if name == encoding.name else readable().get(name) or of_size(name)
     if found is None:
@@ -143,7 +142,7 @@ def check_encoded(checkpoint: Checkpoint, encoding: Encoding) -> None:
         if part != "weight":
             continue
         parts = parts_of(checkpoint, stem)
-        if is_stored_encoded(parts) or stem in checkpoint.encodings:
+        if is_stored_encoded(parts) or (checkpoint.encoding == "stored" and stem in checkpoint.encodings):
             layout = encoding_of(checkpoint, stem, encoding).layout(shapes[name])
             check_layout(stem, parts, layout, checkpoint.path)
 

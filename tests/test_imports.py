@@ -46,6 +46,7 @@ FLOORS = {
     "engine": ("contracts", "model", "plan", "weights", *LEAVES),
     "speculative": ("contracts", "model", "compilers", "plan", "engine", "caches", "parallel"),
     "build": ("contracts", "model", "plan", "recipes", "weights", "engine", *LEAVES),
+    "calibration": ("contracts", "model", "plan", "weights", *LEAVES),
     "llama": ("contracts", "plan", "engine", "build", "recipes", *LEAVES),
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_settings": (),

@@ -28,6 +28,10 @@ def test_the_readmes_table_is_what_the_records_say() -> None:
     assert MAKE.with_table(README, MAKE.reached(RECORDS)) == README, REMEDY
 
 
+def test_the_page_of_quality_is_what_the_records_say() -> None:
+    assert MAKE.quality(RECORDS) == (DOCS / "quality.md").read_text(encoding="utf-8"), REMEDY
+
+
 def test_every_figure_of_the_readmes_table_names_a_record() -> None:
     lines = (DOCS / "measurements/reached.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) > 5

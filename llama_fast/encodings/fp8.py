@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, PartLayout, Parts
+from llama_fast.contracts import Cut, PartLayout, Parts, Shared
 from llama_fast.encodings.cutting import cut_along_axes
-from llama_fast.encodings.scales import ceil_bf16
+from llama_fast.encodings.scales import SMALLER, ceil_bf16, least_error
 from llama_fast.model.matvec import product, product_by_slices
 from llama_ref.checkpoint import TensorSource
 
@@ -62,9 +62,12 @@ class Fp8:
         """{"weight": e4m3 [out, in], "scale": bf16 [out, 1]}, or [out, groups]."""
         self.layout(weight.shape)
         grouped = weight.float().unflatten(1, (-1, self.group or weight.shape[1]))
-        smallest = torch.finfo(torch.bfloat16).tiny
-        scale = ceil_bf16((grouped.abs().amax(-1) / LARGEST).clamp(min=smallest))
+        scale = scales(grouped)
         return {"weight": (grouped / scale.float()[..., None]).flatten(1).to(E4M3), "scale": scale}
+
+    def grid(self, weight: Tensor, cost: Tensor, dtype: torch.dtype) -> Fp8Grid:
+        self.layout(weight.shape)
+        return Fp8Grid(self.group or weight.shape[1])
 
     def decode(self, parts: Parts) -> Tensor:
         """Float32 [out, in]: four bits times a scale, which is not rounded if the scale has 20 bits or fewer."""
@@ -93,6 +96,32 @@ def of_name(name: str) -> Fp8 | None:
     """ "fp8-g64" -> Fp8(64); None for other names."""
     found = NAME.fullmatch(name)
     return Fp8(int(found["group"] or 0)) if found else None
+
+
+def scales(grouped: Tensor) -> Tensor:
+    """Scales bf16 [...] by which no weight [..., columns] overflows."""
+    return ceil_bf16((grouped.abs().amax(-1) / LARGEST).clamp(min=torch.finfo(torch.bfloat16).tiny))
+
+
+@dataclass(frozen=True)
+class Fp8Grid:
+    """A matrix on its way to fp8. Halving a scale changes nothing but what overflows, so the search ends before that."""
+
+    columns: int
+    shares_of_range: tuple[float, ...] = SMALLER
+
+    def share(self, weight: Tensor, cost: Tensor) -> Shared:
+        several = ((scales(weight[:, None] * share),) for share in self.shares_of_range)
+        return least_error(weight, cost, several, self.nearest)
+
+    def nearest(self, weight: Tensor, shared: Shared) -> Tensor:
+        scale = shared[0].float()
+        return (weight / scale).clamp(-LARGEST, LARGEST).to(E4M3).float() * scale
+
+    def parts(self, weight: Tensor, shared: Sequence[Shared]) -> dict[str, Tensor]:
+        scale = torch.cat([scale for (scale,) in shared], 1)
+        numbers = weight.unflatten(1, (-1, self.columns)) / scale.float()[..., None]
+        return {"weight": numbers.flatten(1).to(E4M3), "scale": scale}
 
 
 ENCODINGS = (Fp8(), Fp8(128))

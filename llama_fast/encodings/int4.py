@@ -12,16 +12,16 @@ that `word & 0x0f0f0f0f` leaves are four neighbours, as are the four behind a sh
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, PartLayout, Parts
+from llama_fast.contracts import Cut, PartLayout, Parts, Shared
 from llama_fast.encodings.cutting import check_groups, cut_along_axes
-from llama_fast.encodings.scales import ceil_bf16
+from llama_fast.encodings.scales import SMALLER, ceil_bf16, least_error
 from llama_fast.model.matvec import product_by_slices
 from llama_fast.model.tiles import sums_of_nibbles
 from llama_ref.checkpoint import TensorSource
@@ -82,6 +82,10 @@ class Int4:
         """Parts of nibbles uint8 [out, in], scales and zeros [out, groups]: how a file's own integers come in, unchanged."""
         return {"weight": packed(nibbles), "scale": scale} | ({} if zero is None else {"zero": zero})
 
+    def grid(self, weight: Tensor, cost: Tensor, dtype: torch.dtype) -> Int4Grid:
+        self.layout(weight.shape)
+        return Int4Grid(self)
+
     def decode(self, parts: Parts) -> Tensor:
         """Float32 [out, in]: an integer of five bits times a bf16 scale, so nothing is rounded."""
         grouped = unpacked(parts["weight"]).unflatten(1, (-1, self.group)).float()
@@ -106,6 +110,43 @@ class Int4:
         return self.decode(flat).view(*ids.shape, -1).to(dtype)
 
 
+@dataclass(frozen=True)
+class Int4Grid:
+    """A matrix on its way to int4: a group's scale is searched among those of a smaller range.
+
+    Without a zero point the 16 numbers reach one step further below zero than above, so a scale may also be negative.
+    """
+
+    encoding: Int4
+    shares_of_range: tuple[float, ...] = SMALLER
+
+    @property
+    def columns(self) -> int:
+        return self.encoding.group
+
+    def share(self, weight: Tensor, cost: Tensor) -> Shared:
+        return least_error(weight, cost, self._candidates(weight), self.nearest)
+
+    def _candidates(self, weight_OG: Tensor) -> Iterator[Shared]:
+        for share in self.shares_of_range:
+            scale, zero = self.encoding.scales(weight_OG[:, None] * share)
+            yield (scale,) if zero is None else (scale, zero)
+            if zero is None and share < 1:  # with its whole range a group gains nothing by another sign
+                yield (-scale,)
+
+    def nearest(self, weight: Tensor, shared: Shared) -> Tensor:
+        scale, zero = shared[0].float(), shared[1].float() if len(shared) > 1 else MIDDLE
+        nibbles = ((weight / scale).round() + zero).clamp(0, LARGEST)
+        return (nibbles - zero) * scale
+
+    def parts(self, weight: Tensor, shared: Sequence[Shared]) -> dict[str, Tensor]:
+        scale, *rest = (torch.cat(parts, 1) for parts in zip(*shared, strict=True))
+        zero = rest[0] if rest else None
+        steps = (weight.unflatten(1, (-1, self.columns)) / scale.float()[..., None]).round()
+        nibbles = steps + (MIDDLE if zero is None else zero.float()[..., None])
+        return self.encoding.stored(nibbles.to(torch.uint8).flatten(1), scale, zero)
+
+
 def rows_of(parts: Parts, rows: slice) -> dict[str, Tensor]:
     """The same parts of some rows of the matrix."""
     return {name: part[rows] for name, part in parts.items()}
@@ -117,4 +158,4 @@ def of_name(name: str) -> Int4 | None:
     return Int4(int(found["group"] or 128), bool(found["zero"])) if found else None
 
 
-ENCODINGS = (Int4(), Int4(32), Int4(128, True), Int4(32, True))
+ENCODINGS = (Int4(), Int4(64), Int4(32), Int4(128, True), Int4(64, True), Int4(32, True))

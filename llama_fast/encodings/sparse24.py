@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, PartLayout, Parts
+from llama_fast.contracts import Cut, PartLayout, Parts, Shared
 from llama_fast.encodings.cutting import cut_along_axes
 from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product, product_by_slices
@@ -58,9 +58,14 @@ class Sparse24:
         kept, places = two_of_four(weight.float())
         if not self.int8:
             return {"weight": kept.to(dtype), "places": places}
-        step = kept.abs().amax(1, keepdim=True) / LARGEST_INT8
-        scale = ceil_bf16(step.clamp(min=torch.finfo(torch.bfloat16).tiny))
+        scale = scales(kept)
         return {"weight": (kept / scale.float()).round().to(torch.int8), "places": places, "scale": scale}
+
+    def grid(self, weight: Tensor, cost: Tensor, dtype: torch.dtype) -> Sparse24Grid:
+        self.layout(weight.shape)
+        if not self.int8:
+            return Sparse24Grid(dtype)
+        return Sparse24Grid(dtype, scales(weight * dearest_two(weight, cost)))
 
     def decode(self, parts: Parts) -> Tensor:
         """Float32 [out, in] of integers with scales, else the type of the values: nothing is rounded."""
@@ -85,6 +90,51 @@ class Sparse24:
     def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         flat = {name: part[ids.reshape(-1)] for name, part in parts.items()}
         return self.decode(flat).to(dtype).view(*ids.shape, -1)
+
+
+@dataclass(frozen=True)
+class Sparse24Grid:
+    """A matrix on its way to 2:4. What four columns share is which two are kept: those whose loss would cost most.
+
+    `scale` [out, 1]: the values are multiples of it up to 127; None: numbers of type `dtype`.
+    """
+
+    dtype: torch.dtype
+    scale: Tensor | None = None
+    columns: ClassVar[int] = 4
+
+    def share(self, weight: Tensor, cost: Tensor) -> Shared:
+        return (dearest_two(weight, cost),)
+
+    def nearest(self, weight: Tensor, shared: Shared) -> Tensor:
+        (kept,) = shared
+        if self.scale is None:
+            return weight.to(self.dtype).float() * kept
+        scale = self.scale.float()
+        return (weight / scale).round().clamp(-LARGEST_INT8, LARGEST_INT8) * scale * kept
+
+    def parts(self, weight: Tensor, shared: Sequence[Shared]) -> dict[str, Tensor]:
+        values, places = two_of_four(weight)
+        if self.scale is None:
+            return {"weight": values.to(self.dtype), "places": places}
+        return {
+            "weight": (values / self.scale.float()).round().to(torch.int8),
+            "places": places,
+            "scale": self.scale,
+        }
+
+
+def scales(kept: Tensor) -> Tensor:
+    """Scales bf16 [out, 1] by which no value [out, columns] leaves [-127, 127]."""
+    step = kept.abs().amax(1, keepdim=True) / LARGEST_INT8
+    return ceil_bf16(step.clamp(min=torch.finfo(torch.bfloat16).tiny))
+
+
+def dearest_two(weight: Tensor, cost: Tensor) -> Tensor:
+    """Of each four columns the two with the largest cost of being zero, weight^2 * cost: bool [out, columns]."""
+    loss_OG4 = (weight.square() * cost).unflatten(1, (-1, 4))
+    kept_OG2 = loss_OG4.topk(2, -1, sorted=True).indices
+    return torch.zeros_like(loss_OG4, dtype=torch.bool).scatter(-1, kept_OG2, True).flatten(1)
 
 
 def two_of_four(wide: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,6 @@ from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
 from llama_fast.recipes import chosen_encoding, encoding_named
 from llama_fast.speculative.proposers import Draft, Ngram
-from llama_fast.weights import named_tensors
 from llama_ref.arguments import whole
 from llama_ref.command import complain, is_foreseen, one_line, run, writable
 from llama_ref.models import DEFAULT_MODEL, resolve
@@ -259,26 +258,63 @@ def lm_eval(context: typer.Context) -> None:
 def quantize(
     model: ModelFlag = DEFAULT_MODEL,
     out: Annotated[Path, typer.Option(help="The directory to write; it must be new or empty.")] = Path("quantized"),
-    encoding: Annotated[str, typer.Option(help="int8.")] = "int8",
+    encoding: Annotated[str, typer.Option(help="int8, fp8, int4-g32, sparse24, ...: a wrong name lists all.")] = "int8",
+    head: Annotated[
+        str | None, typer.Option(help="The head's own encoding, or dense; a tied embedding table is the head too.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="A text (UTF-8) to fit the matrices to; without one they are rounded to the nearest."),
+    ] = None,
+    calibrate_tokens: Annotated[int, typer.Option(help="How much of the text is used.", min=128)] = 16384,
+    fit: Annotated[
+        str,
+        typer.Option(
+            help="weighted: scales and 2:4 places by weighted errors; feedback: and later columns answer them."
+        ),
+    ] = "feedback",
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Tell what is lost on a held-out text.")
+    ] = True,
     adapter: AdapterFlag = None,
     device: DeviceFlag = None,
 ) -> None:
-    """Encode a checkpoint once and save it: a directory that loads again without the original."""
+    """Encode a checkpoint once and save it, and tell what is lost: a directory that loads again without the original."""
+    from llama_fast.ladder import quantizing
     from llama_ref.formats.saved import check_can_write, save_checkpoint
 
-    kind = encoding_named(encoding)
+    kind, of_head = encoding_named(encoding), None if head is None else encoding_named(head)
     if kind.name in ("dense", "stored"):
         raise ValueError(f"encoding {kind.name} changes nothing: name a smaller one, as int8")
+    feedback = quantizing.fit_named(fit)
     check_can_write(out)
-    found = resolve(model)
+    found, to = resolve(model), where(device)
     checkpoint = found.open(adapter=adapter)
     if checkpoint.encoding != "dense":
         raise ValueError(f"{model} is stored as {checkpoint.encoding} already")
-    named = named_tensors(checkpoint, Plan(encoding=kind), None, where(device))
-    tensors = {name: tensor.cpu() for name, tensor in named}
-    save_checkpoint(out, checkpoint.config, tensors, kind.name, tokenizer=found.tokenizer())
+    checkpoint = quantizing.with_head(checkpoint, of_head, kind)
+    tokenizer = found.tokenizer()
+    fitting, text = None, None
+    if calibrate is not None:
+        fitting = quantizing.Fit(checkpoint, kind, feedback, to, lambda line: print(f"note: {line}", file=sys.stderr))
+        text = quantizing.Text.of(calibrate, tokenizer, calibrate_tokens, checkpoint.config.max_context)
+        for notice in text.notices:
+            print(f"note: {notice}", file=sys.stderr)
+    tensors = quantizing.nearest(checkpoint, kind, to)
+    held = quantizing.held_out(checkpoint, tokenizer, to) if measure and found.has_tokenizer else None
+    if measure and held is None:
+        print("note: the loss is not measured: no tokenizer says what text means to this model", file=sys.stderr)
+    if held is not None:
+        print(f"Rounded to the nearest: {quantizing.measured(held, checkpoint, tensors, kind.name)}", flush=True)
+    if fitting is not None and text is not None:
+        tensors = quantizing.fitted(fitting, text)
+        if held is not None:
+            line = quantizing.measured(held, checkpoint, tensors, kind.name)
+            print(f"Fitted to {calibrate}, {fit}: {line}", flush=True)
+    save_checkpoint(out, checkpoint.config, tensors, kind.name, tokenizer, checkpoint.encodings)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    print(f"{out}: {kind.name}, {size / GB:.3f} GB")
+    heads = "".join(f", {stem} {name}" for stem, name in checkpoint.encodings.items())
+    print(f"{out}: {kind.name}{heads}, {size / GB:.3f} GB")
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """Directories that we write ourselves: canonical names as they stand, and linear weights possibly encoded.
 
-`config.json` is in Hugging Face's form plus an entry `"llama_fast": {"encoding": "int8", "format": 1}`. An encoded matrix X
-is stored as the parts of its encoding, `X.weight`, `X.scale` and so on, which only the encoding can check; what has
-floats alone under its name is stored as it is.
+`config.json` is in Hugging Face's form plus an entry `"llama_fast": {"encoding": "int8", "format": 1}`, and in it where single
+matrices are stored otherwise than the rest `"encodings": {"output": "dense"}`. An encoded matrix X is stored as the parts of its
+encoding, `X.weight`, `X.scale` and so on, which only the encoding can check; what has floats alone under its name is stored
+as it is.
 """
 
 from __future__ import annotations
@@ -54,7 +55,21 @@ def open_saved(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
     weights, config = settle_tables(open_weights(directory), config, ("tok_embeddings", "output"), directory)
     check_whole(weights, config, encoding, directory)
-    return Checkpoint(config, weights, directory, str(encoding))
+    return Checkpoint(
+        config, weights, directory, str(encoding), exceptions(mark.get("encodings", {}), config, directory)
+    )
+
+
+def exceptions(told: object, config: LlamaConfig, where: object) -> dict[str, str]:
+    """Which matrices are stored otherwise, and how; CheckpointError for what names no matrix of the model, or no encoding."""
+    if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+        raise CheckpointError(f"{where}: encodings is {str(told)[:100]}, not a name for each matrix")
+    unknown = [stem for stem in told if len(expected_shapes(config).get(f"{stem}.weight", ())) != 2]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: encodings names {', '.join(unknown[:5])}, which this model has not as a matrix"
+        )
+    return dict(told)
 
 
 def check_whole(tensors: Mapping[str, TensorSource], config: LlamaConfig, encoding: object, where: object) -> None:
@@ -92,11 +107,12 @@ def save_checkpoint(
     tensors: Mapping[str, TensorSource],
     encoding: str = "dense",
     tokenizer: SavesItself | None = None,
+    encodings: Mapping[str, str] | None = None,
 ) -> None:
     """Write a directory that opens again on its own; it appears whole, or not at all.
 
-    Raises CheckpointError if `directory` exists and is not empty, if `tensors` are not those of the model, or if no
-    config.json says what the model is.
+    `encodings`: the matrices that are stored otherwise than the rest. Raises CheckpointError if `directory` exists and is not
+    empty, if `tensors` are not those of the model, or if no config.json says what the model is.
     """
     directory = Path(directory).expanduser()
     check_can_be_said(config, directory)
@@ -104,7 +120,8 @@ def save_checkpoint(
     with appears_whole(directory) as draft:
         whole = {name: tensor[:].detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_file(unshared(whole), draft / SINGLE)
-        data = to_hf(config) | {"llama_fast": {"encoding": encoding, "format": FORMAT}}
+        mark: dict[str, object] = {"encoding": encoding, "format": FORMAT}
+        data = to_hf(config) | {"llama_fast": mark | ({"encodings": dict(encodings)} if encodings else {})}
         (draft / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(draft)

@@ -55,18 +55,36 @@ class Drift:
 
 @dataclass(frozen=True)
 class DriftBudget:
-    """What an encoding may cost. `weight_step`: largest error of a weight as a share of the largest in its row."""
+    """What an encoding may cost. `weight_step`: largest error of a weight as a share of the largest in its row; None: there is
+    no such bound, as where weights are dropped."""
 
     kld_mean: float
     top1_agreement: float
     top1_behind_plain: float
     perplexity_ratio: float
-    weight_step: float
+    weight_step: float | None
 
+
+WIDENED = (1 + 2**-7) * 1.001
+"""A step whose scale is rounded up to a bf16 number, in the arithmetic of float32."""
 
 BUDGETS: Mapping[str, DriftBudget] = {
     # half of 1/127 of a row's largest weight, widened by the rounding of a bf16 scale (at most 2^-7 upwards)
-    "int8": DriftBudget(1e-2, 0.94, 0.03, 1.03, 0.5 / 127 * (1 + 2**-7) * 1.001),
+    "int8": DriftBudget(1e-2, 0.94, 0.03, 1.03, 0.5 / 127 * WIDENED),
+    # between 256 and 448, which stands for a row's largest weight, e4m3 numbers are 32 apart
+    "fp8": DriftBudget(0.06, 0.82, 0.15, 1.1, 16 / 448 * WIDENED),
+    "fp8-g128": DriftBudget(0.06, 0.82, 0.15, 1.1, 16 / 448 * WIDENED),
+    # half of 1/7 of a group's largest weight; with a zero point, half of 1/15 of a range that is at most twice as long
+    "int4": DriftBudget(1.0, 0.45, 0.55, 2.2, 0.5 / 7 * WIDENED),
+    "int4-g64": DriftBudget(1.0, 0.45, 0.55, 2.2, 0.5 / 7 * WIDENED),
+    "int4-g32": DriftBudget(0.8, 0.5, 0.5, 1.8, 0.5 / 7 * WIDENED),
+    "int4-zero": DriftBudget(0.8, 0.5, 0.5, 1.8, 1 / 15 * WIDENED),
+    "int4-g64-zero": DriftBudget(0.8, 0.5, 0.5, 1.8, 1 / 15 * WIDENED),
+    "int4-g32-zero": DriftBudget(0.6, 0.55, 0.45, 1.6, 1 / 15 * WIDENED),
+    # half of the weights are dropped, however large they are beside the rest of their row; without a text a small model then
+    # predicts next to nothing (docs/quality.md), and little is left to keep to
+    "sparse24": DriftBudget(6.5, 0.0, 1.0, 400, None),
+    "sparse24-int8": DriftBudget(6.5, 0.0, 1.0, 400, None),
 }
 
 

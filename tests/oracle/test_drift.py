@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_fast.recipes import encodings
+from oracle.questions.localise import judge_weights
 from oracle.statistics.compare import Outcome
 from oracle.statistics.drift import BUDGETS, Drift, DriftBudget, Estimate, Tally, judge_drift, measure
 
@@ -124,3 +126,25 @@ def test_the_written_budgets_are_those_promised() -> None:
     assert BUDGETS["int8"].kld_mean == 1e-2
     assert BUDGETS["int8"].top1_agreement == 0.94
     assert BUDGETS["int8"].top1_behind_plain == 0.03
+
+
+def test_every_encoding_has_a_budget() -> None:
+    """A new encoding is judged only if somebody says what it may cost."""
+    assert BUDGETS.keys() == encodings().keys() - {"dense"}
+
+
+@pytest.mark.parametrize("name", [name for name, budget in BUDGETS.items() if budget.weight_step is not None])
+def test_the_step_of_a_weight_holds_and_is_nearly_reached(name: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(600, 256, generator=generator) * torch.randn(600, 1, generator=generator).exp()
+    weight[::2] *= torch.randn(300, 256, generator=generator).abs()
+    weight[:200] = weight[:200].sign() * (1 + weight[:200].abs().clamp(max=1.0)) / 2  # as even as ranges can be
+    kind, step = encodings()[name], BUDGETS[name].weight_step
+    assert step is not None
+    held = {"w": kind.decode(kind.encode(weight, torch.float32)).float()}
+    assert judge_weights(held, {"w": weight}, step).outcome is Outcome.AGREE
+    assert judge_weights(held, {"w": weight}, 0.8 * step).outcome is Outcome.DIFFER
+
+
+def test_what_drops_weights_has_no_step() -> None:
+    assert {name for name, budget in BUDGETS.items() if budget.weight_step is None} == {"sparse24", "sparse24-int8"}

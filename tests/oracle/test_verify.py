@@ -13,7 +13,7 @@ import torch
 
 from llama_fast.build import build
 from llama_fast.encodings.int8 import Int8
-from llama_fast.recipes import optimised
+from llama_fast.recipes import encoding_named, optimised
 from llama_ref.checkpoint import Checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
 from oracle import cli
@@ -271,3 +271,13 @@ def test_ranks_are_judged_by_the_command(
     (ranks,) = [part for part in document["parts"] if part["name"] == "all ranks"]
     assert [check["compared"] for check in ranks["checks"]] == [2, 2]
     assert {f"corner: {name}" for name in CORNERS} <= {part["name"] for part in document["parts"]}
+
+
+@pytest.mark.parametrize("name", ["sparse24-int8", "int4-g32"])
+def test_a_narrow_encoding_is_wired_right_and_its_weights_are_compared_if_that_means_something(
+    tiny: Checkpoint, name: str
+) -> None:
+    certificate = verify(tiny, optimised(encoding_named(name)), CPU, torch.float32)
+    assert certificate.outcome is Outcome.AGREE, certificate.to_text()
+    told = "weights not compared one by one: sparse24-int8 drops some, whatever their size" in certificate.notes
+    assert (told, "weights" in certificate.parts) == ((True, False) if name == "sparse24-int8" else (False, True))
