@@ -30,6 +30,7 @@ from llama_fast.speculative.proposers import Draft, Ngram
 from llama_fast.weights import named_tensors
 from llama_ref.arguments import whole
 from llama_ref.command import complain, is_foreseen, one_line, run, writable
+from llama_ref.interrupts import INTERRUPTED
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizers.tokenizer import DEFAULT_PROMPT
 
@@ -283,7 +284,10 @@ def serve(
     served = make_served(llama, name or model, rows, length or min(2048, llama.runner.config.max_context), limits)
     if compile or fused:
         warm_up(served.thread.engine)
-    run_server(served, Address(host, port), limits, api_key)
+    try:
+        run_server(served, Address(host, port), limits, api_key)
+    except KeyboardInterrupt:
+        ranks.hard_exit(INTERRUPTED)  # Python takes seconds to clear away what PyTorch has loaded
 
 
 @app.command(

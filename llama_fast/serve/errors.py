@@ -53,6 +53,9 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     field = str(where[0])
     if first.get("type") == "extra_forbidden" and len(where) == 1:
         return ApiError(400, f"{field}: this server does not know this field", field, "unknown_parameter")
+    if field == "prompt" and first.get("type") != "missing":
+        forms = "text, a list of texts, token ids, or a list of lists of token ids; none of them empty, at most 128"
+        return ApiError(400, f"prompt: it must be {forms}", field)
     said = dict.fromkeys(str(one["msg"]) for one in errors if field in map(str, one.get("loc", ())))
     place = next((f"[{part}]" for part in where[1:] if isinstance(part, int)), "")
     inner = [part for part in where[1:] if isinstance(part, str) and part.isidentifier()]
