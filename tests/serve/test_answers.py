@@ -261,7 +261,8 @@ def test_tools_reach_the_template(running: Running, llama: Llama) -> None:
 
 
 def test_a_chat_without_a_limit_takes_the_room_there_is(running: Running, llama: Llama) -> None:
-    messages = [{"role": "user", "content": "mat " * 500}]
+    words = 1990 * 100 // len(llama.encode(" mat" * 100))
+    messages = [{"role": "user", "content": " mat" * words}]
     answer = running.post("/v1/chat/completions", {"messages": messages, "ignore_eos": True, **GREEDY}).json()
     assert answer["usage"]["total_tokens"] == running.served.length
 
