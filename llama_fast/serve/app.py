@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -191,9 +192,8 @@ async def echoed(served: Served, body: CompletionBody, rows: Sequence[list[int]]
         text = given if isinstance(given, str) else served.llama.decode(ids)
         told: list[Any] = []
         if body.logprobs is not None:
-            top = max(1, body.logprobs)
-            job: Callable[[], list[Any]] = lambda ids=ids, top=top: prompt_logprobs(served.llama.runner, ids, top)  # type: ignore[misc]
-            told = [ids[0], *await served.thread.run(job)]
+            job = partial(prompt_logprobs, served.llama.runner, ids, max(1, body.logprobs))
+            told = [ids[0], *await served.thread.run(job)]  # the first token follows nothing
         prompts.append(Prompt(ids, text, told))
     return prompts
 

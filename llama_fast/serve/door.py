@@ -66,7 +66,9 @@ class Door:
         if self.api_key is not None and scope["path"] not in OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
-                return ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")
+                return ApiError(
+                    401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key"
+                )
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:18]) > self.limits.max_body:
             return self._too_large()

@@ -11,20 +11,26 @@ class Metrics:
     """Counters, gauges and histograms of one server."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        told = {"registry": self.registry, "namespace": "llama_fast"}
-        self.requests = Counter("requests", "Answered requests.", ["path", "status"], **told)
-        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts that were read.", **told)
-        self.generated_tokens = Counter("generated_tokens", "New tokens.", **told)
-        self.cancelled_rows = Counter("cancelled_rows", "Rows whose client left, or whose time was up.", **told)
-        self.queue = Gauge("queue_rows", "Rows that wait for a slot.", **told)
-        self.rows_in_use = Gauge("rows_in_use", "Rows that are answered.", **told)
-        self.rows = Gauge("rows", "Rows that can be answered at once.", **told)
+        self.registry = here = CollectorRegistry()
+        self.requests = Counter(
+            "llama_fast_requests", "Answered requests; 499: the client left.", ["path", "status"], registry=here
+        )
+        self.prompt_tokens = Counter("llama_fast_prompt_tokens", "Tokens of prompts, read once a row.", registry=here)
+        self.generated_tokens = Counter("llama_fast_generated_tokens", "New tokens.", registry=here)
+        self.cancelled_rows = Counter(
+            "llama_fast_cancelled_rows", "Rows whose client left, or whose time was up.", registry=here
+        )
+        self.queue = Gauge("llama_fast_queue_rows", "Rows that wait for a slot.", registry=here)
+        self.rows_in_use = Gauge("llama_fast_rows_in_use", "Rows that are answered.", registry=here)
+        self.rows = Gauge("llama_fast_rows", "Rows that can be answered at once.", registry=here)
         self.first_token = Histogram(
-            "first_token_seconds", "From a row's arrival to its first token.", buckets=SECONDS, **told
+            "llama_fast_first_token_seconds",
+            "From a row's arrival to its first token.",
+            buckets=SECONDS,
+            registry=here,
         )
         self.between_tokens = Histogram(
-            "between_tokens_seconds", "Between two tokens of a row.", buckets=SECONDS, **told
+            "llama_fast_between_tokens_seconds", "Between two tokens of a row.", buckets=SECONDS, registry=here
         )
 
     def page(self) -> bytes:

@@ -93,7 +93,8 @@ def run_server(served: Served, address: Address, limits: Limits, api_key: str | 
         app = application(served, limits, api_key)
         config = uvicorn.Config(app, timeout_graceful_shutdown=CUT_SECONDS, **settings)
         print(
-            f"{served.name} at http://{shown}:{port}: {served.thread.rows} rows of {served.length} positions", flush=True
+            f"{served.name} at http://{shown}:{port}: {served.thread.rows} rows of {served.length} positions",
+            flush=True,
         )
         Server(config, served.thread).run(sockets=[listening])
     if served.thread.failure is not None:

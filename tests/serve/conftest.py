@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
 from typing import Any
 
 import httpx
@@ -23,16 +22,19 @@ from llama_fast.caches.growing import Growing
 from llama_fast.plan import Plan
 from llama_fast.serve.app import application
 from llama_fast.serve.door import Limits
-from llama_fast.serve.server import Address, Server, make_served
 from llama_fast.serve.served import Served
+from llama_fast.serve.server import Address, Server, make_served
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizers.tokenizer import load_tokenizer
 
 LENGTH = 2048
 SPECIALS = ("<s>", "</s>", "<|end|>")
-TEMPLATE = """{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|end|>
-{%- endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -129,5 +131,3 @@ def until(reached: Callable[[], bool], seconds: float = 20.0) -> None:
     while not reached():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.005)
-
-

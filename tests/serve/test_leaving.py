@@ -97,8 +97,9 @@ def test_clients_come_at_random_and_vanish_and_nothing_is_left(serve: Serve, lla
         until(running.is_empty)
         assert not wrong
         assert running.count("rows_in_use") == running.count("queue_rows") == 0
-        assert running.post(PATH, {"prompt": "the cat", "max_tokens": 9, "temperature": 0}).json()["choices"][0]["text"] == (
-            expected[9]
+        assert (
+            running.post(PATH, {"prompt": "the cat", "max_tokens": 9, "temperature": 0}).json()["choices"][0]["text"]
+            == (expected[9])
         )
 
 

@@ -110,7 +110,8 @@ def test_what_asks_for_nothing_is_taken(running: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'"a"', b"\xff", b'{"prompt": NaN}', b"[" * 100_000, b'{"seed": ' + b"9" * 5000]
+    "content",
+    [b"", b"{", b"[]", b"null", b'"a"', b"\xff", b'{"prompt": NaN}', b"[" * 100_000, b'{"seed": ' + b"9" * 5000],
 )
 def test_what_is_no_json_object_is_refused(running: Running, content: bytes) -> None:
     with running.http as http:
@@ -155,7 +156,12 @@ def test_openais_client_raises_what_it_should(running: Running) -> None:
 def test_the_key_opens_all_but_the_page_and_the_health_check(serve: Serve) -> None:
     with serve(api_key="secret") as running:
         with running.http as http:
-            for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer sécret"}):
+            for given in (
+                {},
+                {"authorization": "Bearer wrong"},
+                {"authorization": "secret"},
+                {"authorization": "Bearer sécret"},
+            ):
                 head = {name: value.encode() for name, value in given.items()}
                 responses = [http.get("/v1/models", headers=head), http.get("/metrics", headers=head)]
                 responses.append(http.post(COMPLETIONS, json={"prompt": "a"}, headers=head))
