@@ -31,8 +31,8 @@ def as_whole(value: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(well_formed)]
-Whole = Annotated[int, BeforeValidator(as_whole)]
-Id = Annotated[Whole, Field(ge=0, le=2**31 - 1)]
+WHOLE = BeforeValidator(as_whole)  # behind the range, which the OpenAPI document then tells
+Id = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
 Ids = Annotated[list[Id], Field(min_length=1)]
 StopText = Annotated[Text, Field(min_length=1)]
 Prompts = (
@@ -57,14 +57,14 @@ class Generating(BaseModel):
 
     model_config = STRICT
     model: Text | None = None
-    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = None
     """-1 and 0 keep all tokens."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    seed: Annotated[Whole, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1), WHOLE] | None = None
     """Choice i draws with seed + i; a seed is drawn if none is given."""
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[Id], Field(max_length=1024)] | None = None
@@ -120,11 +120,11 @@ class CompletionBody(Generating):
     """The body of /v1/completions."""
 
     prompt: Prompts
-    max_tokens: Annotated[Whole, Field(ge=0, le=2**31 - 1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
     """0 only with `echo`. 16 by default, as with OpenAI."""
-    best_of: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     echo: bool | None = None
-    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     suffix: Text | None = None
 
     @property
@@ -175,11 +175,11 @@ class ChatBody(Generating):
     """The body of /v1/chat/completions."""
 
     messages: Messages
-    max_tokens: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | None = None
-    max_completion_tokens: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE] | None = None
     """The newer name of `max_tokens`; without either, what room there is."""
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
