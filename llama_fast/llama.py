@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from llama_fast.build import build, default_dtype, where
 from llama_fast.engine.caches import Caches
 from llama_fast.engine.engine import Engine
+from llama_fast.engine.generate import together
 from llama_fast.engine.logprobs import TokenLogprob
 from llama_fast.engine.prompts import conversation_of, prompt_of, prompts_of
 from llama_fast.engine.request import Event, Request, check_ids, check_request, requests_of
@@ -164,9 +165,7 @@ class Llama:
         requests = self._requests(ids, max_new_tokens, sampling, draft, told)
         began, first = time.perf_counter(), 0.0
         rows: list[list[Event]] = [[] for _ in ids]
-        with self._answering(requests, draft) as engine:
-            for request in requests:
-                engine.add(request, self.writer(request.ids, stop))
+        with self._answering(requests, [self.writer(row, stop) for row in ids], draft) as engine:
             while engine.busy:
                 for event in engine.step():
                     first = first or time.perf_counter() - began
@@ -214,8 +213,7 @@ class Llama:
         return self._pieces(request, self.writer(request.ids, stop), draft)
 
     def _pieces(self, request: Request, writer: TextStream, draft: Speculation | None) -> Generator[str, None, None]:
-        with self._answering([request], draft) as engine:
-            engine.add(request, writer)
+        with self._answering([request], [writer], draft) as engine:
             while engine.busy:
                 yield from (event.text for event in engine.step() if event.text)
 
@@ -292,17 +290,16 @@ class Llama:
         return requests_of(ids, max_new_tokens, sampling, self.runner.config.eos_ids, logprobs)
 
     @contextmanager
-    def _answering(self, requests: Sequence[Request], draft: Speculation | None) -> Iterator[Engine]:
+    def _answering(
+        self, requests: Sequence[Request], writers: Sequence[TextStream], draft: Speculation | None
+    ) -> Iterator[Engine]:
         """An engine for requests that start together; its cache is put back when they have ended, or nobody wants them."""
         length = max(request.positions for request in requests)
         room = length if draft is None else max(length, min(length + draft.slack, self.runner.config.max_context))
         cache = self.caches.take(len(requests), room)
         try:
-            engine = Engine(self.runner, len(requests), length, cache, draft)
-            try:
+            with closing(together(self.runner, requests, cache, draft, writers)) as engine:
                 yield engine
-            finally:
-                engine.close()
         finally:
             self.caches.put_back(cache)
 

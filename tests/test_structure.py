@@ -57,6 +57,77 @@ def test_a_block_is_five_operations() -> None:
     assert sorted(steps) == ["add", "add", "attend", "gated", "qkv"]
 
 
+MOST_PARAMETERS = 6
+FACES = {
+    "llama_fast/engine/generate.py:generate",  # public, as the two of `Llama`: options that users name
+    "llama_fast/llama.py:generate",
+    "llama_fast/llama.py:stream",
+    "llama_fast/lm_eval_model.py:__init__",  # the evaluation harness calls it
+    "llama_fast/ladder/cli.py:generate",  # commands: a parameter is a flag
+    "llama_fast/ladder/cli.py:chat",
+    "llama_fast/ladder/cli.py:bench",
+}
+"""Functions whose parameters are options that somebody outside names. Kernels are launched with numbers, and not counted."""
+
+
+def test_lists_of_parameters_are_short() -> None:
+    long = set()
+    for place, function in functions():
+        a = function.args
+        names = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs) if arg.arg not in ("self", "cls")]
+        if len(names) > MOST_PARAMETERS and not place.startswith("llama_fast/kernels/"):
+            long.add(place)
+    assert long == FACES
+
+
+def calls(node: ast.AST, method: str) -> bool:
+    """Whether `something.method(...)` stands in here."""
+    return any(
+        isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == method for n in ast.walk(node)
+    )
+
+
+def owners(node: ast.AST, method: str) -> set[str]:
+    """On what a method is called in here: `self.runner.step(...)` -> "runner"."""
+    found = (n.func.value for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+             and n.func.attr == method)  # fmt: skip
+    return {n.attr if isinstance(n, ast.Attribute) else n.id for n in found if isinstance(n, ast.Attribute | ast.Name)}
+
+
+def test_there_is_one_loop_that_decodes() -> None:
+    """Only the engine launches steps one after another. (A draft model's k proposals of one round are a loop of its own.)"""
+    loops = [(place, n) for place, f in functions() for n in ast.walk(f) if isinstance(n, ast.For | ast.While)]
+    assert {place for place, loop in loops if calls(loop, "launch")} == {"llama_fast/engine/engine.py:step"}
+    stepping = {place for place, loop in loops if owners(loop, "step") & {"runner", "target"}}
+    assert stepping == {"llama_fast/speculative/proposers.py:propose"}
+
+
+def test_one_place_knows_when_a_row_ends() -> None:
+    """Whoever sets a reason, or looks for a token among those that end a text."""
+    found = set()
+    for place, function in functions():
+        for node in ast.walk(function):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            compared = node.comparators if isinstance(node, ast.Compare) else []
+            named = {n.attr for n in (*targets, *compared) if isinstance(n, ast.Attribute)}
+            if named & {"finish_reason", "eos_ids"} and not (compared and named == {"finish_reason"}):
+                found.add(place)
+    assert found == {f"llama_fast/engine/request.py:{name}" for name in ("__init__", "take", "cancel")} - {
+        "llama_fast/engine/request.py:__init__"  # there an annotated None
+    }
+
+
+def test_one_keeper_of_caches() -> None:
+    """Caches are made by their keeper, for an engine, and for a score, which is done with its own at once."""
+    makers = {place for place, function in functions() if owners(function, "allocate") - {"cache"}}
+    assert makers == {
+        "llama_fast/engine/caches.py:take",
+        "llama_fast/engine/engine.py:__init__",
+        "llama_fast/engine/runner.py:score",
+        "llama_fast/chat.py:_room_for",  # an engine's
+    }
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nobody_asks_for_the_class_of_a_leaf(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[1]

@@ -143,7 +143,7 @@ class Engine:
             self.steps = self.draft.begin(self.runner, requests, cache)
             self.statistics = self.steps.statistics
         for slot, row in joining:
-            row.held = self._in_common(slot, row)
+            row.slot, row.held = slot, self._in_common(slot, row)
             self.reused_tokens += row.held
         together = alone and not any(row.held for _, row in joining)
         for group in [joining] if joining and together else [[one] for one in joining]:
@@ -169,8 +169,8 @@ class Engine:
     def _end(self, row: Row) -> None:
         """A row has ended: nothing of it stays."""
         del self._rows[row.id]
-        if row in self.slots:
-            self._free(self.slots.index(row))
+        if row.slot is not None and self.slots[row.slot] is row:
+            self._free(row.slot)
         if not self._rows:
             self.steps.finish()
 

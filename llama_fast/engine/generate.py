@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from llama_fast.contracts import KVCache
 from llama_fast.engine.engine import Engine
-from llama_fast.engine.request import Event, Request, check_request, requests_of
+from llama_fast.engine.request import Event, Request, Writer, check_request, requests_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.speculation import Speculation, Statistics
@@ -85,12 +86,18 @@ def generate(
 
 
 def together(
-    runner: Runner, requests: Sequence[Request], cache: KVCache | None = None, draft: Speculation | None = None
+    runner: Runner,
+    requests: Sequence[Request],
+    cache: KVCache | None = None,
+    draft: Speculation | None = None,
+    writers: Sequence[Writer | None] = (),
 ) -> Engine:
-    """An engine with a slot for each of these requests, which bear the numbers 0, 1, ..."""
+    """An engine with a slot for each of these requests, which bear the numbers 0, 1, ...; a writer for each, or none."""
     engine = Engine(runner, len(requests), max(request.positions for request in requests), cache, draft)
-    for request in requests:
-        engine.add(request)
+    if draft is not None:
+        draft.check(runner, requests, engine.cache.capacity)
+    for request, writer in zip_longest(requests, writers):
+        engine.add(request, writer)
     return engine
 
 

@@ -133,6 +133,7 @@ class Row:
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason: str | None = None
+        self.slot: int | None = None
         self.launched = 0
         """Tokens that the device was asked for; the host may not have seen the last ones."""
         self.held = 0

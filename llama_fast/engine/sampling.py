@@ -200,8 +200,11 @@ class BatchSampler:
             self._hash_ahead(part)
 
     def free_row(self, row: int) -> None:
-        """Nobody asks for this row's token any more."""
+        """Nobody asks for this row's token any more. The code stays right; `narrow` makes it as little as the others need."""
         self.settings[row] = None
+
+    def narrow(self) -> None:
+        """Code for the rows that are left, unless code is kept."""
         if not self.steady:
             self.code = code_of(one for one in self.settings if one is not None)
 

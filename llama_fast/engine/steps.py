@@ -94,7 +94,9 @@ class PlainSteps:
                 self.onward_B[slot] = 0
                 if not self.keeps_prefixes:  # else it stays behind what the row left there
                     self.position_B[slot] = 0
-        self.left.clear()
+        if self.left:
+            self.choose.narrow()
+            self.left.clear()
         token_B, logits_BTV = self.runner.step(self.token_B1, self.position_B, self.cache, self.choose)
         self.position_B.add_(self.onward_B)
         self.token_B1.copy_(token_B[:, None])  # a CUDA graph overwrites its outputs at the next replay

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from llama_fast.build import build, rebuild
-from llama_fast.contracts import KVCache
+from llama_fast.engine.caches import Caches
 from llama_fast.engine.generate import Generation, generate
 from llama_fast.engine.request import check_request
 from llama_fast.engine.runner import Runner
@@ -55,6 +55,31 @@ class Progress(Protocol):
     def say(self, text: str) -> None: ...
 
     def sample(self, rung: str, tokens_per_second: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every rung is measured by: `samples` continuations of one prompt's ids by `new_tokens`.
+
+    With `trace`, some tokens of every rung are decoded once more under a profiler that writes there.
+    """
+
+    prompt: Sequence[int]
+    new_tokens: int = 200
+    samples: int = 5
+    trace: Path | None = None
+
+    @property
+    def positions(self) -> int:
+        return len(self.prompt) + self.new_tokens
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """Who says whether a rung is right, and who is told what happens."""
+
+    judge: Judge
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -124,45 +149,42 @@ class Ladder:
 
 @dataclass
 class Climber:
-    """A rung that was built: its runner, the cache it keeps, and its samples so far."""
+    """A rung that was built: its runner, the caches it keeps, and its samples so far."""
 
     rung: Rung
     runner: Runner
-    cache: KVCache
-    compile_seconds: float
-    peak_memory_bytes: float
-    verdict: str
+    caches: Caches
     draft: Draft | None = None
+    compile_seconds: float = 0.0
+    peak_memory_bytes: float = 0.0
+    verdict: str = ""
     samples: list[Generation] = field(default_factory=list)
 
 
 def bench(
     checkpoint: Checkpoint,
     model: str,
-    prompt: Sequence[int],
     rungs: Sequence[Rung],
     device: torch.device,
-    judge: Judge,
-    progress: Progress,
-    samples: int = 5,
-    new_tokens: int = 200,
-    trace: Path | None = None,
+    work: Work,
+    witnesses: Witnesses,
 ) -> Ladder:
-    """Measure `rungs` on `device`; `prompt` is token ids. Raises ValueError if the request does not fit the model.
+    """Measure `rungs` on `device`. Raises ValueError if the work does not fit the model.
 
-    Where a GPU does not hold all rungs at once, they are measured in groups that fit. With `trace`, some tokens of every
-    rung are decoded once more under a profiler that writes there (another group's: "-more" added); OSError if it cannot.
+    Where a GPU does not hold all rungs at once, they are measured in groups that fit, each with a trace of its own (another
+    group's: "-more" added); OSError if it cannot be written.
     """
-    if trace is not None:
-        check_trace(trace)
-    check_request(checkpoint.config, [prompt], new_tokens)  # before a minute is spent on the bandwidth
+    progress = witnesses.progress
+    if work.trace is not None:
+        check_trace(work.trace)
+    check_request(checkpoint.config, [work.prompt], work.new_tokens)  # before a minute is spent on the bandwidth
     progress.say("measuring the read bandwidth")
     wall = Wall(device)
     waiting, left_out, results = deque(rungs), dict[str, str](), list[RungResult]()
     while waiting:
         builder = Builder(checkpoint, device)
-        results += climb(waiting, left_out, builder, prompt, judge, progress, samples, new_tokens, trace, wall)
-        trace = trace and trace.with_stem(f"{trace.stem}-more")
+        results += climb(waiting, left_out, builder, work, witnesses, wall)
+        work = replace(work, trace=work.trace and work.trace.with_stem(f"{work.trace.stem}-more"))
         if waiting:
             builder.release()
     return Ladder(
@@ -171,7 +193,7 @@ def bench(
         torch=torch.__version__,
         python=platform.python_version(),
         threads=torch.get_num_threads(),
-        samples=samples,
+        samples=work.samples,
         sampling="greedy",
         read_bandwidth_gb_per_s=wall.gb_per_s,
         datasheet_bandwidth_gb_per_s=DATASHEET_GB_PER_S.get(device_name(device)),
@@ -185,28 +207,28 @@ def climb(
     waiting: deque[Rung],
     left_out: dict[str, str],
     builder: Builder,
-    prompt: Sequence[int],
-    judge: Judge,
-    progress: Progress,
-    samples: int,
-    new_tokens: int,
-    trace: Path | None,
+    work: Work,
+    witnesses: Witnesses,
     wall: Wall,
 ) -> list[RungResult]:
     """Measure, in turns, the first rungs of `waiting` that fit into the memory together, and take them from it."""
-    climbers = those_that_fit(waiting, left_out, builder, prompt, new_tokens, judge, progress)
-    for round_number in range(samples):
+    progress = witnesses.progress
+    climbers = those_that_fit(waiting, left_out, builder, work, witnesses)
+    for round_number in range(work.samples):
         for climber in climbers:
-            progress.say(f"sample {round_number + 1} of {samples}: {climber.rung.name}")
-            climber.samples.append(sample(climber, prompt, new_tokens))
+            progress.say(f"sample {round_number + 1} of {work.samples}: {climber.rung.name}")
+            climber.samples.append(sample(climber, work, work.new_tokens))
             progress.sample(climber.rung.name, climber.samples[-1].tokens_per_second)
         wall.look_again()
     times: dict[str, StepTimes] = {}
-    if trace is not None and climbers:
+    if work.trace is not None and climbers:
         progress.say("profiling")
-        decoders = [Decoder(c.rung.name, c.runner, kept_cache(c, prompt, new_tokens), c.draft) for c in climbers]
-        times = profile_decoding(decoders, prompt, trace, new_tokens)
-    return [result(climber, prompt, new_tokens, wall.gb_per_s, times.get(climber.rung.name)) for climber in climbers]
+        decoders = [Decoder(c.rung.name, c.runner, c.caches.take(1, room(c, work)), c.draft) for c in climbers]
+        times = profile_decoding(decoders, work.prompt, work.trace, work.new_tokens)
+        for decoder, climber in zip(decoders, climbers, strict=True):
+            if decoder.cache is not None:
+                climber.caches.put_back(decoder.cache)
+    return [result(climber, work, wall.gb_per_s, times.get(climber.rung.name)) for climber in climbers]
 
 
 class Builder:
@@ -237,21 +259,16 @@ class Builder:
 
 
 def those_that_fit(
-    waiting: deque[Rung],
-    left_out: dict[str, str],
-    builder: Builder,
-    prompt: Sequence[int],
-    new_tokens: int,
-    judge: Judge,
-    progress: Progress,
+    waiting: deque[Rung], left_out: dict[str, str], builder: Builder, work: Work, witnesses: Witnesses
 ) -> list[Climber]:
     """Prepare rungs, and take them from `waiting`, until one does not fit beside those before it: it waits until they are
     measured. One that does not fit alone is left out; of a rung over ranks that is an error, as all ranks must go one way.
     """
     climbers: list[Climber] = []
+    progress = witnesses.progress
     while waiting:
         try:
-            climbers.append(prepare(builder, waiting[0], prompt, new_tokens, judge, progress))
+            climbers.append(prepare(builder, waiting[0], work, witnesses))
         except torch.OutOfMemoryError:
             if waiting[0].over_ranks:
                 raise
@@ -265,10 +282,9 @@ def those_that_fit(
     return climbers
 
 
-def prepare(
-    builder: Builder, rung: Rung, prompt: Sequence[int], new_tokens: int, judge: Judge, progress: Progress
-) -> Climber:
+def prepare(builder: Builder, rung: Rung, work: Work, witnesses: Witnesses) -> Climber:
     """Build a rung, compile it by a first generation, measure its memory alone, have it judged."""
+    progress = witnesses.progress
     gc.collect()  # also what an attempt that did not fit has left
     device, before = builder.device, [runner.model for runner in builder.built]
     held = device_bytes(device)
@@ -280,50 +296,50 @@ def prepare(
     draft = Draft(builder(small, rung.dtype(device))) if small is not None else None
     mine = [runner, *([draft.runner] if draft else [])]
     shared_bytes = sum(stored_bytes(used.model) for used in mine if any(used.model is known for known in before))
-    length = len(prompt) + new_tokens + (draft.slack if draft is not None else 0)
-    cache = runner.allocate(1, length)
-    climber = Climber(rung, runner, cache, 0.0, 0.0, "", draft)
+    climber = Climber(rung, runner, Caches(runner), draft)
     progress.say(f"{rung.name}: first tokens (compilation, if any)")
-    first = timed(climber, prompt, device)
-    again = timed(climber, prompt, device)
+    first = timed(climber, work, device)
+    again = timed(climber, work, device)
     climber.compile_seconds = max(0.0, first - again)
     if device.type == "cuda":
-        sample(climber, prompt, new_tokens)
+        sample(climber, work, work.new_tokens)
         climber.peak_memory_bytes = torch.cuda.max_memory_allocated(device) - held + shared_bytes
     else:
-        cache_bytes = cache_bytes_per_step(runner.config, 1, max(cache.length, length), runner.dtype.itemsize)
+        cache_bytes = cache_bytes_per_step(
+            runner.config, 1, climber.caches.length(1) or room(climber, work), runner.dtype.itemsize
+        )
         climber.peak_memory_bytes = stored_bytes(runner.model) + cache_bytes + (draft.held_bytes if draft else 0)
     progress.say(f"{rung.name}: asking the oracle")
-    climber.verdict = judge(runner, cache.length or None, *([draft] if draft else []))
+    climber.verdict = witnesses.judge(runner, climber.caches.length(1), *([draft] if draft else []))
     progress.say(f"{rung.name}: {climber.verdict}")
     return climber
 
 
-def timed(climber: Climber, prompt: Sequence[int], device: torch.device) -> float:
+def timed(climber: Climber, work: Work, device: torch.device) -> float:
     began = time.perf_counter()
-    sample(climber, prompt, WARM_UP_TOKENS)
+    sample(climber, work, WARM_UP_TOKENS)
     synchronize(device)
     return time.perf_counter() - began
 
 
-def sample(climber: Climber, prompt: Sequence[int], new_tokens: int) -> Generation:
-    """One continuation."""
-    cache = kept_cache(climber, prompt, new_tokens)
-    return generate(climber.runner, [prompt], new_tokens, cache=cache, draft=climber.draft)
+def sample(climber: Climber, work: Work, new_tokens: int) -> Generation:
+    """One continuation. A static cache stays, with the addresses that were compiled; one that grows is made anew."""
+    cache = climber.caches.take(1, room(climber, work))
+    done = generate(climber.runner, [work.prompt], new_tokens, cache=cache, draft=climber.draft)
+    climber.caches.put_back(cache)
+    return done
 
 
-def kept_cache(climber: Climber, prompt: Sequence[int], new_tokens: int) -> KVCache | None:
-    """A static cache stays, with the addresses that were compiled; one that grows is made anew."""
-    return climber.cache if climber.cache.length >= len(prompt) + new_tokens else None
+def room(climber: Climber, work: Work) -> int:
+    """Positions that the cache of a rung needs."""
+    return work.positions + (climber.draft.slack if climber.draft is not None else 0)
 
 
-def result(
-    climber: Climber, prompt: Sequence[int], new_tokens: int, bandwidth: float, times: StepTimes | None
-) -> RungResult:
+def result(climber: Climber, work: Work, bandwidth: float, times: StepTimes | None) -> RungResult:
     runner = climber.runner
     rates = [generation.tokens_per_second for generation in climber.samples]
     rate = statistics.median(rates)
-    mean_positions = len(prompt) + new_tokens / 2
+    mean_positions = len(work.prompt) + work.new_tokens / 2
     step_bytes = weight_bytes_per_step(runner.model) + cache_bytes_per_step(
         runner.config, 1, mean_positions, runner.dtype.itemsize
     )
@@ -337,9 +353,9 @@ def result(
         plan=str(runner.plan),
         dtype=str(runner.dtype).removeprefix("torch."),
         batch=1,
-        prompt_tokens=len(prompt),
-        new_tokens=new_tokens,
-        cache_length=max(climber.cache.length, len(prompt) + new_tokens),
+        prompt_tokens=len(work.prompt),
+        new_tokens=work.new_tokens,
+        cache_length=climber.caches.length(1) or work.positions,
         tokens_per_second=Spread(rate, min(rates), max(rates)),
         decode_tokens_per_second=statistics.median(g.decode_tokens_per_second for g in climber.samples),
         time_to_first_token_ms=statistics.median(g.first_token_seconds for g in climber.samples) * 1e3,

@@ -357,6 +357,7 @@ def bench(
     device: DeviceFlag = None,
 ) -> None:
     """Climb the ladder: measure every rung, prove it, plot it. Exit code 1: one does not agree, or one asked for is left out."""
+    from llama_fast.ladder.bench import Witnesses, Work
     from llama_fast.ladder.bench import bench as climb
     from llama_fast.ladder.judging import rung_judge
     from llama_fast.ladder.plots import draw
@@ -392,9 +393,8 @@ def bench(
             if rungs:
                 raise
             elsewhere, undivided = [], {rung.name: str(error) for rung in elsewhere}
-        ladder = climb(
-            checkpoint, model, ids, here, to, rung_judge(checkpoint, ids), live, samples, new_tokens, profile
-        )
+        work, witnesses = Work(ids, new_tokens, samples, profile), Witnesses(rung_judge(checkpoint, ids), live)
+        ladder = climb(checkpoint, model, here, to, work, witnesses)
         ladder = replace(ladder, left_out=ladder.left_out | undivided)
         if isinstance(shard, TensorParallel):
             ladder = jobs.of_all_ranks(ladder, shard)

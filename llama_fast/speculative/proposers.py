@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.contracts import KVCache
+from llama_fast.engine.caches import Caches
 from llama_fast.engine.request import Request
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
@@ -153,11 +154,11 @@ class Draft(Proposer):
     def __init__(self, runner: Runner, k: int | None = None, most: int = AUTOMATIC[-1], aligned: bool = False):
         super().__init__(k, most, aligned)
         self.runner = made("runner", runner, "a Runner, as build() makes one", "start", "step", "allocate")
-        self._cache: dict[int, KVCache] = {}
+        self.caches = Caches(runner)
 
     @property
     def held_bytes(self) -> int:
-        return stored_bytes(self.runner.model) + sum(cache.nbytes for cache in self._cache.values())
+        return stored_bytes(self.runner.model) + self.caches.nbytes
 
     def read_bytes(self, statistics: Statistics) -> float:
         return float(statistics.proposed * weight_bytes_per_step(self.runner.model))
@@ -182,14 +183,7 @@ class Draft(Proposer):
         )
 
     def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
-        return DraftSource(self.runner, self.cache(len(requests), needed), requests, needed, self.compilations)
-
-    def cache(self, batch: int, needed: int) -> KVCache:
-        """The draft's cache for `batch` rows: the last one, if it is long enough."""
-        kept = self._cache.get(batch)
-        if kept is None or kept.capacity is None or kept.capacity < needed:
-            kept = self._cache[batch] = self.runner.allocate(batch, needed)
-        return kept
+        return DraftSource(self.caches, requests, needed, self.compilations)
 
 
 class DraftSource:
@@ -198,16 +192,10 @@ class DraftSource:
     blind = keeps_up = False
     runs_ahead = True
 
-    def __init__(
-        self,
-        runner: Runner,
-        cache: KVCache,
-        requests: Sequence[Request],
-        needed: int,
-        compilations: Compilations,
-    ):
+    def __init__(self, caches: Caches, requests: Sequence[Request], needed: int, compilations: Compilations):
+        runner = caches.runner
         self.name = f"draft {runner.plan}"
-        self.runner, self.cache = runner, cache
+        self.runner, self.caches, self.cache = runner, caches, caches.take(len(requests), needed)
         # The target's own transforms, so that q is like p.
         self.choose = runner.prepared(sampler_of(requests, runner.device), needed + 1)
         self.greedy = runner.greedy(len(requests))
@@ -242,6 +230,9 @@ class DraftSource:
 
     def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         return [(0, NO_GUESS)] * len(tokens)
+
+    def finish(self) -> None:
+        self.caches.put_back(self.cache)
 
 
 def pick(choose: BatchSampler, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,6 +291,9 @@ class NgramSource:
             text.extend(new)
         return [(text.match()[0] or -1, text.following(1)[0]) for text in self.texts]
 
+    def finish(self) -> None:
+        """It holds nothing that others could use."""
+
 
 class Padded(Proposer):
     """Plain decoding through aligned checks of k tokens: what speculation with these equals bit for bit."""
@@ -330,3 +324,6 @@ class PaddedSource:
 
     def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         return [(0, NO_GUESS)] * len(tokens)
+
+    def finish(self) -> None:
+        """It holds nothing."""

@@ -70,6 +70,9 @@ class Source(Protocol):
         or -1 where there are none; the first is NO_GUESS where it is not known before proposals are asked for.
         """
 
+    def finish(self) -> None:
+        """The generation has ended, or nobody wants more of it."""
+
 
 class Compilations:
     """Small functions, compiled for fixed shapes where a runner's plan compiles its own; kept by their shapes. Beside a step of
@@ -236,6 +239,7 @@ class Rounds:
     def finish(self) -> None:
         self.launched.clear()
         self.readback = Readback(self.target.device)
+        self.source.finish()
         self.report_costs()
 
     def look(self, rows: Sequence[Sequence[int]]) -> None:
@@ -325,9 +329,7 @@ class Rounds:
         if self.source.blind:
             draft_BK, q_BKV, logits_BTV = draft_BK[:, :0].contiguous(), None, logits_BTV[:, :1].contiguous()
         finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, self.choose.code)
-        report_BN = finish_round(
-            self.choose, draft_BK, q_BKV, logits_BTV, state.history_BL, state.position_B, state.limit_B
-        )
+        report_BN = finish_round(self.choose, draft_BK, q_BKV, logits_BTV, state)
         return (begun, proposed, self.clock.mark()), report_BN
 
     def take(self) -> Taken:
@@ -355,12 +357,13 @@ class Rounds:
 
     def of_round(self, k: int, rows: list[list[int]]) -> list[list[int]]:
         taken, stood = [row[0] for row in rows], [row[1] for row in rows]
-        running = [b for b, left in enumerate(self.left) if left]
+        wanted = self.left
+        running = [b for b, left in enumerate(wanted) if left]
         assert all(taken[b] > 0 for b in running), "a row that still wants tokens got none"
         if not self.source.blind:
             for b in running:
                 seen = k - self.row(b) if self.aligned else k
-                self.statistics.round(k, stood[b], emitted=min(taken[b], self.left[b]), seen=seen)
+                self.statistics.round(k, stood[b], emitted=min(taken[b], wanted[b]), seen=seen)
             self.adaptive_k.record(
                 k, [self.evidence[b] for b in running], [stood[b] for b in running], [taken[b] for b in running]
             )

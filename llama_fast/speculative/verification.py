@@ -64,17 +64,10 @@ def within(row_B: Tensor, draft_BK: Tensor, logits_BTV: Tensor) -> tuple[Tensor,
     return seen_BK, logits_BTV[torch.arange(B, device=row_B.device)[:, None], at_BT]
 
 
-def finish(
-    choose: BatchSampler,
-    draft_BK: Tensor,
-    q_BKV: Tensor | None,
-    logits_BTV: Tensor,
-    history_BL: Tensor,
-    position_B: Tensor,
-    limit_B: Tensor,
-) -> Tensor:
+def finish(choose: BatchSampler, draft_BK: Tensor, q_BKV: Tensor | None, logits_BTV: Tensor, state: State) -> Tensor:
     """Accept, write the history, step on; in place. Returns [B, 2 + T]: tokens taken, proposals that stood, the tokens."""
     K = draft_BK.shape[1]
+    history_BL, position_B, limit_B = state.history_BL, state.position_B, state.limit_B
     step_T = torch.arange(K + 1, device=position_B.device)
     if choose.greedy:
         tokens_BT, count_B = accept_greedy(draft_BK, logits_BTV.argmax(-1))

@@ -32,7 +32,7 @@ from llama_fast.compilers.compiled import Compiled
 from llama_fast.compilers.graphed import Graphed
 from llama_fast.engine.runner import Runner
 from llama_fast.kernels import tuning
-from llama_fast.ladder.bench import bench
+from llama_fast.ladder.bench import Witnesses, Work, bench
 from llama_fast.ladder.rungs import Rung
 from llama_fast.parallel.alone import Whole
 from llama_fast.parallel.ranks import Place, exchanger_named, tensor_parallel
@@ -106,7 +106,8 @@ def decode(options: argparse.Namespace, shard: Any, device: torch.device) -> dic
     for encoding in options.encodings.split(","):
         for name in options.plans.split(","):
             rung = Rung(f"{name} {encoding}", "", plan_named(name, encoding, shard), needs_gpu=True)
-            ladder = bench(checkpoint, options.model, prompt, [rung], device, judge, Printed(), options.samples)
+            work = Work(prompt, samples=options.samples)
+            ladder = bench(checkpoint, options.model, [rung], device, work, Witnesses(judge, Printed()))
             torch.cuda.empty_cache()
             results.append(
                 {

@@ -10,7 +10,7 @@ import torch
 
 from llama_fast.build import build
 from llama_fast.engine.runner import Runner
-from llama_fast.ladder.bench import bench
+from llama_fast.ladder.bench import Witnesses, Work, bench
 from llama_fast.ladder.judging import rung_judge
 from llama_fast.ladder.rungs import RUNGS
 from llama_fast.plan import Plan
@@ -48,7 +48,8 @@ def test_all_rungs_are_climbed_where_half_of_them_fit(monkeypatch: pytest.Monkey
     checkpoint = random_checkpoint(config, 0, device, torch.bfloat16)
     rungs = [rung for rung in RUNGS.values() if not rung.over_ranks]
     said = Said()
-    climbed = bench(checkpoint, "four layers", [5, 6, 7], rungs, device, rung_judge(checkpoint, [5, 6, 7]), said, 2, 20)
+    witnesses = Witnesses(rung_judge(checkpoint, [5, 6, 7]), said)
+    climbed = bench(checkpoint, "four layers", rungs, device, Work([5, 6, 7], 20, 2), witnesses)
     print(held_before_building, [rung.peak_memory_gb for rung in climbed.rungs])
     assert [(rung.name, rung.verdict) for rung in climbed.rungs] == [(rung.name, "AGREE") for rung in rungs]
     assert "int8: does not fit beside the rungs before it, which are measured now" in said.lines

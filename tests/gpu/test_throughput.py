@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fast.ladder.bench import Ladder, bench
+from llama_fast.ladder.bench import Ladder, Witnesses, Work, bench
 from llama_fast.ladder.judging import rung_judge
 from llama_fast.ladder.plots import draw
 from llama_fast.ladder.report import show_step_times
@@ -44,7 +44,7 @@ def ladder() -> Ladder:
     out = os.environ.get("LLAMA_FAST_LADDER_OUT")
     trace = Path(out, "trace.json") if out else None
     rungs = [rung for rung in (rungs_named(ONLY) if ONLY else rungs_of(device)) if not rung.over_ranks]
-    climbed = bench(checkpoint, MODEL, prompt, rungs, device, judge, Printed(), trace=trace)
+    climbed = bench(checkpoint, MODEL, rungs, device, Work(prompt, trace=trace), Witnesses(judge, Printed()))
     if out:
         show_step_times(climbed)
         Path(out, "ladder.json").write_text(json.dumps(climbed.as_json(), indent=2) + "\n")

@@ -21,7 +21,7 @@ from llama_fast.arithmetic import pytorch
 from llama_fast.caches import growing as growing_cache
 from llama_fast.caches import static as static_cache
 from llama_fast.encodings import dense, int8
-from llama_fast.engine import generate, logprobs, runner, sampling, text
+from llama_fast.engine import engine, generate, logprobs, request, runner, sampling, text
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.model import llama as fast
 from llama_fast.model import matrices
@@ -289,36 +289,23 @@ def logits_of_the_padding(forward: Any, *args: Any, last_B: Tensor | None = None
 # --- the generation loop
 
 
-def loop(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    return around(generate, "stream", change)
+def all_end_together(step: Any, self: Any) -> Any:
+    events = step(self)
+    if any(event.finish_reason == "stop" for event in events):
+        self.close()
+    return events
 
 
-def all_end_together(stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None) -> Any:
-    for step in stream(runner, prompts, n, how, (), cache):
-        yield step
-        if any(token in eos for token in step):
-            return
+def first_token_may_not_end(take: Any, self: Any, *args: Any) -> Any:
+    event = take(self, *args)
+    if len(self.tokens) == 1 and event.finish_reason == "stop":
+        self.finish_reason, event = None, replace(event, finish_reason=None)
+    return event
 
 
-def first_token_may_not_end(
-    stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None
-) -> Any:
-    done = [False] * len(prompts)
-    for i, step in enumerate(stream(runner, prompts, n, how, (), cache)):
-        yield [None if ended else token for token, ended in zip(step, done)]
-        done = [ended or (i > 0 and token in eos) for token, ended in zip(step, done)]
-        if all(done):
-            return
-
-
-def only_the_first_end_id(
-    stream: Any, runner: Any, prompts: Any, n: int, how: Any, eos: Any = (), cache: Any = None
-) -> Any:
-    return stream(runner, prompts, n, how, tuple(eos)[:1], cache)
-
-
-def one_token_more(stream: Any, runner: Any, prompts: Any, n: int, *rest: Any) -> Any:
-    return stream(runner, prompts, n + 1, *rest)
+def never_ends(take: Any, self: Any, *args: Any) -> Any:
+    self.request = replace(self.request, eos_ids=())
+    return take(self, *args)
 
 
 def second_best(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor) -> Tensor:
@@ -360,8 +347,8 @@ def ahead_of_row_0(hash_ahead: Any, self: Any, part: slice) -> None:
         self.ahead_BSL = self.ahead_BSL[:1].expand_as(self.ahead_BSL)
 
 
-def likeliest_told(columns: Any, self: Any, token_B1: Tensor, logits_BV: Tensor) -> Tensor:
-    found: Tensor = columns(self, token_B1, logits_BV)
+def likeliest_told(columns: Any, token_B1: Tensor, logits_BV: Tensor, top: int) -> Tensor:
+    found: Tensor = columns(token_B1, logits_BV, top)
     return torch.cat([found[:, :1], logits_BV.double().log_softmax(-1).amax(-1, keepdim=True), found[:, 2:]], -1)
 
 
@@ -377,11 +364,6 @@ def plain_steps_greedy(run: Any, self: Any, state: Any, k: int, behind: bool) ->
         return run(self, state, k, behind)
     finally:
         self.choose = choose
-
-
-def never_ends(init: Any, self: Any, *args: Any) -> None:
-    init(self, *args)
-    self.eos_ids = ()
 
 
 def saves_one_file(save: Any, self: Any, directory: Any) -> None:
@@ -701,10 +683,10 @@ MODEL_FAULTS = [
 ]
 LOOP_FAULTS = [
     f("sometimes the second best", "loop", around(BatchSampler, "__call__", second_best), "own logits"),
-    f("all rows end together", "stop rules", loop(all_end_together), "end elsewhere", trial="loop"),
-    f("the first token may not end", "stop rules", loop(first_token_may_not_end), "end elsewhere", trial="loop"),
-    f("only the first end id", "stop rules", loop(only_the_first_end_id), "end elsewhere", trial="loop"),
-    f("one token more", "stop rules", loop(one_token_more), "as long as asked", trial="loop"),
+    f("all rows end together", "stop rules", around(engine.Engine, "step", all_end_together), "end elsewhere", trial="loop"),
+    f("the first token may not end", "stop rules", around(request.Row, "take", first_token_may_not_end), "end elsewhere", trial="loop"),
+    f("only the first end id", "stop rules", around(generate, "requests_of", lambda make, prompts, n, how, eos: make(prompts, n, how, tuple(eos)[:1])), "end elsewhere", trial="loop"),
+    f("one token more", "stop rules", around(generate, "requests_of", lambda make, prompts, n, *rest: make(prompts, n + 1, *rest)), "as long as asked", trial="loop"),
     f("two steps share a position", "loop", around(BatchSampler, "__call__", same_position), "neighbouring", trial="loop"),
     f("temperature x 0.5", "loop", with_temperature(lambda t: t * 0.5), "distribution", trial="loop"),
     f("seed forgotten", "loop", chosen_with(lambda one: replace(one, seed=int(torch.randint(2**31, ())))), "same seed", trial="loop"),
@@ -723,7 +705,7 @@ LOOP_FAULTS = [
     f("one seed for all rows", "loop", around(sampling.Sampling, "seeds", lambda seeds, self, rows: seeds(self, rows)[:1] * rows), "draw alike", trial="loop"),
     f("row 0's uniforms ahead", "loop", around(BatchSampler, "_hash_ahead", ahead_of_row_0), "draw alike", trial="loop"),
     f("penalty squared", "loop", chosen_with(lambda one: replace(one, repetition_penalty=one.repetition_penalty**2)), "penalised", trial="loop"),
-    f("log-probability of the likeliest", "loop", around(logprobs.Logprobs, "columns", likeliest_told), "log-probability", trial="loop"),
+    f("log-probability of the likeliest", "loop", around(logprobs, "columns", likeliest_told), "log-probability", trial="loop"),
     f("at most 64 tokens", "sampling", with_top_k(lambda k: min(k, 64)), "probability", trial="sampling"),
     f("never colder than 0.1", "sampling", with_temperature(lambda t: max(t, 0.1)), "probability", trial="sampling"),
     f("never warmer than 2", "sampling", with_temperature(lambda t: min(t, 2.0)), "probability", trial="sampling"),
@@ -733,7 +715,7 @@ LOOP_FAULTS = [
     f("proposals drawn and judged by one uniform", "rounds", lambda patch: patch.setattr(speculative, "DRAWN", checks.JUDGE), "law of 4", trial="rounds"),
     f("plain steps between rounds are greedy", "rounds", around(rounds.Rounds, "run", plain_steps_greedy), "plain steps: law", trial="rounds"),
     f("proposals past the window stand", "rounds", around(rounds, "within", lambda within, row, draft, logits: (draft, within(row, draft, logits)[1])), "aligned", trial="rounds"),
-    f("rounds never end", "stop rules", around(rounds.Rounds, "__init__", never_ends), "end elsewhere", trial="speculation"),
+    f("rounds never end", "stop rules", around(request.Row, "take", never_ends), "end elsewhere", trial="speculation"),
     f("tokenizer saved without its settings", "tokenizer", around(tokenizer.JsonTokenizer, "save", saves_one_file), "saved tokenizer", trial="text"),
     f("short stripes upside down", "int8", around(int8.Int8, "encode", flips_short_stripes), "at a time", trial="round trip", plan=INT8),
     f("always accepted", "acceptance", accepting(always), "emitted law", trial="speculation"),

@@ -151,7 +151,7 @@ def test_rows_that_come_and_go_answer_as_they_do_alone(name: str, actions: list[
     plain = engine.steps
     assert isinstance(plain, steps.PlainSteps)
     plain.readback.depth = ahead
-    assert check_answers(name, Played(engine, actions)) == 0, "no tie, on this machine's library"
+    assert check_answers(name, Played(engine, actions)) <= 1, "ties are as rare as equal logits"
     nothing_is_left(engine)
 
 

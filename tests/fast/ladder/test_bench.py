@@ -17,7 +17,7 @@ from llama_fast.compilers.graphed import Graphed
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.runner import Runner
 from llama_fast.ladder import plots
-from llama_fast.ladder.bench import Builder, Ladder, bench
+from llama_fast.ladder.bench import Builder, Ladder, Witnesses, Work, bench
 from llama_fast.ladder.rungs import RUNGS, Rung, rungs_named
 from llama_fast.model.roofline import (
     cache_bytes_per_step,
@@ -65,17 +65,8 @@ def ladder(untied: Checkpoint) -> tuple[Ladder, Quiet]:
 
     small = Rung("int8", "int8", Plan(Int8(), cache=Static(multiple=32)), cpu_dtype=torch.bfloat16)
     quiet = Quiet()
-    climbed = bench(
-        untied,
-        "tiny",
-        [5, 6, 7],
-        [RUNGS["baseline"], small],
-        torch.device("cpu"),
-        judge,
-        quiet,
-        samples=2,
-        new_tokens=20,
-    )
+    rungs = [RUNGS["baseline"], small]
+    climbed = bench(untied, "tiny", rungs, torch.device("cpu"), Work([5, 6, 7], 20, 2), Witnesses(judge, quiet))
     return climbed, quiet
 
 
@@ -121,17 +112,18 @@ def test_what_does_not_fit_at_once_is_measured_in_groups(
     static = Rung("static", "the baseline's weights", Plan(cache=Static()))
     rungs = [RUNGS["baseline"], static, joined, RUNGS["int8"], half]
     quiet = Quiet()
-    request: Any = (torch.device("cpu"), lambda *ignored: "AGREE", quiet, 2, 4)
-    climbed = bench(untied, "tiny", [5, 6, 7], rungs, *request, trace=tmp_path / "trace.json")
+    cpu, witnesses = torch.device("cpu"), Witnesses(lambda *ignored: "AGREE", quiet)
+    work = Work([5, 6, 7], 4, 2)
+    climbed = bench(untied, "tiny", rungs, cpu, replace(work, trace=tmp_path / "trace.json"), witnesses)
     assert [rung.name for rung in climbed.rungs] == ["baseline", "static", "joined", "half"]
     assert climbed.as_json()["left_out"] == {"int8": "does not fit into the GPU's memory"}
     assert all(rung.step_times_us for rung in climbed.rungs) and most == min(room, 2)
     together = {3: ["joined"], 2: ["joined"], 1: []}[room]
     assert quiet.samples[: 2 + len(together)] == ["baseline", "static", *together]
-    nothing = bench(untied, "tiny", [5, 6, 7], [RUNGS["int8"]], *request)
+    nothing = bench(untied, "tiny", [RUNGS["int8"]], cpu, work, witnesses)
     assert not nothing.rungs and list(nothing.left_out) == ["int8"]
     with pytest.raises(torch.OutOfMemoryError):  # all ranks must go one way
-        bench(untied, "tiny", [5, 6, 7], [replace(RUNGS["int8"], over_ranks=True)], *request)
+        bench(untied, "tiny", [replace(RUNGS["int8"], over_ranks=True)], cpu, work, witnesses)
 
 
 def test_plans_that_differ_in_cache_or_compiler_share_their_weights(untied: Checkpoint) -> None:

@@ -359,9 +359,9 @@ def test_a_position_off_by_one_is_noticed(target: Runner, int8: Runner, monkeypa
     """Where all proposals stand, the target's own token after them is taken for one that its cache knows."""
     finish = rounds.finish
 
-    def hasty(choose: Any, draft_BK: Tensor, q: Any, logits_BTV: Tensor, history_BL: Tensor, *places: Tensor) -> Tensor:
-        position_B, limit_B = places
-        report = finish(choose, draft_BK, q, logits_BTV, history_BL, position_B, limit_B)
+    def hasty(choose: Any, draft_BK: Tensor, q: Any, logits_BTV: Tensor, state: State) -> Tensor:
+        history_BL, position_B, limit_B = state.history_BL, state.position_B, state.limit_B
+        report = finish(choose, draft_BK, q, logits_BTV, state)
         newest_B1, all_B = history_BL.gather(1, position_B[:, None]), report[:, 1] == 3
         position_B.add_(all_B.long())
         limit_B.add_(all_B.long())
