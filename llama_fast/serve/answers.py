@@ -143,8 +143,9 @@ class Answer:
         """The answer as one object, when all rows have ended. Without a group nothing new is wanted."""
         rows: list[list[Event]] = [[] for _ in range(len(self.prompts) * self.each)]
         if group is not None:
-            async for row, event in group:
-                rows[row].append(event)
+            async for events in group:
+                for row, event in events:
+                    rows[row].append(event)
         choices = []
         for at, prompt in enumerate(self.prompts):
             own = rows[at * self.each : (at + 1) * self.each]
@@ -178,11 +179,15 @@ class Answer:
                 yield chunk([begin])
         try:
             if group is not None:
-                async for index, event in group:
-                    tokens += 1
-                    piece = self.form.piece(index, event)
-                    if piece is not None:
-                        yield chunk([piece])
+                async for events in group:
+                    said = []
+                    for index, event in events:
+                        tokens += 1
+                        piece = self.form.piece(index, event)
+                        if piece is not None:
+                            said.append(chunk([piece]))
+                    if said:
+                        yield "".join(said)
         except ApiError as error:
             yield sent(error.body)
             return

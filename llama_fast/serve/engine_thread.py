@@ -45,7 +45,10 @@ class Ticket:
 
 
 class Group:
-    """The rows of one HTTP request. Iterate over (index, event) until all have ended; `close` cancels what has not."""
+    """The rows of one HTTP request. Iterate over lists of (index, event) until all have ended; `close` cancels what has not.
+
+    A list has what came since the last one: a client that is slower than the engine gets several tokens at once.
+    """
 
     def __init__(self, thread: EngineThread, rows: Sequence[tuple[Request, Writer]]):
         self._thread = thread
@@ -53,14 +56,26 @@ class Group:
         self.tickets = [Ticket(request, writer, i, self) for i, (request, writer) in enumerate(rows)]
         self._left = len(rows)
         self._timer: asyncio.TimerHandle | None = None
+        self._error: ApiError | None = None
 
     def __aiter__(self) -> Group:
         return self
 
-    async def __anext__(self) -> tuple[int, Event]:
+    async def __anext__(self) -> list[tuple[int, Event]]:
         if not self._left:
             raise StopAsyncIteration
-        index, event = await self.inbox.get()
+        if self._error is not None:
+            raise self._error
+        found = [self._checked(*await self.inbox.get())]
+        while self._left and not self.inbox.empty() and self._error is None:
+            index, event = self.inbox.get_nowait()
+            if isinstance(event, ApiError):
+                self._error = event  # what came before it is told first
+            else:
+                found.append(self._checked(index, event))
+        return found
+
+    def _checked(self, index: int, event: Event | ApiError) -> tuple[int, Event]:
         if isinstance(event, ApiError):
             raise event
         self._left -= event.finish_reason is not None

@@ -51,6 +51,7 @@ def test_rows_whose_time_is_up_are_free_though_nobody_listens(llama: Llama) -> N
         await until(lambda: thread.engine.free == 0)
         await until(lambda: thread.unfinished == 0)
         assert thread.engine.free == 2
+        assert thread.metrics.registry.get_sample_value("llama_fast_cancelled_rows_total") == 2
         with pytest.raises(ApiError, match=r"not complete within 0\.1 s"):
             async for _ in group:
                 pass
