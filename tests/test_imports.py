@@ -51,6 +51,7 @@ FLOORS = {
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_settings": (),
     "lm_eval_model": ("contracts", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
+    "serve": ("engine", "llama"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),
     "cli": ("ladder",),

@@ -29,6 +29,7 @@ from llama_fast.recipes import chosen_encoding, encoding_named
 from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.arguments import whole
 from llama_ref.command import complain, is_foreseen, one_line, run, writable
+from llama_ref.interrupts import INTERRUPTED
 from llama_ref.models import DEFAULT_MODEL, resolve
 from llama_ref.tokenizers.tokenizer import DEFAULT_PROMPT
 
@@ -239,6 +240,64 @@ def reply(answer: Callable[[], Generator[str, None, None]], begin: str = "") -> 
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, end="")
     print(flush=True)
+
+
+@app.command()
+def serve(
+    model: ModelFlag = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="The address to listen at; by default only this machine can reach it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="The port; 0 is any free one.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; as --model by default.")] = None,
+    rows: Annotated[int, typer.Option(help="Texts that are generated at once.", min=1)] = 8,
+    length: Annotated[
+        int | None, typer.Option(help="Positions of a row, prompt and answer; 2048, or the context if shorter.", min=4)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must send as Authorization: Bearer.", envvar="LLAMA_FAST_API_KEY")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request's body at most.", min=1)] = 4_000_000,
+    max_queue: Annotated[int, typer.Option(help="Texts that may wait for a row; then clients get 429.", min=0)] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 600.0,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Which of the checkpoint's templates makes the text, by name.")
+    ] = None,
+    encoding: EncodingFlag = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first request.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Decode by our own kernels; needs a GPU.")] = False,
+    device: DeviceFlag = None,
+    dtype: DtypeFlag = None,
+) -> None:
+    """Serve a model to OpenAI's clients, and a page to talk to it. Ctrl-C ends it within seconds."""
+    try:
+        from llama_fast.serve.door import Limits
+        from llama_fast.serve.server import Address, make_served, run_server, warm_up
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the server's packages are not there ({error}): pip install 'llama-fast[serve]'") from error
+
+    if ranks.Place.of_environment() is not None:
+        raise ValueError("serve runs in one process, not over ranks")
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout={timeout} must be a positive number of seconds")
+    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
+        raise ValueError("--api-key must be printable ASCII, and not empty")
+    if fused and compile:
+        raise ValueError("--fused and --compile are two ways to decode: choose one")
+    limits = Limits(max_body, timeout, max_queue)
+    found = resolve(model)
+    to, kind = where(device), dtype_named(dtype, where(device))
+    checkpoint = found.open(to, kind)
+    kept = encoding_named(encoding or checkpoint.encoding)
+    plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
+    llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
+    served = make_served(llama, name or model, rows, length or min(2048, llama.runner.config.max_context), limits)
+    if compile or fused:
+        warm_up(served.thread.engine)
+    try:
+        run_server(served, Address(host, port), limits, api_key)
+    except KeyboardInterrupt:
+        ranks.hard_exit(INTERRUPTED)  # Python takes seconds to clear away what PyTorch has loaded
 
 
 @app.command(
