@@ -37,7 +37,7 @@ MOST_ROWS = 8
 """Rows of activations in one linear launch, of weights in the activations' type."""
 MOST_ROWS_OF_NARROW = 128
 """The same for weights that a library would first have to widen."""
-MOST_ROWS_OF_DIGITS = 64
+MOST_ROWS_OF_DIGITS = 32
 """The same for int4 weights that tensor cores can multiply."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
 MOST_INTEGER = {"int4": 2.0**22 - 1, "sparse_int8": 2.0**20 - 1, "sparse": 0.0}

@@ -220,11 +220,12 @@ def narrow_tile(epilogue: str, k: int, kind: str) -> Tile:
 
 def digits_tile(epilogue: str, k: int, m: int) -> Tile:
     """For two rows and more of int4 weights. Two rows go as one does, with limbs made apart; more to tensor cores: 64 weight
-    rows, four groups at a time, each a warp's.
+    rows, four groups at a time, each a warp's; beside more than 16 rows of activations 32, so that sums stay in registers.
     """
     if m <= VECTOR_ROWS:
         return Tile(2 if epilogue == "gated" else 4, max(64, min(4096, next_power_of_2(k))), 4, apart=True, vector=True)
-    return Tile(32 if epilogue == "gated" else 64, 512, warps=4, stages=3 if m <= 16 else 2, slices=4)
+    rows = 64 if m <= 16 else 32
+    return Tile(rows // 2 if epilogue == "gated" else rows, 512, warps=4, stages=3 if m <= 16 else 2, slices=4)
 
 
 def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: int = 2) -> Tile:

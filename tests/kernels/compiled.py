@@ -18,10 +18,14 @@ from llama_fast.build import build
 from llama_fast.compilers.eager import Eager
 from llama_fast.compilers.graphed import first_block_of
 from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
-from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, tokens, tuning
+from llama_fast.encodings.sparse24 import Sparse24
+from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, tokens, tuning, widen
+from llama_fast.kernels import narrow as narrow_kernels
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.packets import Mailbox
+from llama_fast.kernels.stored import LOADERS
 from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
@@ -42,6 +46,12 @@ KERNELS = (
     prompt._gate,
     exchange._sum,
     exchange._gather,
+    narrow_kernels._narrow,
+    narrow_kernels._limbs_apart,
+    narrow_kernels._digits_apart,
+    narrow_kernels._int4_on_tensor_cores,
+    widen._widen,
+    widen._halve,
 )
 
 
@@ -86,6 +96,15 @@ def over_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> No
         for sent in (False, True):
             one.sum(part, part.bfloat16(), sent)
         one.gather(torch.zeros(3, 1000 * 2 // size - 1000 // size), 1000)
+
+
+def of_words() -> None:
+    """Weights of less than a byte a column, by one row, by a few, and widened for many."""
+    for kind, rows in ((Int4(), (1, 2, 8, 32)), (Sparse24(), (1,)), (Sparse24(True), (1,))):
+        weight, scale = LOADERS[kind.loader](kind.encode(torch.ones(64, 1024), torch.bfloat16))
+        for m in rows:
+            ops.linear(torch.ones(m, 1024, dtype=torch.bfloat16), weight, scale)
+        ops.wide_linear(torch.ones(64, 1024, dtype=torch.bfloat16), weight, scale)
 
 
 def general(gpu: str) -> None:
@@ -171,6 +190,7 @@ def main() -> None:
                 scratch = ops.AttentionScratch.of(8, heads, 1, width, keys.device)
                 for T in (1, 8):
                     ops.attention(torch.zeros(T, heads * width, dtype=dtype), keys, keys.clone(), start_B, scratch)
+            of_words()
             for tile in (tuning.Tile(4, 128, 4, 2, vector=True), tuning.Tile(16, 64, 1, ahead=1)):
                 ops.linear(two, weight, scale, gain=two[0], eps=1e-5, tile=tile)
             over_ranks(two[:1], weight, scale)
