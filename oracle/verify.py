@@ -18,6 +18,7 @@ from torch import Tensor
 from llama_fast.arithmetic.pytorch import PyTorch
 from llama_fast.build import build
 from llama_fast.compilers.eager import Eager
+from llama_fast.encodings.dense import Dense
 from llama_fast.engine.runner import Runner
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint, random_checkpoint
@@ -151,10 +152,22 @@ def _verify_loops(certificate: Certificate, plan: Plan, device: torch.device, pr
     )  # elsewhere such a plan cannot be built
     certificate.ask("sampling", lambda: judge_sampling(FastSampler(device, kernels), device))
     plain = replace(plan, compiler=Eager(), arithmetic=PyTorch())
+    plain, told = for_small_models(plain, device, [walker(), random_checkpoint(TINY)])
+    certificate.notes += told
     certificate.ask("face", lambda: judge_face(plain, device))
     certificate.ask("seeds", lambda: judge_seeds(Faces(plain, device)))
     certificate.ask("objects", lambda: judge_objects(Faces(plain, device)))
     certificate.ask("loop", lambda: judge_loop(plain, device))
+
+
+def for_small_models(plan: Plan, device: torch.device, models: Sequence[Checkpoint]) -> tuple[Plan, list[str]]:
+    """The plan, with dense weights if its encoding cannot hold these models' columns; and what a certificate says of that."""
+    try:
+        for model in models:
+            build(model, plan, device, torch.float32)
+    except ValueError as error:
+        return replace(plan, encoding=Dense()), [f"walkers and tiny models have dense weights here: {error}"]
+    return plan, []
 
 
 def judge_loop(plan: Plan, device: torch.device) -> Verdict:

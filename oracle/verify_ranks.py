@@ -39,7 +39,8 @@ from oracle.statistics.compare import Check, Verdict, unit_roundoff
 from oracle.subjects.adapters import Rows
 from oracle.subjects.fast import FastSubject
 from oracle.subjects.subject import Trace
-from oracle.verify import SHORT, TOKENS_A_STEP, shown_stages, subject_of
+from oracle.subjects.walkers import walker
+from oracle.verify import SHORT, TOKENS_A_STEP, for_small_models, shown_stages, subject_of
 
 CORNER = LlamaConfig(48, 2, 8, 4, 12, 80, 131, 160)
 CORNERS = {
@@ -130,10 +131,12 @@ def verify_ranks(
         say(f"{str(of_type)[6:]}: a model over {shard.size} ranks")
         _verify_model(certificate, checkpoint, plan, device, of_type, encode)
     say("corners of cutting, the library's face")
-    plain = replace(plan, compiler=Eager())
-    for name, config in CORNERS.items():
-        if _divides(config, shard):
-            certificate.ask(f"corner: {name}", partial(_corner, config, plain, device))
+    corners = {name: config for name, config in CORNERS.items() if _divides(config, shard)}
+    small = [walker(), *(random_checkpoint(config) for config in corners.values())]
+    plain, notes = for_small_models(replace(plan, compiler=Eager()), device, small)
+    certificate.notes += notes
+    for name, config in corners.items():
+        certificate.ask(f"corner: {name}", partial(_corner, config, plain, device))
     certificate.ask("face", lambda: judge_face(plain, device))
     certificate.ask("seeds", lambda: judge_seeds(Faces(plain, device)))
     certificate.parts["all ranks"] = _of_all_ranks(certificate, member)

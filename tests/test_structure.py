@@ -68,6 +68,7 @@ FACES = {
     "llama_fast/ladder/cli.py:generate",  # commands: a parameter is a flag
     "llama_fast/ladder/cli.py:chat",
     "llama_fast/ladder/cli.py:bench",
+    "llama_fast/ladder/cli.py:quantize",
     "llama_fast/ladder/cli.py:serve",
 }
 """Functions whose parameters are options that somebody outside names. Kernels are launched with numbers, and not counted."""

@@ -84,7 +84,7 @@ class Ggml:
         if torch.compiler.is_compiling():
             return product_by_pieces(x, self.pieces(parts))
         rows = parts["weight"].shape[0]
-        return product_by_slices(x, rows, lambda some: self.decode(rows_of(parts, some)), SLICE_NUMBERS)
+        return product_by_slices(x, rows, lambda some: self.decode(rows_of(parts, some)), numbers=SLICE_NUMBERS)
 
     def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         flat = ids.reshape(-1)

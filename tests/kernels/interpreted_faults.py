@@ -47,11 +47,11 @@ def changed(name: str, change: Callable[..., Any]) -> Iterator[None]:
         setattr(ops, name, original)
 
 
-def late_position(original: Any, number: int, qkv: Tensor, rope: Any) -> Tensor:
+def late_position(original: Any, number: int, qkv: Any, rope: Any, dtype: torch.dtype) -> Tensor:
     """The second block turns every token of many rows by the position after its own."""
     if number % 2:
         rope = rope._replace(cos=rope.cos.roll(-1, 0), sin=rope.sin.roll(-1, 0))
-    return original(qkv, rope)  # type: ignore[no-any-return]
+    return original(qkv, rope, dtype)  # type: ignore[no-any-return]
 
 
 def late_step(

@@ -76,7 +76,7 @@ NO_READERS = {  # modules that read no field of a file
 }
 NO_FIELDS = {  # what is asked for something else than a field of a file
     *("files", "message", "named", "stored", "tensors", "checkpoint.weights", "name", "shard", "OF_MODEL", "expected"),
-    "quantised.stored",
+    *("quantised.stored", "expected_shapes(config)"),
     *("_HF_CONTEXT", "DEFAULTS[name]", "self.chat_templates", "files.get(JSON_FILE, '')"),
 }
 

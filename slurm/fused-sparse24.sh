@@ -1,0 +1,14 @@
+#!/bin/bash
+# The same with 2:4 sparse weights.
+#   sbatch slurm/fused-sparse24.sh /path/to/environment [MODEL] [more flags of `llama-fast bench`]
+#SBATCH --job-name=llama-fast-fused-sparse24
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=00:30:00
+set -euo pipefail
+environment=${1:?the path of a virtual environment in which llama-fast is installed}
+model=${2:-random:llama-2-7b}
+source "$environment/bin/activate"
+llama-fast bench --model "$model" --rungs fused-sparse24 --out "results/fused-sparse24-${SLURM_JOB_ID:-local}" "${@:3}"
