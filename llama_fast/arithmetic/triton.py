@@ -135,6 +135,9 @@ class Kernels:
         if self.ops.takes(B * T, weight, x_MD):
             q = self.ops.qkv(x_MD, gain, eps, weight, scale, rope, early=self._embedded_by_kernel)
         else:
+            told = self.ops.widened_at_every_step(B, weight) if T == 1 else ""  # a prompt is read once
+            if told:
+                warnings.warn(told, stacklevel=2)
             q = self.ops.rotate_and_store(self.ops.wide_linear(x_MD, weight, scale, gain, eps), rope, x_MD.dtype)
         q_BTHd = q.view(B, T, self.config.n_heads, -1)
         if step.show is not None:

@@ -141,10 +141,15 @@ def _quarters(x, N: tl.constexpr):
 
 
 @triton.jit
-def _as_limbs(x, inverse, BK: tl.constexpr):
-    """For columns [BK]: (low, middle, top) words [BK / 8] of the first four of each eight columns, then of the other four; and the sum
+def _rounded(x, inverse):
+    """x * inverse to the nearest integer, of under 2^22."""
+    return (x * inverse + ROUNDING).to(tl.int32, bitcast=True) - ROUNDED
+
+
+@triton.jit
+def _as_limbs(q, BK: tl.constexpr):
+    """Of integers of columns [BK]: (low, middle, top) words [BK / 8] of the first four of each eight columns, then of the other four; and the sum
     of each quad's integers [BK / 32]."""
-    q = (x * inverse + ROUNDING).to(tl.int32, bitcast=True) - ROUNDED
     a, b, c, d = _quarters(q, BK // 4)
     low, middle, top = _limbs(a, b, c, d)
     low0, low1 = tl.split(tl.reshape(low, [BK // 8, 2]))
@@ -152,6 +157,19 @@ def _as_limbs(x, inverse, BK: tl.constexpr):
     top0, top1 = tl.split(tl.reshape(top, [BK // 8, 2]))
     sums = tl.sum(tl.reshape(a + b + c + d, [BK // 32, 8]), 1)
     return low0, middle0, top0, low1, middle1, top1, sums
+
+
+@triton.jit
+def _integers(value, gains, eps, K: tl.constexpr, NORM: tl.constexpr, MOST: tl.constexpr):
+    """A row of activations, behind an RMS norm if NORM, as (integers of up to MOST, their factor); NaN shows in the factor."""
+    factor = tl.sum(value * 0, 0)  # an integer shows no NaN
+    if NORM:
+        factor += tl.rsqrt(tl.sum(value * value, 0) / K + eps)
+        value *= gains
+    else:
+        factor += 1.0
+    most = tl.maximum(tl.max(tl.abs(value), 0), 1e-30)
+    return _rounded(value, MOST / most), factor * (most / MOST)
 
 
 @triton.jit
@@ -165,19 +183,12 @@ def _limbs_apart(
     """
     start_next(PDL)
     row = tl.program_id(0)
-    if NORM:
-        gains = _vector_tile(gain, 0, K, BK).to(tl.float32)
+    gains = _vector_tile(gain, 0, K, BK).to(tl.float32) if NORM else 1.0
     wait(PDL)
     value = _vector_tile(x + row * K, 0, K, BK).to(tl.float32)
-    factor = tl.sum(value * 0, 0)  # an integer shows no NaN
-    if NORM:
-        factor += tl.rsqrt(tl.sum(value * value, 0) / K + eps)
-        value *= gains
-    else:
-        factor += 1.0
-    most = tl.maximum(tl.max(tl.abs(value), 0), 1e-30)
-    tl.store(factors + row, factor * (most / MOST))
-    found = _as_limbs(value, MOST / most, BK)
+    q, factor = _integers(value, gains, eps, K, NORM, MOST)
+    tl.store(factors + row, factor)
+    found = _as_limbs(q, BK)
     at = limbs + row * (6 * K // 8 + K // 32)
     words, quads = tl.arange(0, BK // 8), tl.arange(0, BK // 32)
     for i in tl.static_range(6):
@@ -333,7 +344,7 @@ def _narrow(
             if not NORM:
                 factor += tl.sum(broken, 0)
             for i in tl.static_range(CHUNKS):
-                xs = xs + (_as_limbs(values[i], inverse, BK),)
+                xs = xs + (_as_limbs(_rounded(values[i], inverse), BK),)
         factors = factors + (factor,)
     counts = ()
     if EPILOGUE == "send":
@@ -388,19 +399,11 @@ def _digits_apart(
     """
     start_next(PDL)
     row = tl.program_id(0)
-    if NORM:
-        gains = _vector_tile(gain, 0, K, BK).to(tl.float32)
+    gains = _vector_tile(gain, 0, K, BK).to(tl.float32) if NORM else 1.0
     wait(PDL)
     value = _vector_tile(x + row * K, 0, K, BK).to(tl.float32)
-    factor = tl.sum(value * 0, 0)
-    if NORM:
-        factor += tl.rsqrt(tl.sum(value * value, 0) / K + eps)
-        value *= gains
-    else:
-        factor += 1.0
-    most = tl.maximum(tl.max(tl.abs(value), 0), 1e-30)
-    tl.store(factors + row, factor * (most / MOST))
-    q = (value * (MOST / most) + ROUNDING).to(tl.int32, bitcast=True) - ROUNDED
+    q, factor = _integers(value, gains, eps, K, NORM, MOST)
+    tl.store(factors + row, factor)
     column, quad = tl.arange(0, BK), tl.arange(0, BK // 32)
     tl.store(
         sums + row * (K // 32) + quad, tl.sum(tl.reshape(q, [BK // 32, 32]), 1).to(tl.float32), mask=quad < K // 32

@@ -81,6 +81,14 @@ def takes(rows: int, weight: Tensor | Narrow, x: Tensor) -> bool:
     return rows <= (MOST_ROWS_OF_NARROW if narrow else MOST_ROWS)
 
 
+def widened_at_every_step(rows: int, weight: Tensor | Narrow) -> str:
+    """What is to be said where so few rows read a matrix that is then widened first; "" for others."""
+    if not isinstance(weight, Narrow) or rows > MOST_ROWS_OF_DIGITS:
+        return ""
+    kind = f"{weight.kind} weights" + (f" in groups of {weight.group}" if weight.kind == "int4" else "")
+    return f"{rows} rows of {kind} are widened at every step, which costs as much as ten steps of one row"
+
+
 class Rope(NamedTuple):
     """What the "rope" epilogue writes to and reads from. cos, sin [at least S, HD / 2] float32; caches [B, HKV, S, HD]; start [B]."""
 

@@ -15,7 +15,7 @@ from llama_fast.recipes import encoding_named, encodings, fused, optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.* are widened at every step")]
 NARROW = [name for name, kind in encodings().items() if kind.loader and name != "dense"]
 CONFIG = LlamaConfig(
     dim=1024, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=128, ffn_dim=2816, vocab_size=5003, max_context=512

@@ -174,6 +174,9 @@ def check_narrow() -> int:
         close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, dtype, roundings=2)  # products are stored too
         n_checked += 4
     stored, scale, _ = narrow(Int4(32), 10, 64, seed=1)
+    assert "3 rows of int4 weights in groups of 32 are widened" in ops.widened_at_every_step(3, stored)
+    assert not ops.widened_at_every_step(200, stored), "so many rows are multiplied as fast as they can be"
+    assert not ops.widened_at_every_step(3, x), "a matrix of whole numbers is read as it is"
     x = rand(1, 64, seed=2)
     x[0, 3] = NAN
     for tile, gain in itertools.product((Tile(4, 64, 2), Tile(4, 64, 2, apart=True)), (None, x[0] * 0 + 1)):
