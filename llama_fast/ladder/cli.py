@@ -48,7 +48,7 @@ DeviceFlag = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by defa
 DtypeFlag = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bf16 on a GPU, float32 on a CPU.")]
 AdapterFlag = Annotated[str | None, typer.Option(help="A LoRA directory of PEFT, applied to the model.")]
 EncodingFlag = Annotated[
-    str | None, typer.Option(help="dense, int8 or stored; by default as the checkpoint is stored.")
+    str | None, typer.Option(help="dense, int8, fp8, int4-g32, stored, ...; by default as the checkpoint is stored.")
 ]
 
 TRACED_TOKENS = 16
