@@ -86,7 +86,7 @@ def widened_at_every_step(rows: int, weight: Tensor | Narrow) -> str:
     if not isinstance(weight, Narrow) or rows > MOST_ROWS_OF_DIGITS:
         return ""
     kind = f"{weight.kind} weights" + (f" in groups of {weight.group}" if weight.kind == "int4" else "")
-    return f"{rows} rows of {kind} are widened at every step, which costs as much as ten steps of one row"
+    return f"{rows} rows of {kind} are widened at every step, which takes as long as several steps of one row"
 
 
 class Rope(NamedTuple):
