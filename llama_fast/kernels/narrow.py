@@ -1,12 +1,11 @@
-"""Linear layers of one row, or a few, over weights of less than a byte a column: int4 in groups, and 2:4 sparse ones.
+"""Linear layers of one row, or two, over weights of less than a byte a column: int4 in groups, and 2:4 sparse ones.
 
 As `linear._in_registers`, with the same prologues and epilogues; what differs is the product. Activations become integers of
 22 bits (20 for sparse int8 weights) behind the norm: x ~ q * f, with one f for a row. An integer is three bytes, its limbs, and
 the bytes of four neighbouring columns make a word, so that `dp4a` multiplies four weights by four limbs in one instruction
 and sums them exactly. The error is that of the 22 bits: under 3e-7 of the row's largest activation. Every program makes the
-limbs for itself, or, where rows are long, finds them made by `_limbs_apart`, a launch ahead. Several rows over int4 go through
-`_int4_on_tensor_cores`, with three digits for the three limbs. bf16 values of sparse
-weights are multiplied as they are, by the activations that their places name.
+limbs for itself, or, where rows are long, finds them made by `_limbs_apart`, a launch ahead. bf16 values of sparse weights are
+multiplied as they are, by the activations that their places name. Several rows go through `several._several_rows`.
 
 Shapes: R weight rows, M activation rows, K columns, of which a load takes BK; a word holds 8 columns, a quad is 4 words.
 """
@@ -370,103 +369,3 @@ def _narrow(
         if i + 1 < BLOCKS:
             weights, scales_RQ, others, rows, live = next_weights, next_scales_RQ, next_others, next_rows, next_live
             scales, residuals, cos_sin = next_scales, next_residuals, next_cos_sin
-
-
-@triton.jit
-def _nibbles(bytes):
-    """The lower and the upper nibble of every byte, as int8 of 0 to 15."""
-    if INTERPRETED:
-        return bytes & 15, (bytes >> 4) & 15
-    else:
-        low = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [bytes], dtype=tl.int8, is_pure=True, pack=4
-        )
-        high = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }",
-            "=r,r", [bytes], dtype=tl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
-        return low, high
-
-
-@triton.jit
-def _digits_apart(
-    x, gain, digits, sums, factors, eps, M, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, MOST: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """As `_limbs_apart` for tensor cores, which multiply bytes with signs: x ~ (d0 + 256 d1 + 65536 d2) * factor, digits of -128 to 127.
-
-    digits [2, 3, M, K / 2] int8: of the first four of each eight columns, then of the other four; sums [M, K / 32] float32.
-    """
-    start_next(PDL)
-    row = tl.program_id(0)
-    gains = _vector_tile(gain, 0, K, BK).to(tl.float32) if NORM else 1.0
-    wait(PDL)
-    value = _vector_tile(x + row * K, 0, K, BK).to(tl.float32)
-    q, factor = _integers(value, gains, eps, K, NORM, MOST)
-    tl.store(factors + row, factor)
-    column, quad = tl.arange(0, BK), tl.arange(0, BK // 32)
-    tl.store(
-        sums + row * (K // 32) + quad, tl.sum(tl.reshape(q, [BK // 32, 32]), 1).to(tl.float32), mask=quad < K // 32
-    )
-    half = (column // 4) % 2
-    at = digits + (half * 3 * M + row) * (K // 2) + column // 8 * 4 + column % 4
-    for i in tl.static_range(3):
-        digit = (q << 24) >> 24
-        tl.store(at + i * M * (K // 2), digit.to(tl.int8), mask=column < K)
-        q = (q - digit) >> 8
-
-
-@triton.jit
-def _digits_at(
-    digits, HALF: tl.constexpr, DIGIT: tl.constexpr, first, M, K: tl.constexpr, MP: tl.constexpr, S: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """One digit of the activations at the S groups of C columns from column `first` on, one half of them: [S, C / 2, MP]."""
-    m = tl.arange(0, MP)
-    col = first // 2 + tl.arange(0, S)[:, None] * (C // 2) + tl.arange(0, C // 2)[None, :]
-    at = digits + ((HALF * 3 + DIGIT) * M + m[None, None, :]) * (K // 2) + col[:, :, None]
-    return tl.load(at, mask=(m < M)[None, None, :] & (col < K // 2)[:, :, None], other=0)
-
-
-@triton.jit
-def _int4_on_tensor_cores(
-    digits, sums, factors, weight, group_scale, zero, scale, residual, out, start, cos, sin, k_cache, v_cache, slots,
-    G: tl.constexpr, ZERO: tl.constexpr,
-    M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STAGES: tl.constexpr, T: tl.constexpr, EPILOGUE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
-    HD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """M activation rows as digits, times int4 weights as bytes [N, K / 2]: exact sums over each group, which its scale multiplies.
-
-    S groups at a time, each a warp's own.
-    """
-    block = tl.program_id(0)
-    start_next(PDL)
-    rows = _rows(block, N, R, EPILOGUE)
-    live = _live(rows, N, EPILOGUE, block * (R // 2))
-    m = tl.arange(0, MP)
-    wait(PDL)
-    residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
-    cos_sin = _cos_sin(start, cos, sin, block, R, M, MP, T, EPILOGUE, H, HKV, HD)
-    acc_SRM = tl.zeros([S, R, MP], tl.float32)
-    for first in tl.range(0, K, S * G, num_stages=STAGES):
-        byte = first // 2 + tl.arange(0, S)[:, None] * (G // 2) + tl.arange(0, G // 2)[None, :]
-        at = weight + rows.to(tl.int64)[None, :, None] * (K // 2) + byte[:, None, :]
-        low, high = _nibbles(tl.load(at, mask=live[None, :, None] & (byte < K // 2)[:, None, :], other=0))
-        group = first // G + tl.arange(0, S)
-        of_group = rows.to(tl.int64)[None, :] * (K // G) + group[:, None]
-        there = live[None, :] & (group < K // G)[:, None]
-        scale_SR = tl.load(group_scale + of_group, mask=there, other=0).to(tl.float32)
-        total = tl.zeros([S, R, MP], tl.float32)
-        for i in tl.static_range(3):
-            part = tl.dot(low, _digits_at(digits, 0, 2 - i, first, M, K, MP, S, G), out_dtype=tl.int32)
-            part = tl.dot(high, _digits_at(digits, 1, 2 - i, first, M, K, MP, S, G), part, out_dtype=tl.int32)
-            total = total * 256 + part.to(tl.float32)
-        quad = group[:, None] * (G // 32) + tl.arange(0, G // 32)[None, :]
-        at_sum = sums + m[None, :, None] * (K // 32) + quad[:, None, :]
-        sum_SM = tl.sum(tl.load(at_sum, mask=(m < M)[None, :, None] & (quad < K // 32)[:, None, :], other=0), 2)
-        lowest = tl.load(zero + of_group, mask=there, other=0).to(tl.float32)[:, :, None] if ZERO else 8.0
-        acc_SRM += (total - lowest * sum_SM[:, None, :]) * scale_SR[:, :, None]
-    acc_RM = tl.sum(acc_SRM, 0) * tl.load(factors + m, mask=m < M, other=0)[None, :]
-    _finish(acc_RM, rows, live, block, scale, residuals, cos_sin, out, k_cache, v_cache, slots,
-            M, MP, N, R, T, EPILOGUE, False, H, HKV, HD)  # fmt: skip

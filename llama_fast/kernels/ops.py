@@ -5,6 +5,7 @@ memory that is kept.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from llama_fast.kernels.attention import _attend
 from llama_fast.kernels.choosing import _distribution, _draw
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
-from llama_fast.kernels.narrow import _digits_apart, _int4_on_tensor_cores, _limbs_apart, _narrow
+from llama_fast.kernels.narrow import _limbs_apart, _narrow
 from llama_fast.kernels.packets import Mailbox
 from llama_fast.kernels.prompt import _gate, _rotate_and_store
+from llama_fast.kernels.several import _in_pieces, _several_rows
 from llama_fast.kernels.stored import Narrow, storage_of
 from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
@@ -37,8 +39,8 @@ MOST_ROWS = 8
 """Rows of activations in one linear launch, of weights in the activations' type."""
 MOST_ROWS_OF_NARROW = 128
 """The same for weights that a library would first have to widen."""
-MOST_ROWS_OF_DIGITS = 32
-"""The same for int4 weights that tensor cores can multiply."""
+MOST_ROWS_OF_WORDS = {"int4": 64, "sparse": 32, "sparse_int8": 32}
+"""The same for weights of less than a byte."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
 MOST_INTEGER = {"int4": 2.0**22 - 1, "sparse_int8": 2.0**20 - 1, "sparse": 0.0}
 """The largest integer that an activation becomes beside weights of this kind."""
@@ -75,15 +77,19 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 def takes(rows: int, weight: Tensor | Narrow, x: Tensor) -> bool:
     """Whether our products are made for so many rows of x: for more, a library's are faster."""
     if isinstance(weight, Narrow):
-        few = VECTOR_ROWS if weight.kind == "int4" else 1
-        return rows <= (MOST_ROWS_OF_DIGITS if has_digits(weight) else few)
+        return rows <= (MOST_ROWS_OF_WORDS[weight.kind] if fits_tensor_cores(weight) else VECTOR_ROWS)
     narrow = weight.element_size() < x.element_size() == 2
     return rows <= (MOST_ROWS_OF_NARROW if narrow else MOST_ROWS)
 
 
+def fits_tensor_cores(weight: Narrow) -> bool:
+    """Whether a group's columns, by halves, are pieces that tensor cores multiply."""
+    return weight.group >= 32 and weight.group & (weight.group - 1) == 0
+
+
 def widened_at_every_step(rows: int, weight: Tensor | Narrow) -> str:
     """What is to be said where so few rows read a matrix that is then widened first; "" for others."""
-    if not isinstance(weight, Narrow) or rows > MOST_ROWS_OF_DIGITS:
+    if not isinstance(weight, Narrow) or rows > max(MOST_ROWS_OF_WORDS.values()):
         return ""
     kind = f"{weight.kind} weights" + (f" in groups of {weight.group}" if weight.kind == "int4" else "")
     return f"{rows} rows of {kind} are widened at every step, which takes as long as several steps of one row"
@@ -126,7 +132,8 @@ def _linear(
         )
     facts = machine(x.device)
     pdl = facts.pdl if pdl is None else pdl
-    tile = tile or linear_tile(facts.name, epilogue, n, k, m, storage_of(weight), x.element_size())
+    group = weight.group if isinstance(weight, Narrow) else 0
+    tile = tile or linear_tile(facts.name, epilogue, n, k, m, storage_of(weight), x.element_size(), group)
     # Absent tensors: any pointer will do, the kernel is compiled without their loads.
     heads = kv_heads = head_dim = slots = tokens = 1
     cos = sin = start = k_cache = v_cache = x
@@ -146,13 +153,7 @@ def _linear(
         H=heads, HKV=kv_heads, HD=head_dim, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
     if isinstance(weight, Narrow) and m > 1 and not tile.vector:
-        del shared["SCALED"], shared["BK"]
-        slices = min(tile.slices, next_power_of_2(k // weight.group))
-        launch(_int4_on_tensor_cores, (blocks,))(
-            *digits_apart(x, gain, eps, pdl), weight.weight.view(torch.int8), weight.scale,
-            x if weight.zero is None else weight.zero, *ends, G=weight.group, ZERO=weight.zero is not None,
-            MP=max(next_power_of_2(m), 8), S=slices, STAGES=tile.stages, **shared,
-        )  # fmt: skip
+        several_rows(x, gain, eps, weight, ends, tile, blocks, shared)
     elif isinstance(weight, Narrow):
         parts = [x if part is None else part for part in (weight.places, weight.scale, weight.zero)]
         most, apart = MOST_INTEGER[weight.kind], tile.apart and weight.kind != "sparse"
@@ -196,24 +197,44 @@ def limbs_apart(x: Tensor, gain: Tensor | None, eps: float, most: float, pdl: bo
     return limbs, factors
 
 
-def has_digits(weight: Narrow) -> bool:
-    """Whether tensor cores multiply a weight by digits: they want 32 bytes of a group at once."""
-    return weight.kind == "int4" and weight.group >= 64 and weight.group & (weight.group - 1) == 0
-
-
-def digits_apart(x: Tensor, gain: Tensor | None, eps: float, pdl: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The digits of the rows of x [M, K], normed if there is a gain, the sums of their quads and their factors [M]: see
-    `narrow._digits_apart`."""
-    m, k = x.shape
-    digits = torch.empty(2, 3, m, k // 2, dtype=torch.int8, device=x.device)
-    sums = torch.empty(m, k // 32, dtype=torch.float32, device=x.device)
-    factors = torch.empty(m, dtype=torch.float32, device=x.device)
-    launch(_digits_apart, (m,))(
-        x, x if gain is None else gain, digits, sums, factors, eps, m, K=k, BK=next_power_of_2(k),
-        NORM=gain is not None, MOST=MOST_INTEGER["int4"], PDL=pdl, num_warps=32 if k >= 8192 else 16,
-        **launch_options(pdl),
+def several_rows(
+    x: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    weight: Narrow,
+    ends: tuple[Any, ...],
+    tile: Tile,
+    blocks: int,
+    shared: dict[str, Any],
+) -> None:
+    """Launch `several._several_rows`; `ends` and `shared` are what all products are given."""
+    (m, k), pdl = x.shape, shared["PDL"]
+    padded, slices = max(next_power_of_2(m), 8), min(tile.slices, next_power_of_2(k // 32))
+    scale, zero, places = (x if part is None else part for part in (weight.scale, weight.zero, weight.places))
+    each = tile.columns // max(tile.slices, 1)
+    paired = each == weight.group and tile.loads % 2 == 0 and k // each % 2 == 0 and scale.dtype == torch.bfloat16
+    step = tile._replace(columns=each * max(slices, 1) * tile.loads)
+    per_column = shared["R"] * weight.weight.nbytes / weight.shape[0] / k + padded * x.element_size()
+    shared["BK"] = each * max(slices, 1)
+    launch(_several_rows, (blocks,))(
+        in_pieces(x, gain, eps, weight.kind, pdl),
+        weight.weight if weight.kind == "sparse" else weight.weight.view(torch.int8), places,
+        scale.view(torch.int32) if paired else scale, zero, *ends, KIND=weight.kind, G=weight.group,
+        ZERO=weight.zero is not None, PAIRED=paired, MP=padded, SLICES=slices, LOADS=tile.loads,
+        AHEAD=min(tile.ahead, triton.cdiv(k, step.columns)),
+        STAGES=fitting_stages(step, math.ceil(per_column), machine(x.device).shared), **shared,
     )  # fmt: skip
-    return digits, sums, factors
+
+
+def in_pieces(x: Tensor, gain: Tensor | None, eps: float, kind: str, pdl: bool) -> Tensor:
+    """The rows of x [M, K], normed if there is a gain, in the order of what is stored as `kind`: see `several._in_pieces`."""
+    (m, k), (pieces, run) = x.shape, (2, 4) if kind == "int4" else (4, 1)
+    out = torch.empty(pieces, m, k // pieces, dtype=x.dtype, device=x.device)
+    launch(_in_pieces, (m,))(
+        x, x if gain is None else gain, out, eps, m, K=k, BK=next_power_of_2(k), NORM=gain is not None, RUN=run,
+        P=pieces, PDL=pdl, num_warps=32 if k >= 8192 else 16, **launch_options(pdl),
+    )  # fmt: skip
+    return out
 
 
 def over_ranks(mailbox: Mailbox | None, x: Tensor, tile: Tile) -> dict[str, Any]:

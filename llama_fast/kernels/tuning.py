@@ -13,7 +13,8 @@ class Tile(NamedTuple):
     activations: "plain", "exact" or "offset", see common.to_float32.
     On tensor cores: stages: of the software pipeline. slices: of the columns of a load, a warp or more to each (0: all warps
     share all columns). ahead: loads before the wait for the kernel ahead.
-    apart: of weights of less than a byte, the activations' limbs are made by a launch of their own.
+    apart: of weights of less than a byte, the activations' limbs are made by a launch of their own. loads: of columns, in a step
+    of the pipeline, of such weights on tensor cores; a step is also what is loaded ahead.
     """
 
     rows: int
@@ -26,6 +27,7 @@ class Tile(NamedTuple):
     ahead: int = 0
     slices: int = 1
     apart: bool = False
+    loads: int = 1
 
 
 Storage = int | str
@@ -183,15 +185,17 @@ def untuned(gpu: str) -> str | None:
     return f"no tile was measured on {gpu}: the fused kernels take general ones, right on every GPU, tuned on {' and '.join(CARDS)}"
 
 
-def linear_tile(gpu: str, epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2) -> Tile:
-    """For a weight [n, k] that is stored so, and m rows of activations of so many bytes."""
+def linear_tile(
+    gpu: str, epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2, group: int = 128
+) -> Tile:
+    """For a weight [n, k] that is stored so, in groups of so many columns, and m rows of activations of so many bytes."""
     table = {1: ONE_ROW, 2: TWO_ROWS}.get(m, {})
     kinds = ("plain", "send") if epilogue == "plain" else (epilogue,)  # the same product, sent or not
     for name, kind in itertools.product(CARDS.get(card(gpu) or "", ()), kinds):
         if (name, kind, n, k, storage) in table:
             return table[name, kind, n, k, storage]
     if isinstance(storage, str):
-        return narrow_tile(epilogue, k, storage) if m == 1 else digits_tile(epilogue, k, m)
+        return narrow_tile(epilogue, k, storage) if m == 1 else several_tile(epilogue, n, k, m, storage, group)
     if m == 1:
         return one_row_tile(epilogue, k, storage)
     if m > 8:
@@ -218,14 +222,32 @@ def narrow_tile(epilogue: str, k: int, kind: str) -> Tile:
     return Tile(rows // 2 if epilogue == "gated" else rows, columns, warps=4 if columns >= 1024 else 2)
 
 
-def digits_tile(epilogue: str, k: int, m: int) -> Tile:
-    """For two rows and more of int4 weights. Two rows go as one does, with limbs made apart; more to tensor cores: 64 weight
-    rows, four groups at a time, each a warp's; beside more than 16 rows of activations 32, so that sums stay in registers.
+def several_tile(epilogue: str, n: int, k: int, m: int, kind: str, group: int) -> Tile:
+    """For two rows and more of weights of less than a byte. Two rows of int4 go as one does, with limbs made apart; more, and all
+    of sparse ones, to tensor cores, a slice of the columns of one group to a warp.
+
+    A matrix of few rows makes few programs, so that each has more warps, and loads ahead. Many rows go by warp groups.
     """
-    if m <= VECTOR_ROWS:
+    if kind == "int4" and m <= VECTOR_ROWS:
         return Tile(2 if epilogue == "gated" else 4, max(64, min(4096, next_power_of_2(k))), 4, apart=True, vector=True)
-    rows = 64 if m <= 16 else 32
-    return Tile(rows // 2 if epilogue == "gated" else rows, 512, warps=4, stages=3 if m <= 16 else 2, slices=4)
+    each, large = min(128, group) if kind == "int4" else 128, n >= MANY_ROWS
+    if kind != "int4":
+        tile = Tile(16, 4 * each, 4, slices=4) if large else Tile(16, 8 * each, 8, slices=8, stages=2)
+    elif each < 64:
+        tile = Tile(16, 4 * each, 4, slices=4) if m <= 16 else Tile(32, 4 * each, 4, slices=4)
+    elif m <= 8 and not large:
+        tile = Tile(16, 8 * each, 8, slices=8, ahead=4)
+    elif m <= 8 and epilogue == "rope":
+        tile = Tile(32, 4 * each, 4, slices=4, ahead=4)
+    elif m <= 16:
+        tile = Tile(32, 2 * each, 2, slices=2, loads=2) if large else Tile(16, 4 * each, 4, slices=4, loads=2)
+    elif not large:
+        tile = Tile(32, 4 * each, 4, slices=4, loads=2 if m <= 32 else 1)
+    elif m <= 32 and epilogue == "rope":
+        tile = Tile(16, 2 * each, 2, slices=2)
+    else:
+        tile = Tile(64, each, 4, slices=0, loads=1 if epilogue == "rope" else 2)
+    return tile._replace(rows=tile.rows // 2) if epilogue == "gated" else tile
 
 
 def few_rows_tile(epilogue: str, n: int, k: int, itemsize: int, of_activations: int = 2) -> Tile:

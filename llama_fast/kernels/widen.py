@@ -29,15 +29,17 @@ def _widen(
     col = tl.program_id(1) * BK + tl.arange(0, BK)
     live = col < K
     if KIND == "int4":
-        word = tl.load(weight + row * (K // 8) + col // 8, mask=live, other=0)
-        shift = 8 * (col % 4) + (col % 8) // 4 * 4  # byte col % 4, its lower half for the first four of eight columns
+        at_word = tl.program_id(1) * (BK // 8) + tl.arange(0, BK // 8)
+        words = tl.load(weight + row * (K // 8) + at_word, mask=at_word < K // 8, other=0)
+        j = tl.arange(0, 8)  # of eight columns: byte j % 4, its lower half for the first four
+        nibbles = (words[:, None] >> (8 * (j % 4) + j // 4 * 4)[None, :]) & 15
         groups = tl.arange(0, BG)
         of_row = tl.load(group_scale + row * (K // G) + groups, mask=groups < K // G, other=0).to(tl.float32)
         power = 16 * _power_of_two(tl.maximum(tl.max(tl.abs(of_row), 0), 1e-30))  # weights under 2: no sum leaves fp16
-        at_group = row * (K // G) + col // G
-        scale = tl.load(group_scale + at_group, mask=live, other=0).to(tl.float32)
-        lowest = tl.load(zero + at_group, mask=live, other=0).to(tl.int32) if ZERO else 8
-        value = (((word >> shift) & 15) - lowest).to(tl.float32) * (scale / power)
+        at_group = row * (K // G) + at_word // (G // 8)
+        scale = tl.load(group_scale + at_group, mask=at_word < K // 8, other=0).to(tl.float32) / power
+        lowest = tl.load(zero + at_group, mask=at_word < K // 8, other=0).to(tl.int32)[:, None] if ZERO else 8
+        value = tl.reshape((nibbles - lowest).to(tl.float32) * scale[:, None], [BK])
         if tl.program_id(1) == 0:
             tl.store(powers + row, power)
     elif KIND == "rows":

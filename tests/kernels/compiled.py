@@ -21,7 +21,7 @@ from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.sparse24 import Sparse24
-from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, tokens, tuning, widen
+from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, several, tokens, tuning, widen
 from llama_fast.kernels import narrow as narrow_kernels
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.packets import Mailbox
@@ -48,8 +48,8 @@ KERNELS = (
     exchange._gather,
     narrow_kernels._narrow,
     narrow_kernels._limbs_apart,
-    narrow_kernels._digits_apart,
-    narrow_kernels._int4_on_tensor_cores,
+    several._several_rows,
+    several._in_pieces,
     widen._widen,
     widen._halve,
 )
@@ -100,7 +100,12 @@ def over_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> No
 
 def of_words() -> None:
     """Weights of less than a byte a column, by one row, by a few, and widened for many."""
-    for kind, rows in ((Int4(), (1, 2, 8, 32)), (Sparse24(), (1,)), (Sparse24(True), (1,))):
+    for kind, rows in (
+        (Int4(), (1, 2, 8, 16, 32, 64)),
+        (Int4(32, True), (8,)),
+        (Sparse24(), (1, 8)),
+        (Sparse24(True), (1, 8)),
+    ):
         weight, scale = LOADERS[kind.loader](kind.encode(torch.ones(64, 1024), torch.bfloat16))
         for m in rows:
             ops.linear(torch.ones(m, 1024, dtype=torch.bfloat16), weight, scale)

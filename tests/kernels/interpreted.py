@@ -127,15 +127,29 @@ NARROW = (Int4(), Int4(32), Int4(32, True), Int4(128, True), Sparse24(), Sparse2
 NARROW_TILES = (Tile(4, 256, 4), Tile(2, 128, 2, blocks=2), Tile(8, 512, 4, blocks=3, apart=True))
 
 
+def check_paired_scales() -> None:
+    """bf16 scales that are read two at a time: of an even number of groups, and one by one of an odd number."""
+    for k, loads, kind in itertools.product((512, 384), (1, 2), (Int4(128), Int4(128, True), Int4(32))):
+        stored, scale, dense = narrow(kind, 20, k, seed=8)
+        x, each = rand(5, k, seed=7, dtype=torch.bfloat16), min(kind.group, 128)
+        tile = Tile(16, 2 * each, 2, slices=2, loads=loads, ahead=1)
+        got = ops.linear(x, stored, scale, dtype=torch.float32, tile=tile)
+        close(f"paired scales {kind.name} {k} {loads}", got, x.double() @ dense.T, torch.float32, 3)
+
+
 def check_narrow() -> int:
     """Weights of less than a byte a column, by every epilogue; unlike bf16's, the error is that of the result's type alone."""
     n_checked, k = 0, 384
     cases = [(1, tile, n) for tile, n in zip(NARROW_TILES, (37, 10, 26))]
     shapes = [*itertools.product(NARROW, cases)]
-    for kind in (Int4(64), Int4(128, True)):  # two groups to a row, or three: the last slice is empty
+    for kind in (Int4(32), Int4(64), Int4(128, True), Sparse24(), Sparse24(True)):
+        each = min(getattr(kind, "group", 64), 64)  # of a row's columns; the last slices and loads find none
         shapes += [
-            (kind, (m, Tile(rows, 128, 2, slices=2), n)) for m, n, rows in ((2, 37, 16), (3, 10, 16), (9, 26, 32))
+            (kind, (2, Tile(16, 2 * each, 2, slices=2), 37)),
+            (kind, (3, Tile(16, 4 * each, 4, slices=4, loads=2, ahead=1), 10)),
+            (kind, (9, Tile(32, each, 4, slices=0, ahead=2), 26)),
         ]
+    shapes += [(Int4(128, False), (5, Tile(16, 256, 2, slices=2, loads=2, stages=1), 10))]
     vector = Tile(4, 256, 2, blocks=2, apart=True, vector=True)
     shapes += [(kind, (2, vector, 10)) for kind in (Int4(), Int4(32, True))]
     for kind, (m, tile, n) in shapes:
@@ -144,7 +158,9 @@ def check_narrow() -> int:
         what = f"{kind.name} m={m} {tile} {n}x{k}"
         stored, scale, dense = narrow(kind, n, k, seed=n)
         got = ops.linear_add(x, stored, scale, residual, tile=tile)
-        bits = 3 if kind.name == "sparse24-int8" else 1  # activations of 20 bits, not 22
+        bits = (
+            3 if kind.name == "sparse24-int8" or m > 1 else 1
+        )  # activations of 20 bits, not 22; sums in another order
         close(f"add {what}", got, residual.double() + x.double() @ dense.T, torch.float32, bits)
         logits = ops.linear(x, stored, scale, gain=gain, eps=1e-5, dtype=torch.float32, tile=tile)
         close(f"head {what}", logits, normed(x, gain, 1e-5) @ dense.T, torch.float32, bits)
@@ -173,8 +189,10 @@ def check_narrow() -> int:
         got = ops.gate(ops.wide_linear(x, pair, pair_scale, gain, 1e-5), dtype)
         close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, dtype, roundings=2)  # products are stored too
         n_checked += 4
+    check_paired_scales()
+    stored, scale, _ = narrow(Int4(96), 10, 96, seed=1)
+    assert "3 rows of int4 weights in groups of 96 are widened" in ops.widened_at_every_step(3, stored)
     stored, scale, _ = narrow(Int4(32), 10, 64, seed=1)
-    assert "3 rows of int4 weights in groups of 32 are widened" in ops.widened_at_every_step(3, stored)
     assert not ops.widened_at_every_step(200, stored), "so many rows are multiplied as fast as they can be"
     assert not ops.widened_at_every_step(3, x), "a matrix of whole numbers is read as it is"
     x = rand(1, 64, seed=2)
