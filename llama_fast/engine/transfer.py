@@ -30,23 +30,29 @@ def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
 
 
 class Readback:
-    """Rows of numbers on their way to the host, oldest first; on a CPU they are there at once."""
+    """Rows of numbers on their way to the host, oldest first; on a CPU they are there at once.
+
+    On a GPU they travel by a stream of their own: behind a copy to the host, kernels of the same stream start late.
+    """
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-        self.depth = IN_FLIGHT if self._on_gpu else 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.depth = 0 if self._stream is None else IN_FLIGHT
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, rows_BN: Tensor) -> None:
-        if not self._on_gpu:
-            self._pending.append((rows_BN.clone(), None))
+        rows_BN = rows_BN.clone()  # what the next step writes over
+        if self._stream is None:
+            self._pending.append((rows_BN, None))
             return
         host_BN = torch.empty(
             rows_BN.shape, dtype=rows_BN.dtype, pin_memory=True
         )  # from PyTorch's pool of pinned blocks
-        host_BN.copy_(rows_BN, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        self._stream.wait_stream(torch.cuda.current_stream(rows_BN.device))
+        with torch.cuda.stream(self._stream):
+            host_BN.copy_(rows_BN, non_blocking=True)
+            arrived = self._stream.record_event()
+        rows_BN.record_stream(self._stream)
         self._pending.append((host_BN, arrived))
 
     def pop(self) -> list[list[Any]]:

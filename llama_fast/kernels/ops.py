@@ -37,6 +37,8 @@ from llama_fast.kernels.widen import _add_scaled, _halve, _widen
 
 MOST_ROWS = 8
 """Rows of activations in one linear launch, of weights in the activations' type."""
+MOST_ROWS_OF_HALVES = 16
+"""The same where both take two bytes."""
 MOST_ROWS_OF_NARROW = 128
 """The same for weights that a library would first have to widen."""
 MOST_ROWS_OF_WORDS = {"int4": 64, "sparse": 32, "sparse_int8": 32}
@@ -78,8 +80,9 @@ def takes(rows: int, weight: Tensor | Narrow, x: Tensor) -> bool:
     """Whether our products are made for so many rows of x: for more, a library's are faster."""
     if isinstance(weight, Narrow):
         return rows <= (MOST_ROWS_OF_WORDS[weight.kind] if fits_tensor_cores(weight) else VECTOR_ROWS)
-    narrow = weight.element_size() < x.element_size() == 2
-    return rows <= (MOST_ROWS_OF_NARROW if narrow else MOST_ROWS)
+    if x.element_size() != 2:
+        return rows <= MOST_ROWS
+    return rows <= (MOST_ROWS_OF_NARROW if weight.element_size() < 2 else MOST_ROWS_OF_HALVES)
 
 
 def fits_tensor_cores(weight: Narrow) -> bool:
@@ -128,7 +131,7 @@ def _linear(
         raise ValueError(f"x has {k} columns, the weight {k_weight}")
     if m < 1 or not takes(m, weight, x):
         raise ValueError(
-            f"{m} rows of {x.dtype}: these kernels take 1 to {MOST_ROWS}, of narrow weights {MOST_ROWS_OF_NARROW}"
+            f"{m} rows of {x.dtype}: these kernels take 1 to {MOST_ROWS_OF_HALVES}, of narrow weights {MOST_ROWS_OF_NARROW}"
         )
     facts = machine(x.device)
     pdl = facts.pdl if pdl is None else pdl
@@ -211,30 +214,37 @@ def several_rows(
     (m, k), pdl = x.shape, shared["PDL"]
     padded, slices = max(next_power_of_2(m), 8), min(tile.slices, next_power_of_2(k // 32))
     scale, zero, places = (x if part is None else part for part in (weight.scale, weight.zero, weight.places))
-    each = tile.columns // max(tile.slices, 1)
-    paired = each == weight.group and tile.loads % 2 == 0 and k // each % 2 == 0 and scale.dtype == torch.bfloat16
-    step = tile._replace(columns=each * max(slices, 1) * tile.loads)
-    per_column = shared["R"] * weight.weight.nbytes / weight.shape[0] / k + padded * x.element_size()
+    each, how = tile.columns // max(tile.slices, 1), "one"
+    two_of_them = k // weight.group % 2 == 0 and scale.dtype in (torch.bfloat16, torch.float16)
+    if weight.kind == "int4" and each > weight.group:
+        how = "folded" if two_of_them and x.dtype == torch.bfloat16 else "one"
+        each = each if how == "folded" else weight.group
+    elif each == weight.group and tile.loads % 2 == 0 and two_of_them:
+        how = "pairs"
     shared["BK"] = each * max(slices, 1)
+    step = tile._replace(columns=shared["BK"] * tile.loads)
+    per_column = shared["R"] * weight.weight.nbytes / weight.shape[0] / k + padded * x.element_size()
+    pieces, factors = in_pieces(x, gain, eps, weight.kind, how == "folded", pdl)
     launch(_several_rows, (blocks,))(
-        in_pieces(x, gain, eps, weight.kind, pdl),
-        weight.weight if weight.kind == "sparse" else weight.weight.view(torch.int8), places,
-        scale.view(torch.int32) if paired else scale, zero, *ends, KIND=weight.kind, G=weight.group,
-        ZERO=weight.zero is not None, PAIRED=paired, MP=padded, SLICES=slices, LOADS=tile.loads,
-        AHEAD=min(tile.ahead, triton.cdiv(k, step.columns)),
+        pieces, factors, weight.weight if weight.kind == "sparse" else weight.weight.view(torch.int8), places,
+        scale if how == "one" else scale.view(torch.int32), zero, *ends, KIND=weight.kind, G=weight.group,
+        ZERO=weight.zero is not None, SCALES=how, FP16=scale.dtype == torch.float16, MP=padded, SLICES=slices,
+        LOADS=tile.loads, AHEAD=min(tile.ahead, triton.cdiv(k, step.columns)),
         STAGES=fitting_stages(step, math.ceil(per_column), machine(x.device).shared), **shared,
     )  # fmt: skip
 
 
-def in_pieces(x: Tensor, gain: Tensor | None, eps: float, kind: str, pdl: bool) -> Tensor:
-    """The rows of x [M, K], normed if there is a gain, in the order of what is stored as `kind`: see `several._in_pieces`."""
+def in_pieces(x: Tensor, gain: Tensor | None, eps: float, kind: str, halved: bool, pdl: bool) -> tuple[Tensor, Tensor]:
+    """The rows of x [M, K], normed if there is a gain, in the order of what is stored as `kind`: see `several._in_pieces`. If halved,
+    as fp16 over factors [M]."""
     (m, k), (pieces, run) = x.shape, (2, 4) if kind == "int4" else (4, 1)
-    out = torch.empty(pieces, m, k // pieces, dtype=x.dtype, device=x.device)
+    out = torch.empty(pieces, m, k // pieces, dtype=torch.float16 if halved else x.dtype, device=x.device)
+    factors = torch.empty(m if halved else 0, dtype=torch.float32, device=x.device)
     launch(_in_pieces, (m,))(
-        x, x if gain is None else gain, out, eps, m, K=k, BK=next_power_of_2(k), NORM=gain is not None, RUN=run,
-        P=pieces, PDL=pdl, num_warps=32 if k >= 8192 else 16, **launch_options(pdl),
+        x, x if gain is None else gain, out, factors, eps, m, K=k, BK=next_power_of_2(k), NORM=gain is not None, RUN=run,
+        P=pieces, HALVED=halved, PDL=pdl, num_warps=32 if k >= 8192 else 16, **launch_options(pdl),
     )  # fmt: skip
-    return out
+    return out, factors
 
 
 def over_ranks(mailbox: Mailbox | None, x: Tensor, tile: Tile) -> dict[str, Any]:

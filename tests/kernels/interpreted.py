@@ -127,14 +127,24 @@ NARROW = (Int4(), Int4(32), Int4(32, True), Int4(128, True), Sparse24(), Sparse2
 NARROW_TILES = (Tile(4, 256, 4), Tile(2, 128, 2, blocks=2), Tile(8, 512, 4, blocks=3, apart=True))
 
 
-def check_paired_scales() -> None:
-    """bf16 scales that are read two at a time: of an even number of groups, and one by one of an odd number."""
-    for k, loads, kind in itertools.product((512, 384), (1, 2), (Int4(128), Int4(128, True), Int4(32))):
-        stored, scale, dense = narrow(kind, 20, k, seed=8)
-        x, each = rand(5, k, seed=7, dtype=torch.bfloat16), min(kind.group, 128)
-        tile = Tile(16, 2 * each, 2, slices=2, loads=loads, ahead=1)
-        got = ops.linear(x, stored, scale, dtype=torch.float32, tile=tile)
-        close(f"paired scales {kind.name} {k} {loads}", got, x.double() @ dense.T, torch.float32, 3)
+def check_scales() -> None:
+    """Scales that are read two at a time, of an even number of groups, or one by one, of an odd one; and weights of small groups,
+    which are multiplied by their scales first."""
+    for k, loads, kind in itertools.product((512, 384), (1, 2), (Int4(128), Int4(128, True), Int4(32), Int4(32, True))):
+        for scales in (torch.bfloat16, torch.float16):
+            parts = kind.encode(rand(20, k, seed=8), torch.bfloat16)
+            parts["scale"] = (parts["scale"] * 1.003).to(scales)
+            stored, scale = LOADERS[kind.loader](parts)
+            x, gain = rand(5, k, seed=7, dtype=torch.bfloat16), rand(k, seed=6, dtype=torch.bfloat16)
+            x[1] *= 1e6  # beyond fp16
+            tile = Tile(16, 2 * max(64, kind.group), 2, slices=2, loads=loads, ahead=1)
+            got = ops.linear(x, stored, scale, dtype=torch.float32, tile=tile).double()
+            want = x.double() @ kind.decode(parts).double().T
+            rounding = 2**-12 if kind.group == 32 and (scales is torch.float16 or kind.zero_point) else 2**-20
+            error = ((got - want).norm(dim=1) / want.norm(dim=1)).max()
+            assert error < rounding, f"{kind.name} {k} {loads} {scales}: {error:.2e}"
+            got = ops.linear(x, stored, scale, gain=gain, eps=1e-5, dtype=torch.float32, tile=tile)
+            close(f"normed {kind.name}", got, normed(x, gain, 1e-5) @ kind.decode(parts).double().T, torch.bfloat16)
 
 
 def check_narrow() -> int:
@@ -143,7 +153,7 @@ def check_narrow() -> int:
     cases = [(1, tile, n) for tile, n in zip(NARROW_TILES, (37, 10, 26))]
     shapes = [*itertools.product(NARROW, cases)]
     for kind in (Int4(32), Int4(64), Int4(128, True), Sparse24(), Sparse24(True)):
-        each = min(getattr(kind, "group", 64), 64)  # of a row's columns; the last slices and loads find none
+        each = 64  # of a row's columns; the last slices and loads find none
         shapes += [
             (kind, (2, Tile(16, 2 * each, 2, slices=2), 37)),
             (kind, (3, Tile(16, 4 * each, 4, slices=4, loads=2, ahead=1), 10)),
@@ -189,7 +199,7 @@ def check_narrow() -> int:
         got = ops.gate(ops.wide_linear(x, pair, pair_scale, gain, 1e-5), dtype)
         close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, dtype, roundings=2)  # products are stored too
         n_checked += 4
-    check_paired_scales()
+    check_scales()
     stored, scale, _ = narrow(Int4(96), 10, 96, seed=1)
     assert "3 rows of int4 weights in groups of 96 are widened" in ops.widened_at_every_step(3, stored)
     stored, scale, _ = narrow(Int4(32), 10, 64, seed=1)
