@@ -35,6 +35,19 @@ def storage_of(weight: Tensor | Narrow) -> Storage:
     return weight.kind if isinstance(weight, Narrow) else weight.element_size()
 
 
+def word_of(weight: Tensor | Narrow) -> str:
+    """How a weight is stored, in a word that tells all kinds apart: "int8", "float8_e4m3fn", "int4-g128", "int4-g32-zero", "sparse"."""
+    if not isinstance(weight, Narrow):
+        return str(weight.dtype).removeprefix("torch.")
+    return weight.kind + (f"-g{weight.group}" + "-zero" * (weight.zero is not None) if weight.kind == "int4" else "")
+
+
+def storage_of_word(word: str) -> Storage:
+    """The tables' key of what `word_of` tells: "int4-g32" -> "int4", "int8" -> 1."""
+    dtype = getattr(torch, word, None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else word.partition("-")[0]
+
+
 def rows(parts: Mapping[str, Tensor]) -> tuple[Tensor | Narrow, Tensor | None]:
     """A weight [N, K] of one type, and a scale [N, 1] if it has one."""
     return parts["weight"], parts.get("scale")
