@@ -71,9 +71,10 @@ class Triton:
 def check_card(card: Any) -> None:
     """ValueError for a GPU, as `torch.cuda.get_device_properties` tells it, that lacks what the kernels are made of.
 
-    Warns of one whose tiles are not measured; Python says it once.
+    Warns of one whose tiles are neither measured nor may be found at first use; Python says it once.
     """
-    from llama_fast.kernels.tuning import untuned  # lazy import: Triton is optional
+    from llama_fast.kernels.found import is_on  # lazy import: Triton is optional
+    from llama_fast.kernels.tuning import untuned
 
     if (card.major, card.minor) < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
@@ -82,7 +83,7 @@ def check_card(card: Any) -> None:
             "take Compiled()"
         )
     notice = untuned(card.name)
-    if notice is not None:
+    if notice is not None and not is_on():
         warnings.warn(notice, stacklevel=2)
 
 

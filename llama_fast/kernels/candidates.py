@@ -26,7 +26,8 @@ BYTES = {"int4": 0.5, "sparse": 1.125, "sparse_int8": 0.625}
 MOST_OF_ONE_ROW, MOST_OF_SEVERAL = 12, 6
 NEAREST = 5
 """Of the candidates, those that won for other shapes."""
-FLOATS_OF_FP8 = "float8_e4m3fn"
+MOST_BLOCKS = 4
+"""More take seconds to compile."""
 
 
 def candidates(product: Product) -> list[Tile]:
@@ -40,9 +41,10 @@ def candidates(product: Product) -> list[Tile]:
         most = MOST_OF_ONE_ROW
     else:
         found, most = itertools.chain([general], of_several(product, storage)), MOST_OF_SEVERAL
-    if word == FLOATS_OF_FP8:
-        found = (tile._replace(convert="plain") for tile in found)  # there is one way to widen it
-    return list(itertools.islice(dict.fromkeys(found), most))
+    if word != "int8" or activations != 2:
+        found = (tile._replace(convert="plain") for tile in found)  # there is one way to widen them
+    few_blocks = (tile for tile in found if tile.blocks <= MOST_BLOCKS)
+    return list(itertools.islice(dict.fromkeys(few_blocks), most))
 
 
 def won_nearby(product: Product, storage: Storage) -> Iterator[Tile]:
@@ -127,4 +129,6 @@ def of_several(product: Product, storage: Storage) -> Iterator[Tile]:
             yield many_rows_tile(epilogue, n, columns, rows)
         else:
             tile = few_rows_tile(epilogue, n, k, storage, activations)
-            yield tile._replace(columns=min(tile.columns, max(16, next_power_of_2(columns))))
+            columns_there = min(tile.columns, max(16, next_power_of_2(columns)))
+            tile = tile._replace(columns=columns_there, slices=min(tile.slices, columns_there // 16))
+            yield from (tile, tile._replace(rows=2 * tile.rows))
