@@ -196,6 +196,12 @@ class Operations(Protocol):
     def head(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:
         """Norm, then the logits, float32 [B, T, V]."""
 
+    def choose_tiles(self, run: Callable[[], object], rows: int, weight_bytes: int) -> None:
+        """Find out how kernels are best cut for a pass of so many rows over a model of so many bytes, if nobody knows.
+
+        `run` is such a pass over some of its blocks; it may be called often.
+        """
+
     def compile_ahead(self, run: Callable[[], object], rows: int) -> None:
         """Compile side by side what a first `run`, a pass of so many rows over one block, would compile piece by piece."""
 

@@ -92,6 +92,14 @@ NAMED: dict[str, LlamaConfig] = {
         bos_id=128000,
         eos_ids=(128001,),
     ),
+    "llama-3.2-3b": LlamaConfig(
+        *(3072, 28, 24, 8, 128, 8192, 128256, 131072),
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling("llama3", 32.0),
+        tie_embeddings=True,
+        bos_id=128000,
+        eos_ids=(128001,),
+    ),
     "smollm2-135m": LlamaConfig(
         576, 30, 9, 3, 64, 1536, 49152, 8192, rope_theta=100000.0, tie_embeddings=True, bos_id=1, eos_ids=(2,)
     ),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FACTS = tuple(
     f"llama_ref.{name}"
     for name in (
-        *("arguments", "checkpoint", "command", "config", "convert", "interrupts", "models", "weights"),
+        *("arguments", "cache_folder", "checkpoint", "command", "config", "convert", "interrupts", "models", "weights"),
         *(
             "formats.gguf_blocks",
             "formats.packed_bits",

@@ -95,5 +95,8 @@ class Operators:
         step.see(norm=n_BTD, logits=logits_BTV)
         return logits_BTV
 
+    def choose_tiles(self, run: Callable[[], Any], rows: int, weight_bytes: int) -> None:
+        """Nothing: libraries have their own."""
+
     def compile_ahead(self, run: Callable[[], Any], rows: int) -> None:
         """Nothing: operators are compiled already, or by the plan's compiler."""

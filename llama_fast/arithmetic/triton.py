@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, M = B x T rows, D model width, H query heads, d head 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from llama_fast.model.attention import visible
 from llama_ref.config import LlamaConfig
 
 if TYPE_CHECKING:
-    from llama_fast.kernels import ops
+    from llama_fast.kernels import first_use, ops
 
 
 LEAST_CAPABILITY = (8, 0)  # bf16 on tensor cores, copies into shared memory that do not wait
@@ -71,9 +71,10 @@ class Triton:
 def check_card(card: Any) -> None:
     """ValueError for a GPU, as `torch.cuda.get_device_properties` tells it, that lacks what the kernels are made of.
 
-    Warns of one whose tiles are not measured; Python says it once.
+    Warns of one whose tiles are neither measured nor may be found at first use; Python says it once.
     """
-    from llama_fast.kernels.tuning import untuned  # lazy import: Triton is optional
+    from llama_fast.kernels.found import is_on  # lazy import: Triton is optional
+    from llama_fast.kernels.tuning import untuned
 
     if (card.major, card.minor) < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
@@ -82,7 +83,7 @@ def check_card(card: Any) -> None:
             "take Compiled()"
         )
     notice = untuned(card.name)
-    if notice is not None:
+    if notice is not None and not is_on():
         warnings.warn(notice, stacklevel=2)
 
 
@@ -93,9 +94,10 @@ class Kernels:
     needs_joined = True
 
     def __init__(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device):
-        from llama_fast.kernels import launching, ops  # lazy import: Triton is optional
+        from llama_fast.kernels import first_use, found, launching, ops  # lazy import: Triton is optional
 
-        self.ops, self.launching = ops, launching
+        self.ops, self.launching, self.first_use, self.found_tiles = ops, launching, first_use, found.found_tiles
+        self._choosing: first_use.FirstUse | None = None
         self.sampling_kernels: SamplingKernels = ops
         self.config, self.all_reduce, self.device = config, all_reduce, device
         self.group = config.n_heads // config.n_kv_heads
@@ -195,6 +197,25 @@ class Kernels:
         logits_BTV: Tensor = logits_MV.view(*x_BTD.shape[:2], -1)
         step.see(logits=logits_BTV)
         return logits_BTV
+
+    def choose_tiles(self, run: Callable[[], Any], rows: int, weight_bytes: int) -> None:
+        if self.device.type != "cuda" or not self.all_reduce.in_kernels(rows, self.config.dim, self.config.vocab_size):
+            return
+        if weight_bytes < self.first_use.LEAST_IN_CACHES * torch.cuda.get_device_properties(self.device).L2_cache_size:
+            return
+        if self._choosing is None:
+            ranks = self.first_use.Ranks(self._summed)
+            found = self.found_tiles(self.ops.machine(self.device).name)
+            self._choosing = self.first_use.FirstUse(found, self.first_use.Replays(ranks), ranks)
+        self._choosing.choose(run)
+
+    def _summed(self, numbers: Sequence[float]) -> list[float]:
+        """Each number's sum over all ranks."""
+        if self.all_reduce.alone:
+            return list(numbers)
+        told = torch.zeros(-(-len(numbers) // 8) * 8, device=self.device)
+        told[: len(numbers)] = torch.tensor(numbers, device=self.device)
+        return self.all_reduce(told)[: len(numbers)].tolist()  # type: ignore[no-any-return]
 
     def compile_ahead(self, run: Callable[[], Any], rows: int) -> None:
         if self.all_reduce.in_kernels(rows, self.config.dim, self.config.vocab_size):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from llama_fast.contracts import KVCache, Phase, Sampler, SamplingKernels
 from llama_fast.model.llama import Llama
+from llama_fast.model.roofline import stored_bytes
 
 FEWEST_ROWS, MOST_ROWS = 8, 128
 """Tokens of all prompts together, padded, that are recorded."""
+SOME_BLOCKS = 8
+"""Blocks of a pass in which tiles are timed."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Recordings:
         """The likeliest next token [B] and the logits, float32."""
         shapes, shape = self.known.setdefault(cache, {}), inputs[0].shape
         if shape not in shapes:
+            self.choose_tiles(cache, inputs)
             one_block = first_block_of(self.model)
             self.model.operations.compile_ahead(lambda: self.function(one_block, cache, *inputs), shape.numel())
             results = self.function(self.model, cache, *inputs)
@@ -146,6 +150,11 @@ class Recordings:
             held.copy_(new)
         recorded.graph.replay()
         return recorded.results
+
+    def choose_tiles(self, cache: KVCache, inputs: tuple[Tensor, ...]) -> None:
+        some = with_blocks(self.model, self.model.blocks[:: -(-len(self.model.blocks) // SOME_BLOCKS)])
+        rows, weight_bytes = inputs[0].numel(), stored_bytes(self.model)
+        self.model.operations.choose_tiles(lambda: self.function(some, cache, *inputs), rows, weight_bytes)
 
     def record(self, cache: KVCache, inputs: tuple[Tensor, ...]) -> Recorded:
         inputs = tuple(tensor.clone() for tensor in inputs)
@@ -158,6 +167,11 @@ class Recordings:
 
 def first_block_of(model: Llama) -> Llama:
     """The same modules with one block: all that a step of equal blocks has to compile."""
+    return with_blocks(model, model.blocks[:1])
+
+
+def with_blocks(model: Llama, blocks: Iterable[nn.Module]) -> Llama:
+    """The same modules with some of the blocks."""
     shell = copy.copy(model)
-    shell._modules = {**model._modules, "blocks": nn.ModuleList([model.blocks[0]])}
+    shell._modules = {**model._modules, "blocks": nn.ModuleList(blocks)}
     return shell

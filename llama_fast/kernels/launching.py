@@ -25,10 +25,10 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
 
 @contextmanager
-def compiled_together() -> Iterator[None]:
+def compiled_together(trials: bool = False) -> Iterator[None]:
     """Inside, launches write nothing; at the end all kernels that were to be launched are ready.
 
-    What fails to compile raises at the end, as it would have at its launch. In Triton's interpreter, and where Triton has no
+    What fails to compile raises at the end, as it would have at its launch; of `trials` it raises at its launch alone. In Triton's interpreter, and where Triton has no
     such mode, nothing is compiled ahead: the `with` block is to hold nothing but launches whose results are not used.
     """
     if triton.knobs.runtime.interpret or not hasattr(triton, "AsyncCompileMode"):
@@ -36,7 +36,7 @@ def compiled_together() -> Iterator[None]:
         return
     before = _compiling_only.set(True)
     try:
-        with ThreadPoolExecutor(THREADS) as pool, triton.AsyncCompileMode(pool):
+        with ThreadPoolExecutor(THREADS) as pool, triton.AsyncCompileMode(pool, ignore_errors=trials):
             yield
     finally:
         _compiling_only.reset(before)

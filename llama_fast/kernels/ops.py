@@ -14,13 +14,14 @@ from torch import Tensor
 
 from llama_fast.kernels.attention import _attend
 from llama_fast.kernels.choosing import _distribution, _draw
+from llama_fast.kernels.found import found_tiles, product_of
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
 from llama_fast.kernels.narrow import _limbs_apart, _narrow
 from llama_fast.kernels.packets import Mailbox
 from llama_fast.kernels.prompt import _gate, _rotate_and_store
 from llama_fast.kernels.several import _in_pieces, _several_rows
-from llama_fast.kernels.stored import Narrow, storage_of
+from llama_fast.kernels.stored import Narrow, group_of, storage_of
 from llama_fast.kernels.tokens import _argmax, _embed
 from llama_fast.kernels.tuning import (
     MOST_SPLITS,
@@ -30,7 +31,8 @@ from llama_fast.kernels.tuning import (
     Tile,
     attention_tile,
     fitting_stages,
-    linear_tile,
+    general_tile,
+    measured_tile,
     next_power_of_2,
 )
 from llama_fast.kernels.widen import _add_scaled, _halve, _widen
@@ -98,6 +100,13 @@ def widened_at_every_step(rows: int, weight: Tensor | Narrow) -> str:
     return f"{rows} rows of {kind} are widened at every step, which takes as long as several steps of one row"
 
 
+def tile_of(gpu: str, epilogue: str, weight: Tensor | Narrow, x: Tensor) -> Tile:
+    """How a product is cut: as the tables say, as was found at first use, or by the rule."""
+    (n, k), m = weight.shape, x.shape[0]
+    about = epilogue, n, k, m, storage_of(weight), x.element_size(), group_of(weight)
+    return measured_tile(gpu, *about) or found_tiles(gpu).of(product_of(epilogue, weight, x)) or general_tile(*about)
+
+
 class Rope(NamedTuple):
     """What the "rope" epilogue writes to and reads from. cos, sin [at least S, HD / 2] float32; caches [B, HKV, S, HD]; start [B]."""
 
@@ -135,8 +144,7 @@ def _linear(
         )
     facts = machine(x.device)
     pdl = facts.pdl if pdl is None else pdl
-    group = weight.group if isinstance(weight, Narrow) else 0
-    tile = tile or linear_tile(facts.name, epilogue, n, k, m, storage_of(weight), x.element_size(), group)
+    tile = tile or tile_of(facts.name, epilogue, weight, x)
     # Absent tensors: any pointer will do, the kernel is compiled without their loads.
     heads = kv_heads = head_dim = slots = tokens = 1
     cos = sin = start = k_cache = v_cache = x

@@ -35,6 +35,29 @@ def storage_of(weight: Tensor | Narrow) -> Storage:
     return weight.kind if isinstance(weight, Narrow) else weight.element_size()
 
 
+def group_of(weight: Tensor | Narrow) -> int:
+    """Columns that share a scale, where they are less than a row; else 0."""
+    return weight.group if isinstance(weight, Narrow) and weight.kind == "int4" else 0
+
+
+def word_of(weight: Tensor | Narrow) -> str:
+    """How a weight is stored, in a word that tells all kinds apart: "int8", "float8_e4m3fn", "int4-g128", "int4-g32-zero", "sparse"."""
+    if not isinstance(weight, Narrow):
+        return str(weight.dtype).removeprefix("torch.")
+    return weight.kind + (f"-g{weight.group}" + "-zero" * (weight.zero is not None) if weight.kind == "int4" else "")
+
+
+def storage_of_word(word: str) -> Storage:
+    """The tables' key of what `word_of` tells: "int4-g32" -> "int4", "int8" -> 1."""
+    dtype = getattr(torch, word, None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else word.partition("-")[0]
+
+
+def group_of_word(word: str) -> int:
+    """The columns that share a scale, of what `word_of` tells: "int4-g32-zero" -> 32; 0 where it names none."""
+    return int(word.split("-g")[1].split("-")[0]) if "-g" in word else 0
+
+
 def rows(parts: Mapping[str, Tensor]) -> tuple[Tensor | Narrow, Tensor | None]:
     """A weight [N, K] of one type, and a scale [N, 1] if it has one."""
     return parts["weight"], parts.get("scale")

@@ -1,7 +1,7 @@
 """Which block sizes a kernel runs with: a table measured per GPU and matrix shape, and a rule for everything else."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Tile(NamedTuple):
@@ -53,7 +53,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# On an NVIDIA H100 80GB HBM3, or an H200: tests/instruments/kernel_sweep.py and shard_tiles.py, the fastest in a whole token and not alone.
+# On an NVIDIA H100 80GB HBM3: tests/instruments/kernel_sweep.py and shard_tiles.py, the fastest in a whole token and not alone.
 # (card, epilogue, N, K, storage) -> Tile for one row
 ONE_ROW: dict[tuple[str, str, int, int, Storage], Tile] = {
     # llama-2-7b
@@ -74,20 +74,7 @@ ONE_ROW: dict[tuple[str, str, int, int, Storage], Tile] = {
     ("H100", "add", 8192, 28672, 1): Tile(1, 4096, 16, 2, convert="offset"),
     ("H100", "gated", 57344, 8192, 1): Tile(2, 4096, 8, 2, convert="exact"),
     ("H100", "plain", 32000, 8192, 1): Tile(4, 4096, 4, convert="exact"),
-    # Of shards: tests/instruments/shard_tiles.py on two H200, which are the same chip, those of four ranks with one other rank in place of
-    # three; the 7B's of four on an H100 with none.
-    # llama-2-7b over two ranks
-    ("H100", "rope", 6144, 4096, 2): Tile(2, 4096, 4, 2),
-    ("H100", "send", 4096, 2048, 2): Tile(1, 2048, 2, 2),
-    ("H100", "send", 4096, 5504, 2): Tile(1, 512, 4),
-    ("H100", "gated", 11008, 4096, 2): Tile(1, 4096, 8, 2),
-    ("H100", "plain", 16000, 4096, 2): Tile(4, 4096, 8, 2),
-    ("H100", "rope", 6144, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
-    ("H100", "send", 4096, 2048, 1): Tile(4, 2048, 4, convert="offset"),
-    ("H100", "send", 4096, 5504, 1): Tile(4, 4096, 4, convert="exact"),
-    ("H100", "gated", 11008, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
-    ("H100", "plain", 16000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
-    # over four
+    # llama-2-7b over four ranks, by one H100 with none of the others
     ("H100", "rope", 3072, 4096, 2): Tile(2, 4096, 8, 2),
     ("H100", "send", 4096, 1024, 2): Tile(2, 1024, 4, 2),
     ("H100", "send", 4096, 2752, 2): Tile(2, 1024, 2, 2),
@@ -98,28 +85,6 @@ ONE_ROW: dict[tuple[str, str, int, int, Storage], Tile] = {
     ("H100", "send", 4096, 2752, 1): Tile(2, 1024, 2, 2, convert="offset"),
     ("H100", "gated", 5504, 4096, 1): Tile(2, 4096, 8, 2, convert="offset"),
     ("H100", "plain", 8000, 4096, 1): Tile(4, 4096, 8, 2, convert="offset"),
-    # llama-2-70b over two ranks
-    ("H100", "rope", 5120, 8192, 2): Tile(2, 4096, 8),
-    ("H100", "send", 8192, 4096, 2): Tile(2, 4096, 4),
-    ("H100", "send", 8192, 14336, 2): Tile(2, 4096, 8),
-    ("H100", "gated", 28672, 8192, 2): Tile(1, 4096, 8),
-    ("H100", "plain", 16000, 8192, 2): Tile(2, 4096, 16, 2),
-    ("H100", "rope", 5120, 8192, 1): Tile(2, 4096, 8, 2, convert="offset"),
-    ("H100", "send", 8192, 4096, 1): Tile(4, 4096, 8, 2, convert="exact"),
-    ("H100", "send", 8192, 14336, 1): Tile(1, 2048, 8, 2, convert="exact"),
-    ("H100", "gated", 28672, 8192, 1): Tile(1, 4096, 4, 2, convert="offset"),
-    ("H100", "plain", 16000, 8192, 1): Tile(2, 4096, 8, 2, convert="offset"),
-    # over four
-    ("H100", "rope", 2560, 8192, 2): Tile(2, 4096, 8, 2),
-    ("H100", "send", 8192, 2048, 2): Tile(1, 2048, 2),
-    ("H100", "send", 8192, 7168, 2): Tile(1, 1024, 4),
-    ("H100", "gated", 14336, 8192, 2): Tile(2, 4096, 16),
-    ("H100", "plain", 8000, 8192, 2): Tile(2, 4096, 16, 2),
-    ("H100", "rope", 2560, 8192, 1): Tile(2, 4096, 8, 2, convert="offset"),
-    ("H100", "send", 8192, 2048, 1): Tile(4, 2048, 4, 2, convert="exact"),
-    ("H100", "send", 8192, 7168, 1): Tile(4, 4096, 4, convert="exact"),
-    ("H100", "gated", 14336, 8192, 1): Tile(1, 4096, 4, 2, convert="offset"),
-    ("H100", "plain", 8000, 8192, 1): Tile(2, 4096, 8, 2, convert="exact"),
     # llama-3.2-1b
     ("H100", "rope", 3072, 2048, 2): Tile(8, 2048, 4),
     ("H100", "add", 2048, 2048, 2): Tile(2, 2048, 2),
@@ -151,6 +116,43 @@ ONE_ROW: dict[tuple[str, str, int, int, Storage], Tile] = {
     ("H200", "gated", 22016, 4096, "sparse"): Tile(2, 4096, 4, 2),
     ("H200", "plain", 32000, 4096, "sparse"): Tile(4, 4096, 4, 2),
 }
+# Of shards, on two H200, of which an H100 is taken to want the same; those of four ranks with one other rank in place of three.
+SHARDS: dict[tuple[str, int, int, Storage], Tile] = {
+    # llama-2-7b over two ranks
+    ("rope", 6144, 4096, 2): Tile(2, 4096, 4, 2),
+    ("send", 4096, 2048, 2): Tile(1, 2048, 2, 2),
+    ("send", 4096, 5504, 2): Tile(1, 512, 4),
+    ("gated", 11008, 4096, 2): Tile(1, 4096, 8, 2),
+    ("plain", 16000, 4096, 2): Tile(4, 4096, 8, 2),
+    ("rope", 6144, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
+    ("send", 4096, 2048, 1): Tile(4, 2048, 4, convert="offset"),
+    ("send", 4096, 5504, 1): Tile(4, 4096, 4, convert="exact"),
+    ("gated", 11008, 4096, 1): Tile(2, 4096, 4, 2, convert="exact"),
+    ("plain", 16000, 4096, 1): Tile(4, 4096, 4, 2, convert="offset"),
+    # llama-2-70b over two ranks
+    ("rope", 5120, 8192, 2): Tile(2, 4096, 8),
+    ("send", 8192, 4096, 2): Tile(2, 4096, 4),
+    ("send", 8192, 14336, 2): Tile(2, 4096, 8),
+    ("gated", 28672, 8192, 2): Tile(1, 4096, 8),
+    ("plain", 16000, 8192, 2): Tile(2, 4096, 16, 2),
+    ("rope", 5120, 8192, 1): Tile(2, 4096, 8, 2, convert="offset"),
+    ("send", 8192, 4096, 1): Tile(4, 4096, 8, 2, convert="exact"),
+    ("send", 8192, 14336, 1): Tile(1, 2048, 8, 2, convert="exact"),
+    ("gated", 28672, 8192, 1): Tile(1, 4096, 4, 2, convert="offset"),
+    ("plain", 16000, 8192, 1): Tile(2, 4096, 8, 2, convert="offset"),
+    # over four
+    ("rope", 2560, 8192, 2): Tile(2, 4096, 8, 2),
+    ("send", 8192, 2048, 2): Tile(1, 2048, 2),
+    ("send", 8192, 7168, 2): Tile(1, 1024, 4),
+    ("gated", 14336, 8192, 2): Tile(2, 4096, 16),
+    ("plain", 8000, 8192, 2): Tile(2, 4096, 16, 2),
+    ("rope", 2560, 8192, 1): Tile(2, 4096, 8, 2, convert="offset"),
+    ("send", 8192, 2048, 1): Tile(4, 2048, 4, 2, convert="exact"),
+    ("send", 8192, 7168, 1): Tile(4, 4096, 4, convert="exact"),
+    ("gated", 14336, 8192, 1): Tile(1, 4096, 4, 2, convert="offset"),
+    ("plain", 8000, 8192, 1): Tile(2, 4096, 8, 2, convert="exact"),
+}
+ONE_ROW |= {(card, *shape): tile for card in ("H100", "H200") for shape, tile in SHARDS.items()}
 # The same with two rows.
 TWO_ROWS: dict[tuple[str, str, int, int, Storage], Tile] = {
     ("H100", "rope", 12288, 4096, 2): Tile(2, 4096, 4, 2, vector=True),
@@ -158,8 +160,8 @@ TWO_ROWS: dict[tuple[str, str, int, int, Storage], Tile] = {
     ("H100", "gated", 22016, 4096, 2): Tile(1, 4096, 8, 2, vector=True),
     ("H100", "add", 4096, 11008, 2): Tile(2, 4096, 8, vector=True),
 }
-CARDS = {"H100": ("H100",), "H200": ("H200", "H100")}
-"""What a GPU's name contains -> whose rows it takes. An H200 is the H100's chip with a faster memory: most tiles are the same."""
+CARDS = ("H100", "H200")
+"""What a GPU's name contains whose tiles the tables know. An H200 is the H100's chip with a faster memory: it wants tiles of its own."""
 SHARED_BYTES = 101_376
 """What a program may have on a GPU of compute capability 8.6, 8.9 or 12.0 (L4, L40S, A10, RTX); 8.0 and 9.0 have more."""
 VECTOR_ROWS = 2
@@ -185,15 +187,34 @@ def untuned(gpu: str) -> str | None:
     return f"no tile was measured on {gpu}: the fused kernels take general ones, right on every GPU, tuned on {' and '.join(CARDS)}"
 
 
-def linear_tile(
+def linear_tile(gpu: str, *about: Any) -> Tile:
+    """The tables' tile, or the rule's: see `general_tile`."""
+    return measured_tile(gpu, *about) or general_tile(*about)
+
+
+def measured_tile(
     gpu: str, epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2, group: int = 128
-) -> Tile:
-    """For a weight [n, k] that is stored so, in groups of so many columns, and m rows of activations of so many bytes."""
-    table = {1: ONE_ROW, 2: TWO_ROWS}.get(m, {})
+) -> Tile | None:
+    """The tables' tile. For several rows that is the rule's, wherever one row of this shape was measured: the rule was made of these
+    shapes."""
+    name = card(gpu)
+    if name is None:
+        return None
     kinds = ("plain", "send") if epilogue == "plain" else (epilogue,)  # the same product, sent or not
-    for name, kind in itertools.product(CARDS.get(card(gpu) or "", ()), kinds):
-        if (name, kind, n, k, storage) in table:
-            return table[name, kind, n, k, storage]
+    tables = {1: (ONE_ROW,), 2: (TWO_ROWS, ONE_ROW)}.get(m, (ONE_ROW,))
+    for table, kind in itertools.product(tables, kinds):
+        tile = table.get((name, kind, n, k, storage))
+        if tile is not None:
+            measured_so = m == 1 or table is TWO_ROWS
+            return tile if measured_so else general_tile(epilogue, n, k, m, storage, of_activations, group)
+    return None
+
+
+def general_tile(
+    epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2, group: int = 128
+) -> Tile:
+    """The rule's tile for a weight [n, k] that is stored so, in groups of so many columns, and m rows of activations of so many
+    bytes each."""
     if isinstance(storage, str):
         return narrow_tile(epilogue, k, storage) if m == 1 else several_tile(epilogue, n, k, m, storage, group)
     if m == 1:

@@ -65,6 +65,13 @@ RUNGS = {
         Rung("fused-int4", "the same, int4 weights in groups of 128", fused(Int4()), needs_gpu=True),
         Rung("fused-int4-g32", "the same, in groups of 32", fused(Int4(32)), needs_gpu=True),
         Rung(
+            "fused-speculative-int4",
+            "fused, int4 draft of the same model",
+            fused(Dense()),
+            draft=fused(Int4()),
+            needs_gpu=True,
+        ),
+        Rung(
             "tp",
             "compiled (on GPUs fused), split over ranks",
             optimised(Dense(), compile=True),

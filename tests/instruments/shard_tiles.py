@@ -35,9 +35,10 @@ from llama_fast.build import build
 from llama_fast.compilers.graphed import first_block_of
 from llama_fast.contracts import KVCache
 from llama_fast.kernels import ops, tuning
+from llama_fast.kernels.candidates import of_one_row
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.stored import storage_of
-from llama_fast.kernels.tuning import Storage, Tile, next_power_of_2
+from llama_fast.kernels.tuning import Storage, Tile
 from llama_fast.model.llama import Llama
 from llama_fast.parallel.alone import Whole
 from llama_fast.parallel.ranks import tensor_parallel
@@ -54,48 +55,6 @@ Key = tuple[str, str, int, int, Storage]
 def say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"{time.perf_counter() - BEGAN:6.1f} s  {text}", flush=True)
-
-
-BYTES = {"int4": 0.5, "sparse": 1.125, "sparse_int8": 0.625}
-"""Of a column, of weights that are stored as words of several."""
-
-
-def columns_of(k: int, itemsize: float) -> list[int]:
-    """Columns of a load: for every padded length of a row the largest that gives it, where a fifth at most is padding."""
-    longest: dict[int, int] = {}
-    for columns in (512, 1024, 2048, 4096):
-        padded = -(-k // columns) * columns
-        if columns <= next_power_of_2(k) and padded <= 1.2 * k:
-            longest[padded] = columns
-    found = list(longest.values())
-    return [*found, found[-1] // 2] if itemsize == 1 else found
-
-
-def candidates(epilogue: str, n: int, k: int, storage: Storage, ranks: int, most: int) -> list[Tile]:
-    """Tiles whose threads each hold 24 to 192 bytes of weights a block, the likeliest first."""
-    found = []
-    itemsize = BYTES[storage] if isinstance(storage, str) else storage
-    for columns, rows, warps, blocks in itertools.product(
-        columns_of(k, itemsize), (1, 2, 4, 8, 16), (2, 4, 8, 16), (1, 2, 4, 8) if itemsize < 1 else (1, 2)
-    ):
-        of_block = 2 * rows if epilogue == "gated" else rows
-        padded = -(-k // columns) * columns
-        a_thread = of_block * padded * itemsize / (32 * warps)
-        if (epilogue == "rope" and rows < 2) or next_power_of_2(ranks) * rows > 32 * warps:
-            continue
-        if (
-            (8 if itemsize < 1 else 24) <= a_thread <= 192
-            and padded / (32 * warps) <= 64
-            and 200 <= n / of_block / blocks <= 12_000
-        ):
-            far = abs(a_thread - 80) / 80 + abs(of_block * padded * itemsize - 16_384) / 32_768 + (padded - k) / k
-            found.append((far, Tile(rows, columns, warps, blocks)))
-    tiles = [tile for _, tile in sorted(found, key=lambda pair: pair[0])]
-    if storage in ("int4", "sparse_int8"):
-        return [tile._replace(apart=apart) for tile in tiles[: most // 2] for apart in (False, True)]
-    if itemsize == 1:
-        return [tile._replace(convert=kind) for tile in tiles[: most // 2] for kind in ("offset", "exact")]
-    return tiles[:most]
 
 
 def card() -> str:
@@ -264,9 +223,8 @@ def choose(model: str, encoding: str, shard: Any, options: argparse.Namespace) -
     tiles = {}
     for name, (_, kind, n, k, itemsize) in chosen.items():
         now = tuning.linear_tile(card(), kind, n, k, 1, itemsize)
-        tiles[name] = list(
-            dict.fromkeys([now, *candidates(kind, n, k, itemsize, options.parts or ranks, options.most)])
-        )
+        others = itertools.islice(of_one_row(kind, n, k, itemsize, options.parts or ranks), options.most)
+        tiles[name] = list(dict.fromkeys([now, *others]))
     say(f"{model} {encoding}: built; compiling {sum(map(len, tiles.values()))}")
     timer.compile(rank, [(key, tile) for name, key in chosen.items() for tile in tiles[name]])
     found: dict[str, Any] = {

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 
 from llama_fast.arithmetic.triton import check_card
+from llama_fast.kernels.found import SWITCH
 from llama_fast.kernels.tuning import (
     ONE_ROW,
+    SHARDS,
     SHARED_BYTES,
+    TWO_ROWS,
     attention_tile,
     fitting_stages,
+    general_tile,
     linear_tile,
+    measured_tile,
     next_power_of_2,
     untuned,
 )
@@ -52,14 +57,25 @@ def test_tiles_of_many_rows_fit_the_kernels_and_the_memory_of_every_card(m: int)
         assert fitting_stages(tile, per_column, SHARED_BYTES) * tile.columns * per_column <= SHARED_BYTES
 
 
-def test_a_card_has_its_own_tile_or_that_of_its_chip() -> None:
-    own, chips = ("H200", "add", 4096, 11008, 1), ("H100", "add", 4096, 11008, 1)
-    assert ONE_ROW[own] != ONE_ROW[chips]
+def test_a_card_has_tiles_of_its_own_and_none_of_another_card() -> None:
+    own, others = ("H200", "add", 4096, 11008, 1), ("H100", "add", 4096, 11008, 1)
+    assert ONE_ROW[own] != ONE_ROW[others]
     assert linear_tile("NVIDIA H200", "add", 4096, 11008, 1, 1) == ONE_ROW[own]
-    assert linear_tile("NVIDIA H100 80GB HBM3", "add", 4096, 11008, 1, 1) == ONE_ROW[chips]
-    shared = ("H100", "rope", 12288, 4096, 1)
-    assert linear_tile("NVIDIA H200", "rope", 12288, 4096, 1, 1) == ONE_ROW[shared]
-    assert linear_tile("another", "rope", 12288, 4096, 1, 1) != ONE_ROW[shared]
+    assert linear_tile("NVIDIA H100 80GB HBM3", "add", 4096, 11008, 1, 1) == ONE_ROW[others]
+    only = ("H100", "rope", 12288, 4096, 1)
+    for gpu in ("NVIDIA H200", "another"):
+        assert measured_tile(gpu, "rope", 12288, 4096, 1, 1) is None
+        assert linear_tile(gpu, "rope", 12288, 4096, 1, 1) == general_tile("rope", 12288, 4096, 1, 1) != ONE_ROW[only]
+    shard = ("rope", 6144, 4096, 2)  # timed on an H200, which an H100 shares
+    assert measured_tile("NVIDIA H200", *shard[:3], 1, 2) == SHARDS[shard] == ONE_ROW[("H100", *shard)]
+
+
+def test_several_rows_of_a_measured_shape_have_the_rules_tile_and_two_rows_the_tables() -> None:
+    h100 = "NVIDIA H100 80GB HBM3"
+    for m in (2, 5, 8, 16):
+        assert measured_tile(h100, "add", 4096, 4096, m, 1) == general_tile("add", 4096, 4096, m, 1)
+        assert measured_tile(h100, "add", 4097, 4096, m, 1) is None
+    assert measured_tile(h100, "add", 4096, 4096, 2, 2) == TWO_ROWS["H100", "add", 4096, 4096, 2]
 
 
 def test_attention_splits_fit_the_scratch() -> None:
@@ -74,9 +90,13 @@ UNNAMED = ("NVIDIA L4", "NVIDIA L40S", "NVIDIA A10", "NVIDIA GeForce RTX 4090", 
 
 
 @pytest.mark.parametrize("gpu", UNNAMED)
-def test_a_card_that_nobody_measured_has_general_tiles_and_one_line_says_so_once(gpu: str) -> None:
+def test_a_card_that_nobody_measured_has_general_tiles_and_one_line_says_so_once(
+    gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert linear_tile(gpu, "add", 4096, 4096, 1, 2) == linear_tile("some other GPU", "add", 4096, 4096, 1, 2)
     properties = SimpleNamespace(name=gpu, major=8, minor=9)
+    check_card(properties)  # whose tiles are found at first use
+    monkeypatch.setenv(SWITCH, "0")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
         for _ in range(3):

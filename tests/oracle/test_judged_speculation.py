@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_a_draft_is_judged(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "certificate.json"
     arguments = ("--model", model, "--json", file, "--speculate", 3)
-    assert run(monkeypatch, *arguments, "--dtype", "bfloat16", "--draft", model, "--draft-encoding", "int8") == 0
+    assert run(monkeypatch, *arguments, "--dtype", "bfloat16", "--draft", model, "--draft-encoding", "int4-g32") == 0
     text = json.dumps(json.loads(file.read_text()))
     assert all(part in text for part in ("acceptance law", "float32 draft", "bfloat16 draft"))
     assert run(monkeypatch, *arguments, "--dtype", "float32", "--draft", "ngram") == 0

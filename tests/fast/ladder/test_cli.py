@@ -79,7 +79,7 @@ def test_drafts_change_the_speed_and_nothing_else(run: Run, model: Path, tmp_pat
     arguments = ("generate", "--model", model, "--prompt", "ab", "--max-new-tokens", 20, "--temperature", 0)
     plain = run(*arguments)[1].splitlines()[0]
     file = tmp_path / "out.json"
-    for draft in (("ngram",), (model, "--draft-encoding", "int8"), (model, "--speculate", 3)):
+    for draft in (("ngram",), (model, "--draft-encoding", "fp8"), (model, "--speculate", 3)):
         code, out, _ = run(*arguments, "--num-samples", 2, "--json", file, "--draft", *draft)
         assert code == 0 and out.splitlines()[0] == plain
         assert re.search(r"^Speculation \(.+\): ", out, re.M)
