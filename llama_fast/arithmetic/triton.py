@@ -82,8 +82,8 @@ def check_card(card: Any) -> None:
             f"the fused kernels need compute capability {least} or more, and {card.name} has {card.major}.{card.minor}: "
             "take Compiled()"
         )
-    notice = untuned(card.name)
-    if notice is not None and not is_on():
+    finds, notice = is_on(), untuned(card.name)
+    if notice is not None and not finds:
         warnings.warn(notice, stacklevel=2)
 
 

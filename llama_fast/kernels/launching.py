@@ -36,7 +36,8 @@ def compiled_together(trials: bool = False) -> Iterator[None]:
         return
     before = _compiling_only.set(True)
     try:
-        with ThreadPoolExecutor(THREADS) as pool, triton.AsyncCompileMode(pool, ignore_errors=trials):
+        kept_back = {"ignore_errors": True} if trials else {}
+        with ThreadPoolExecutor(THREADS) as pool, triton.AsyncCompileMode(pool, **kept_back):
             yield
     finally:
         _compiling_only.reset(before)

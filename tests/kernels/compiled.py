@@ -208,6 +208,8 @@ def main() -> None:
         raise AssertionError("an error of the compiler was lost")
     except triton.CompilationError:
         pass
+    with compiled_together(trials=True):  # one of several tiles on trial may be none
+        ops.linear(two, weight, scale, tile=tuning.Tile(5, 64, 1, vector=True))
     print("; ".join(f"{name} {count}" for name, count in found.items()))
 
 

@@ -12,7 +12,7 @@ from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.runner import Runner
 from llama_fast.kernels import ops
-from llama_fast.recipes import fused
+from llama_fast.recipes import encoding_named, fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference
@@ -48,6 +48,22 @@ def prompts(runner: Runner, exact: Reference) -> int:
     return 6
 
 
+def mixed_heads() -> int:
+    """A head that is stored otherwise than the layers; two rows, the second a position behind the first."""
+    for layers, head in (("int8", "int4-g32"), ("dense", "fp8")):
+        checkpoint = dataclasses.replace(random_checkpoint(CONFIG, 1), encodings={"output": head})
+        plan = dataclasses.replace(fused(encoding_named(layers)), compiler=Eager())
+        runner = build(checkpoint, plan, "cpu", torch.float32)
+        tokens_BT, rows_B = torch.tensor([[5, 9], [7, 1]]), torch.arange(2)
+        start_B = torch.tensor([1, 0])
+        wanted_BTV = Reference(CONFIG, runner.reference_weights(), torch.float64)(tokens_BT)
+        cache = runner.allocate(2, 8)
+        runner.decode(tokens_BT[:, :1], torch.zeros(2, dtype=torch.int64), cache)
+        logits_BV = runner.decode(tokens_BT[rows_B, start_B][:, None], start_B, cache)[:, -1]
+        torch.testing.assert_close(logits_BV.double(), wanted_BTV[rows_B, start_B], atol=2e-5, rtol=2e-5)
+    return 2
+
+
 def main() -> None:
     """B rows at unequal positions, T tokens a step, through a cache whose later slots hold garbage."""
     checked = 0
@@ -78,6 +94,7 @@ def main() -> None:
             raise AssertionError("kernels of our own are nothing that a compiler can read")
         except ValueError as error:
             assert "take Graphed()" in str(error)
+    checked += mixed_heads()
     print(f"step: {checked} results agree")
 
 
