@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,8 +21,7 @@ from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
 from llama_fast.model.matrices import Joined, Matrix, Separate, Table, apart
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named
-from llama_fast.weights import as_planned, check_encoded, encoded, share_of
+from llama_fast.weights import check_weights, encoded, share_of
 from llama_ref.arguments import floating, made, place, shown
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
@@ -46,16 +45,14 @@ def build(
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
     check_addresses(plan)
-    check_encoded(as_planned(checkpoint, plan), plan.encoding)
+    check_weights(checkpoint, plan, dtype)
     config = plan.shard.local_config(checkpoint.config)
-    for name in sorted(set(checkpoint.encodings.values()) - {plan.encoding.name}):
-        plan.arithmetic.bind(config, replace(plan, encoding=encoding_named(name)), device)  # or refuses
     operations = plan.arithmetic.bind(config, plan, device)
     if checkpoint.low_rank and not operations.compilable:
         raise ValueError(
             f"the fused kernels add no adapter to {checkpoint.encoding} weights: adapt the dense model, or take Compiled()"
         )
-    stored = Arriving(encoded(checkpoint, plan, dtype, device), kernels=bool(plan.arithmetic.name))
+    stored = Arriving(encoded(checkpoint, plan, dtype, device))
     model = construct(config, stored, plan, operations, dtype).eval().requires_grad_(False)
     return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))
 
@@ -81,23 +78,15 @@ def check_addresses(plan: Plan) -> None:
 
 
 class Arriving:
-    """Weights by stem, each encoded when it is asked for, so that what is joined is not held beside all that is not yet.
+    """Weights by stem, each encoded when it is asked for, so that what is joined is not held beside all that is not yet."""
 
-    `kernels`: they multiply by kernels of ours, which must be able to read them.
-    """
-
-    def __init__(self, weights: Iterable[tuple[str, Stored]], kernels: bool):
-        self._weights, self._kernels = iter(weights), kernels
-        self._passed: dict[str, Stored] = {}
+    def __init__(self, weights: Iterator[tuple[str, Stored]]):
+        self._weights, self._passed = weights, dict[str, Stored]()
 
     def pop(self, stem: str) -> Stored:
-        """One weight, once. ValueError for an encoding that no kernel of ours reads."""
+        """One weight, once."""
         while stem not in self._passed:
-            name, stored = next(self._weights)
-            if self._kernels and not stored.encoding.loader:
-                told = f"the fused kernels read no {stored.encoding.name} weights ({name})"
-                raise ValueError(f"{told}: take Compiled(), or the encoding dense")
-            self._passed[name] = stored
+            self._passed.update([next(self._weights)])
         return self._passed.pop(stem)
 
 

@@ -50,10 +50,6 @@ class Triton:
         for name, value in asked.items():
             if value:
                 raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
-        if not slots.encoding.loader:
-            raise ValueError(
-                f"the fused kernels read no {slots.encoding.name} weights: take Compiled() for this encoding"
-            )
         if not slots.cache.plain_slots:
             kind = type(slots.cache).__name__
             raise ValueError(f"the fused kernels write no {kind} cache: take Static(), or Compiled() with this one")

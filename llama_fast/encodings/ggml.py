@@ -96,9 +96,14 @@ def rows_of(parts: Parts, rows: slice) -> dict[str, Tensor]:
     return {name: part[rows] for name, part in parts.items()}
 
 
+def read_by_kernels(encoding: Encoding) -> Encoding:
+    """The encoding that our kernels are given for this one: Q4_0 is `Int4(32)` in another order, all else stays as it is."""
+    return Int4(32) if encoding == Ggml("q4_0") else encoding
+
+
 def repacked(encoding: Encoding, parts: dict[str, Tensor]) -> tuple[Encoding, dict[str, Tensor]]:
-    """For our kernels: Q4_0 is `Int4(32)` in another order, number for number; all else stays as it is."""
-    if encoding != Ggml("q4_0"):
+    """A matrix for our kernels, number for number."""
+    if read_by_kernels(encoding) == encoding:
         return encoding, parts
     low, high = nibbles(parts["weight"].unflatten(1, (-1, 16)))
     return Int4(32), Int4(32).stored(torch.cat([low, high], -1).flatten(1), parts["scale"], None)
