@@ -320,14 +320,12 @@ class AllReduce(Protocol):
     def alone(self) -> bool:
         """Whether there is one process, whose results are whole."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The sum of x over all processes."""
+    @property
+    def exchange(self) -> Any:
+        """The `kernels.exchange.Exchange` by which kernels reach the other processes themselves, or None."""
 
-    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-        """residual + the sum of (a @ weight.T) * scale, in the residual's type, by our kernels."""
-
-    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
-        """Whether all that a step of so many rows says goes by kernels of ours, which can be compiled without being run."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The sum of x over all processes; with a residual, residual + sum in the residual's type."""
 
 
 class Shard(Protocol):
