@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Encoding, PartLayout, Stored
+from llama_fast.contracts import Encoding, PartLayout
 from llama_fast.encodings.by_name import of_size, readable
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.ggml import read_by_kernels, repacked
+from llama_fast.model.matrices import Stored
 from llama_fast.parallel.alone import Whole
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint, TensorSource
@@ -35,6 +36,19 @@ def encoded(
         low_rank = low_rank_of(checkpoint, stem, plan, dtype, device)
         bias = None if bias is None else bias.to(device, dtype or bias.dtype)
         yield stem, replace(stored, bias=bias, low_rank=low_rank)
+
+
+class Arriving:
+    """Weights by stem, each encoded when it is asked for, so that what is joined is not held beside all that is not yet."""
+
+    def __init__(self, weights: Iterator[tuple[str, Stored]]):
+        self._weights, self._passed = weights, dict[str, Stored]()
+
+    def pop(self, stem: str) -> Stored:
+        """One weight, once."""
+        while stem not in self._passed:
+            self._passed.update([next(self._weights)])
+        return self._passed.pop(stem)
 
 
 def named_tensors(

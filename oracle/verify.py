@@ -147,9 +147,8 @@ def _verify_loops(certificate: Certificate, plan: Plan, device: torch.device, pr
     PyTorch's operators. Kernels that choose tokens are asked by themselves.
     """
     progress("sampling, the library's face, seeds, objects")
-    kernels = (
-        plan.arithmetic.sampling_kernels if device.type == "cuda" else None
-    )  # elsewhere such a plan cannot be built
+    on_gpu = device.type == "cuda"  # elsewhere a plan with kernels cannot be built
+    kernels = plan.arithmetic.bind(TINY, plan, device).sampling_kernels if on_gpu else None
     certificate.ask("sampling", lambda: judge_sampling(FastSampler(device, kernels), device))
     plain = replace(plan, compiler=Eager(), arithmetic=PyTorch())
     plain, told = for_small_models(plain, device, [walker(), random_checkpoint(TINY)])

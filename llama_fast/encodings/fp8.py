@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, PartLayout, Parts, Shared
+from llama_fast.contracts import Cut, PartLayout, Parts
 from llama_fast.encodings.cutting import cut_along_axes
-from llama_fast.encodings.scales import SMALLER, ceil_bf16, least_error
+from llama_fast.encodings.grid import SMALLER, Shared, least_error
+from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product, product_by_slices
 from llama_ref.checkpoint import TensorSource
 

@@ -19,9 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, PartLayout, Parts, Shared
+from llama_fast.contracts import Cut, PartLayout, Parts
 from llama_fast.encodings.cutting import check_groups, cut_along_axes
-from llama_fast.encodings.scales import SMALLER, ceil_bf16, least_error
+from llama_fast.encodings.grid import SMALLER, Shared, least_error
+from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product_by_slices
 from llama_fast.model.tiles import sums_of_nibbles
 from llama_ref.checkpoint import TensorSource

@@ -18,8 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, PartLayout, Parts, Shared
+from llama_fast.contracts import Cut, PartLayout, Parts
 from llama_fast.encodings.cutting import cut_along_axes
+from llama_fast.encodings.grid import Shared
 from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product, product_by_slices
 from llama_ref.checkpoint import TensorSource

@@ -116,7 +116,7 @@ class Runner:
         choose.steady = self.plan.compiler.compiles_each_shape
         if not choose.steady:
             choose.look_ahead(positions)
-            choose.kernels = self.plan.arithmetic.sampling_kernels
+            choose.kernels = self.model.operations.sampling_kernels
         return choose
 
     def reference_weights(self) -> Mapping[str, Tensor]:

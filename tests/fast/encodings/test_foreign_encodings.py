@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_fast.contracts import Encoding, Stored
+from llama_fast.contracts import Encoding
 from llama_fast.encodings.fp8 import Fp8
 from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.int8_groups import Int8Groups
 from llama_fast.encodings.ordered import Ordered
-from llama_fast.model.matrices import Matrix, Table, joined
+from llama_fast.model.matrices import Matrix, Stored, Table, joined
 from llama_fast.recipes import encoding_named
 
 GROUPED = [Int8Groups(), Int8Groups(16), Int8Groups(32, True), Int8Groups(0, True)]

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_fast.contracts import Stored
 from llama_fast.encodings.fp8 import Fp8
-from llama_fast.model.matrices import Matrix, Table
+from llama_fast.model.matrices import Matrix, Stored, Table
 
 MATRICES = st.builds(
     lambda seed, rows, columns, power: (

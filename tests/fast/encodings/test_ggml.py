@@ -10,10 +10,9 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from llama_fast.contracts import Stored
 from llama_fast.encodings.ggml import DECODERS, Ggml, repacked
 from llama_fast.encodings.int4 import Int4
-from llama_fast.model.matrices import Matrix, Table
+from llama_fast.model.matrices import Matrix, Stored, Table
 from llama_fast.model.matvec import product_by_pieces
 from llama_ref.formats.gguf_blocks import BLOCKS, block_bytes
 

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_fast.contracts import Stored
 from llama_fast.encodings.int4 import Int4, packed, unpacked
-from llama_fast.model.matrices import Matrix, Table
+from llama_fast.model.matrices import Matrix, Stored, Table
 
 KINDS = [Int4(), Int4(32), Int4(128, True), Int4(32, True)]
 MATRICES = st.builds(

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_fast.contracts import Stored
 from llama_fast.encodings.sparse24 import Sparse24, spread, two_of_four
-from llama_fast.model.matrices import Matrix, Table
+from llama_fast.model.matrices import Matrix, Stored, Table
 
 KINDS = [Sparse24(), Sparse24(True)]
 
