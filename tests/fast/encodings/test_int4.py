@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_fast.encodings.int4 import Int4, packed, unpacked
-from llama_fast.model.matrices import Matrix, Stored, Table
 
 KINDS = [Int4(), Int4(32), Int4(128, True), Int4(32, True)]
 MATRICES = st.builds(
@@ -44,31 +43,6 @@ def test_what_is_packed_is_what_is_unpacked(seed: int) -> None:
     word = int(words[2, 5])
     assert [word >> (8 * b) & 15 for b in range(4)] == nibbles[2, 40:44].tolist()
     assert [word >> (8 * b + 4) & 15 for b in range(4)] == nibbles[2, 44:48].tolist()
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_and_the_rows_are_the_decoded_matrixs(kind: Int4, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parts = kind.encode(torch.randn(40, 256, generator=generator), dtype)
-    x = torch.randn(2, 3, 256, generator=generator).to(dtype)
-    stored = Stored(kind, (40, 256), parts)
-    y = Matrix(stored)(x)
-    assert y.shape == (2, 3, 40) and y.dtype is dtype
-    exact = x.double() @ kind.decode(parts).double().T
-    tolerance = 1e-5 if dtype is torch.float32 else 8e-3
-    torch.testing.assert_close(y.double(), exact, atol=tolerance * float(exact.abs().max()), rtol=tolerance)
-    ids = torch.tensor([[3, 1], [39, 3]])
-    assert torch.equal(Table(stored, dtype)(ids), kind.decode(parts)[ids].to(dtype))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_shards_of_columns_decode_to_columns(kind: Int4) -> None:
-    parts = kind.encode(torch.randn(6, 512, generator=torch.Generator().manual_seed(1)), torch.float32)
-    halves = [kind.cut(parts, (6, 512), (slice(2, 6), slice(first, first + 256))) for first in (0, 256)]
-    assert torch.equal(torch.cat([kind.decode(half) for half in halves], 1), kind.decode(parts)[2:])
-    with pytest.raises(ValueError, match="columns 0 to 272 of 512 part one of"):
-        kind.cut(parts, (6, 512), (slice(0, 6), slice(0, 272)))
 
 
 def test_columns_that_are_no_groups_are_refused_with_a_smaller_group() -> None:
