@@ -1,6 +1,6 @@
 """What the slots of a Plan must offer. This file holds the Protocols, and nothing that implements one.
 
-Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V vocabulary, M rows of logits.
+Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from llama_fast.choosing import SamplingKernels
 from llama_ref.checkpoint import TensorSource
 from llama_ref.config import LlamaConfig
 
@@ -26,21 +27,6 @@ PartLayout = tuple[tuple[int, ...], torch.dtype | None]
 
 Cut = tuple[slice, ...]
 """Which part of a tensor a process holds: one slice for each axis."""
-
-
-class Sampler(Protocol):
-    """What chooses a token of each row: a `Sampling` made ready for so many rows on a device."""
-
-    @property
-    def greedy(self) -> bool:
-        """Whether it takes the largest logit and looks at nothing else."""
-
-    @property
-    def code(self) -> tuple[object, ...]:
-        """What of it changes the code: two samplers with equal values here run the same compiled graph."""
-
-    def __call__(self, logits_BV: Tensor, position_B: Tensor) -> Tensor:
-        """The token [B] that stands at `position_B`."""
 
 
 Phase = Callable[..., tuple[Tensor, Tensor]]
@@ -290,23 +276,3 @@ class Shard(Protocol):
 
     def head(self, linear: nn.Module, vocab_size: int) -> nn.Module:
         """The module that gives every process all logits, where `linear` gives those of its part of "output"."""
-
-
-class SamplingKernels(Protocol):
-    """Kernels that do in one launch each what `engine.sampling` writes as many operators."""
-
-    MOST_VOCABULARY: int
-    """The largest vocabulary that `distribution` and `draw` take; `likeliest` takes any."""
-
-    def distribution(self, logits: Tensor, temperature: Tensor, top_k: Tensor | None, min_p: Tensor | None) -> Tensor:
-        """The distributions [M, V] from which tokens with these logits are drawn, each row by its own settings [B].
-
-        M is a multiple of B: as many logits of each row, one row after another. Temperature 0 is the largest logit alone, and
-        a top_k of 0 keeps everything, as None does for all.
-        """
-
-    def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
-        """The tokens [M] at which the cumulative sums of p [M, V] pass the uniforms [M]."""
-
-    def likeliest(self, logits: Tensor) -> Tensor:
-        """The id of the largest of each row of logits [M, V], the lowest on ties, int64 [M]."""

@@ -36,15 +36,16 @@ LEAVES = ("arithmetic", "encodings", "caches", "compilers", "parallel")
 """The folders of a plan's slots: none imports another."""
 
 FLOORS = {
-    "contracts": (),
+    "choosing": (),
+    "contracts": ("choosing",),
     "devices": (),
     "kernels": (),
     "model": ("contracts",),
-    **dict.fromkeys(LEAVES, ("contracts", "kernels", "model")),
+    **dict.fromkeys(LEAVES, ("choosing", "contracts", "kernels", "model")),
     "plan": ("contracts", *LEAVES),
     "recipes": ("contracts", "plan", *LEAVES),
     "weights": ("contracts", "model", "plan", "recipes", *LEAVES),
-    "engine": ("contracts", "model", "plan", "weights", *LEAVES),
+    "engine": ("choosing", "contracts", "model", "plan", "weights", *LEAVES),
     "speculative": ("contracts", "model", "compilers", "plan", "engine", "caches", "parallel"),
     "build": ("contracts", "devices", "model", "plan", "recipes", "weights", "engine", *LEAVES),
     "calibration": ("contracts", "model", "plan", "weights", *LEAVES),

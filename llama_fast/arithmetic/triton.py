@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import AllReduce, KVCache, LayerCache, SamplingKernels, Slots, Step
+from llama_fast.choosing import SamplingKernels
+from llama_fast.contracts import AllReduce, KVCache, LayerCache, Slots, Step
 from llama_fast.kernels import available, interpreted
 from llama_fast.model.attention import visible
 from llama_ref.config import LlamaConfig

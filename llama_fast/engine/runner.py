@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llama_fast.contracts import KVCache, Phase, Sampler
+from llama_fast.choosing import Sampler
+from llama_fast.contracts import KVCache, Phase
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.model.llama import Llama
 from llama_fast.plan import Plan

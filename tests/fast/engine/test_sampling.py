@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given
@@ -122,14 +124,15 @@ def test_kernels_choose_where_they_can() -> None:
 
 
 def test_a_plan_with_kernels_hands_them_to_its_choosers(untied: Checkpoint) -> None:
-    class Choosing(Operators):
+    class Having(Operators):
         sampling_kernels = Recording()  # type: ignore[assignment]
 
-    class Having(PyTorch):
+    @dataclass(frozen=True)
+    class WithKernels(PyTorch):
         def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Operators:
-            return Choosing(**vars(super().bind(config, slots, device)))
+            return Having(**vars(super().bind(config, slots, device)))
 
-    for arithmetic, kernels in ((PyTorch(), None), (Having(), Choosing.sampling_kernels)):
+    for arithmetic, kernels in ((PyTorch(), None), (WithKernels(), Having.sampling_kernels)):
         runner = build(untied, Plan(arithmetic=arithmetic), "cpu")
         assert runner.prepared(BatchSampler(Sampling(0.7), [1], CPU), 9).kernels is kernels
 
