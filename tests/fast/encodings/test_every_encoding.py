@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_fast.encodings.by_name import readable
@@ -14,6 +16,7 @@ from llama_fast.encodings.ggml import DECODERS, Ggml
 from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8_groups import Int8Groups
 from llama_fast.encodings.ordered import Ordered
+from llama_fast.encodings.whole_numbers import WholeNumbers
 from llama_fast.model.matrices import Matrix, Stored, Table
 from llama_ref.formats.gguf_blocks import BLOCKS
 from tests.fast.encodings.test_ggml import modest
@@ -144,3 +147,28 @@ def test_columns_that_are_no_whole_groups_are_refused_with_their_number(name: st
         KINDS[name].layout((2, ragged))
     with pytest.raises(ValueError):
         KINDS[name].encode(torch.ones(2, ragged), torch.float32)
+
+
+MATRICES = st.builds(
+    lambda seed, rows, groups, power, shift: (
+        torch.randn(rows, 128 * groups, generator=torch.Generator().manual_seed(seed)) * 10.0**power + shift
+    ),
+    st.integers(0, 2**31),
+    st.integers(2, 5),
+    st.integers(1, 3),
+    st.integers(-6, 4),
+    st.sampled_from([0.0, 1e-3, -2.0]),
+)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if isinstance(kind, WholeNumbers)])
+@given(weight=MATRICES)
+def test_no_weight_is_more_than_half_a_step_off(name: str, weight: Tensor) -> None:
+    """Where a zero is stored it is rounded too: a whole step."""
+    kind = KINDS[name]
+    assert isinstance(kind, WholeNumbers)
+    parts = kind.encode(weight, torch.float32)
+    error = (kind.decode(parts).double() - weight.double()).abs().unflatten(1, (parts["scale"].shape[1], -1))
+    step = parts["scale"].double().abs()[..., None]
+    slack = 1e-6 if kind.kind == "int4" else 1e-5
+    assert (error <= step * (1.0 if kind.zero_point else 0.5) * (1 + slack)).all()
