@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -15,7 +16,7 @@ from llama_ref.config import LlamaConfig
 from oracle.questions.cases import random_row
 from oracle.questions.checkpoints import references
 from oracle.questions.judge import Bench
-from oracle.report.page import Line, chart
+from oracle.report.pictures import BUDGET, drawn
 from oracle.subjects.fast import FastSubject
 
 CONFIG = LlamaConfig(
@@ -36,16 +37,15 @@ def main() -> None:
         faulty = build(checkpoint, optimised(), "cpu", torch.bfloat16)
     bench.prefill(FastSubject(faulty), [row])
     (wrong,) = bench.curves
-    lines = [
-        Line("yardstick", list(enumerate(right.yardstick))),
-        Line("a fault beyond 100", list(enumerate(wrong.subject))),
-        Line("our twin", list(enumerate(right.subject))),
-        Line("budget", list(enumerate(right.budget)), dashed=True),
-    ]
-    picture = chart(lines, "position", "relative error")
-    picture = picture.replace(
-        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" ', 1
-    )
+
+    def draw(axes: Any) -> None:
+        axes.plot(right.yardstick, label="yardstick")
+        axes.plot(wrong.subject, label="a fault beyond 100")
+        axes.plot(right.subject, label="our twin")
+        axes.plot(right.budget, **BUDGET)
+        axes.set(yscale="log", xlabel="position", ylabel="relative error")
+
+    picture = drawn(draw).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     Path(__file__).with_name("oracle.svg").write_text(picture + "\n", encoding="utf-8")
 
 

@@ -2,28 +2,26 @@
 
 `build(checkpoint, plan)` says it and returns a Runner: the two phases of generation, prefill and decode, over one model.
 Every optimisation is applied here and nowhere else, so the order in which they compose can be read off.
-
-Shapes: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from llama_fast.contracts import Operations, Stored
+from llama_fast.contracts import Operations
+from llama_fast.devices import default_dtype, where
 from llama_fast.encodings.tiled import laid_in_tiles
 from llama_fast.engine.runner import Runner, decode, prefill
 from llama_fast.model.llama import Block, Llama
-from llama_fast.model.matrices import Joined, Matrix, Separate, Table, apart
+from llama_fast.model.matrices import Joined, Matrix, Separate, Stored, Table, apart
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named
-from llama_fast.weights import as_planned, check_encoded, encoded, share_of
-from llama_ref.arguments import floating, made, place, shown
+from llama_fast.weights import Arriving, check_weights, encoded, share_of
+from llama_ref.arguments import floating, made, shown
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
 
@@ -46,16 +44,14 @@ def build(
     if checkpoint.encoding not in ("dense", plan.encoding.name):
         raise ValueError(f"the checkpoint is stored as {checkpoint.encoding}, the plan asks for {plan.encoding.name}")
     check_addresses(plan)
-    check_encoded(as_planned(checkpoint, plan), plan.encoding)
+    check_weights(checkpoint, plan, dtype)
     config = plan.shard.local_config(checkpoint.config)
-    for name in sorted(set(checkpoint.encodings.values()) - {plan.encoding.name}):
-        plan.arithmetic.bind(config, replace(plan, encoding=encoding_named(name)), device)  # or refuses
     operations = plan.arithmetic.bind(config, plan, device)
     if checkpoint.low_rank and not operations.compilable:
         raise ValueError(
             f"the fused kernels add no adapter to {checkpoint.encoding} weights: adapt the dense model, or take Compiled()"
         )
-    stored = Arriving(encoded(checkpoint, plan, dtype, device), kernels=bool(plan.arithmetic.name))
+    stored = Arriving(encoded(checkpoint, plan, dtype, device))
     model = construct(config, stored, plan, operations, dtype).eval().requires_grad_(False)
     return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))
 
@@ -80,51 +76,12 @@ def check_addresses(plan: Plan) -> None:
         raise ValueError("{} needs a cache whose addresses stay: Static(), not {}()".format(*kinds))
 
 
-class Arriving:
-    """Weights by stem, each encoded when it is asked for, so that what is joined is not held beside all that is not yet.
-
-    `kernels`: they multiply by kernels of ours, which must be able to read them.
-    """
-
-    def __init__(self, weights: Iterable[tuple[str, Stored]], kernels: bool):
-        self._weights, self._kernels = iter(weights), kernels
-        self._passed: dict[str, Stored] = {}
-
-    def pop(self, stem: str) -> Stored:
-        """One weight, once. ValueError for an encoding that no kernel of ours reads."""
-        while stem not in self._passed:
-            name, stored = next(self._weights)
-            if self._kernels and not stored.encoding.loader:
-                told = f"the fused kernels read no {stored.encoding.name} weights ({name})"
-                raise ValueError(f"{told}: take Compiled(), or the encoding dense")
-            self._passed[name] = stored
-        return self._passed.pop(stem)
-
-
-def where(device: torch.device | str | None) -> torch.device:
-    """The device that is meant: None or "auto" is a GPU if there is one. ValueError for one that is not there."""
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = place("device", device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but this PyTorch sees no CUDA device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={device} was asked for, but this PyTorch sees {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def construct(config: LlamaConfig, stored: Arriving, plan: Plan, operations: Operations, dtype: torch.dtype) -> Llama:
     """The model over stored weights, which are taken out of `stored` as they are used."""
     table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
     on_cpu = next(iter(table.parts.values())).device.type == "cpu"
     # behind joining: rows stand in tiles with their neighbours
-    lay = laid_in_tiles if operations.compilable and on_cpu else as_stored
+    lay = laid_in_tiles if operations.compilable and on_cpu else lambda stored: stored
     separate: list[str] = []
 
     def matrix(stored: Stored) -> Matrix:
@@ -154,7 +111,3 @@ def construct(config: LlamaConfig, stored: Arriving, plan: Plan, operations: Ope
         told = f"{len(separate)} groups of projections are not joined but multiplied one by one, the first in {separate[0]}"
         warnings.warn(told, stacklevel=3)
     return Llama(config, Table(table, dtype), blocks, norm, head)
-
-
-def as_stored(stored: Stored) -> Stored:
-    return stored

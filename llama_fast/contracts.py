@@ -1,17 +1,17 @@
 """What the slots of a Plan must offer. This file holds the Protocols, and nothing that implements one.
 
-Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V vocabulary, M rows of logits.
+Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llama_fast.choosing import SamplingKernels
 from llama_ref.checkpoint import TensorSource
 from llama_ref.config import LlamaConfig
 
@@ -27,21 +27,6 @@ PartLayout = tuple[tuple[int, ...], torch.dtype | None]
 
 Cut = tuple[slice, ...]
 """Which part of a tensor a process holds: one slice for each axis."""
-
-
-class Sampler(Protocol):
-    """What chooses a token of each row: a `Sampling` made ready for so many rows on a device."""
-
-    @property
-    def greedy(self) -> bool:
-        """Whether it takes the largest logit and looks at nothing else."""
-
-    @property
-    def code(self) -> tuple[object, ...]:
-        """What of it changes the code: two samplers with equal values here run the same compiled graph."""
-
-    def __call__(self, logits_BV: Tensor, position_B: Tensor) -> Tensor:
-        """The token [B] that stands at `position_B`."""
 
 
 Phase = Callable[..., tuple[Tensor, Tensor]]
@@ -61,7 +46,7 @@ class Encoding(Protocol):
 
     @property
     def loader(self) -> str:
-        """The name in `kernels.loaders` of what reads its parts in our kernels, as "rows"; "": they read none of it."""
+        """The name in `kernels.stored.LOADERS` of what reads its parts in our kernels, as "rows"; "": they read none of it."""
 
     def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
         """The parts of a stored matrix [out, in]; ValueError, with numbers, for a matrix that it cannot hold."""
@@ -82,51 +67,6 @@ class Encoding(Protocol):
         """The matrix's rows [..., in] at ids [...], in `dtype`: an embedding."""
 
 
-Shared = tuple[Tensor, ...]
-"""What neighbouring columns of a matrix have in common: a scale [out, 1], or which of them are kept, [out, columns]."""
-
-
-class Grid(Protocol):
-    """The numbers that one matrix [out, in] can be stored as.
-
-    An encoding that can be fitted to a text has a method `grid(weight [out, in], cost [in], dtype) -> Grid`: cost is what an
-    error in a column costs, and dtype the type of what is stored as floats.
-    """
-
-    @property
-    def columns(self) -> int:
-        """How many neighbouring columns have something in common: a group's, or all of a row's."""
-
-    def share(self, weight: Tensor, cost: Tensor) -> Shared:
-        """What so many columns [out, columns] shall have in common, so that their squared errors cost little."""
-
-    def nearest(self, weight: Tensor, shared: Shared) -> Tensor:
-        """The numbers next to these, float32; `shared` has one entry a row, or one for each of these columns."""
-
-    def parts(self, weight: Tensor, shared: Sequence[Shared]) -> dict[str, Tensor]:
-        """A matrix [out, in] of such numbers as the encoding stores it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """One matrix of shape [out, in] (or a norm's vector) as this process stores it: one value from the checkpoint to the kernel.
-
-    Where the model has biases, `bias` [out] is added to the product; encodings never see it. Nor do they see `low_rank`, an
-    adapter's up [out, r] and down [r, in] in float32, whose product is added to the matrix.
-    """
-
-    encoding: Encoding
-    shape: tuple[int, ...]
-    parts: Parts
-    bias: Tensor | None = None
-    low_rank: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The parts and the bias by name: what is written to a file."""
-        return dict(self.parts) if self.bias is None else {**self.parts, "bias": self.bias}
-
-
 Show = Callable[[str, Tensor], None]
 """Is given a stage's name and its value."""
 
@@ -143,21 +83,21 @@ class Step(NamedTuple):
     """Cosine and sine of each position's angles."""
     show: Show | None = None
     name: str = ""
-    """Of the block, or the product, that is shown."""
-
-    def shown_to(self, show: Show, name: str = "") -> Step:
-        """The same step in a block whose stages are given to `show`."""
-        return self._replace(show=show, name=name)
+    """The part of the model that the step is in."""
 
     def part(self, name: str) -> Step:
-        """The same step; the product that comes next is shown as "layers.3.wo" where the block is called "layers.3"."""
-        return self if self.show is None else self._replace(name=f"{self.name}.{name}")
+        """The same step in a part of the model: "layers.3", and in that "ffn_out" is "layers.3.ffn_out"."""
+        return self if self.show is None else self._replace(name=f"{self.name}.{name}".lstrip("."))
 
     def see(self, **stages: Tensor) -> None:
-        """Show stages of the block called `name`: in "layers.3" see(q=q) shows "layers.3.q"."""
+        """Show stages of this part: in "layers.3" see(q=q) shows "layers.3.q"."""
+        for stage, value in stages.items() if self.show is not None else ():
+            self.part(stage).see_part(value)
+
+    def see_part(self, value: Tensor) -> None:
+        """Show what this part as a whole gives."""
         if self.show is not None:
-            for stage, value in stages.items():
-                self.show(f"{self.name}.{stage}" if self.name else stage, value)
+            self.show(self.name, value)
 
 
 class Operations(Protocol):
@@ -207,10 +147,7 @@ class Operations(Protocol):
 
 
 class Slots(Protocol):
-    """A plan, as one of its leaves may see it."""
-
-    @property
-    def encoding(self) -> Encoding: ...
+    """A plan, as its arithmetic may see it."""
 
     @property
     def cache(self) -> Cache: ...
@@ -228,10 +165,6 @@ class Arithmetic(Protocol):
     @property
     def name(self) -> str:
         """The word for it in a plan's description; "" for PyTorch's."""
-
-    @property
-    def sampling_kernels(self) -> SamplingKernels | None:
-        """Kernels that choose tokens, or None to sample with PyTorch."""
 
     def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Operations:
         """The operations of one model under a plan; ValueError, by name, for what they cannot compute."""
@@ -326,14 +259,12 @@ class AllReduce(Protocol):
     def alone(self) -> bool:
         """Whether there is one process, whose results are whole."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The sum of x over all processes."""
+    @property
+    def exchange(self) -> Any:
+        """The `kernels.exchange.Exchange` by which kernels reach the other processes themselves, or None."""
 
-    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-        """residual + the sum of (a @ weight.T) * scale, in the residual's type, by our kernels."""
-
-    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
-        """Whether all that a step of so many rows says goes by kernels of ours, which can be compiled without being run."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The sum of x over all processes; with a residual, residual + sum in the residual's type."""
 
 
 class Shard(Protocol):
@@ -351,23 +282,3 @@ class Shard(Protocol):
 
     def head(self, linear: nn.Module, vocab_size: int) -> nn.Module:
         """The module that gives every process all logits, where `linear` gives those of its part of "output"."""
-
-
-class SamplingKernels(Protocol):
-    """Kernels that do in one launch each what `engine.sampling` writes as many operators."""
-
-    MOST_VOCABULARY: int
-    """The largest vocabulary that `distribution` and `draw` take; `likeliest` takes any."""
-
-    def distribution(self, logits: Tensor, temperature: Tensor, top_k: Tensor | None, min_p: Tensor | None) -> Tensor:
-        """The distributions [M, V] from which tokens with these logits are drawn, each row by its own settings [B].
-
-        M is a multiple of B: as many logits of each row, one row after another. Temperature 0 is the largest logit alone, and
-        a top_k of 0 keeps everything, as None does for all.
-        """
-
-    def draw(self, p: Tensor, uniform: Tensor) -> Tensor:
-        """The tokens [M] at which the cumulative sums of p [M, V] pass the uniforms [M]."""
-
-    def likeliest(self, logits: Tensor) -> Tensor:
-        """The id of the largest of each row of logits [M, V], the lowest on ties, int64 [M]."""

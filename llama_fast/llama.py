@@ -18,7 +18,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from llama_fast.build import build, default_dtype, where
+from llama_fast.build import build
+from llama_fast.devices import default_dtype, where
 from llama_fast.engine.caches import Caches
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.generate import together

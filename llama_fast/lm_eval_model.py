@@ -22,7 +22,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from llama_fast.build import build, default_dtype, where
+from llama_fast.build import build
+from llama_fast.devices import default_dtype, where
 from llama_fast.llama import Llama, Output
 from llama_fast.lm_eval_settings import (
     LOG,

@@ -19,20 +19,14 @@ from llama_fast.encodings.dense import Dense
 from llama_fast.parallel.alone import Whole
 from llama_ref.arguments import flag, made
 
-SLOTS = {
-    "encoding": (
-        "an encoding, as Dense() or Int8()",
-        *("name", "loader", "layout", "encode", "decode", "cut", "product", "rows"),
-    ),
-    "cache": ("a kind of cache, as Growing() or Static()", "plain_slots", "fixed_addresses", "allocate"),
-    "compiler": (
-        "a compiler, as Eager(), Compiled() or Graphed()",
-        *("records_addresses", "compiles_each_shape", "compile"),
-    ),
-    "shard": ("a shard, as Whole() or TensorParallel(rank, size)", "all_reduce", "local_config", "part", "head"),
-    "arithmetic": ("an arithmetic, as PyTorch() or Triton()", "name", "bind"),
+SLOTS: dict[str, tuple[type, str]] = {
+    "encoding": (Encoding, "an encoding, as Dense() or Int8()"),
+    "cache": (Cache, "a kind of cache, as Growing() or Static()"),
+    "compiler": (Compiler, "a compiler, as Eager(), Compiled() or Graphed()"),
+    "shard": (Shard, "a shard, as Whole() or TensorParallel(rank, size)"),
+    "arithmetic": (Arithmetic, "an arithmetic, as PyTorch() or Triton()"),
 }
-"""What the value of each slot is, in words, and the members that it must have."""
+"""The contract of each slot, all of whose members its value must have, and what such a value is in words."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +42,9 @@ class Plan:
     """q, k, v as one matrix and gate, up as another: fewer, larger products of the same numbers."""
 
     def __post_init__(self) -> None:
-        for slot, (wanted, *parts) in SLOTS.items():
-            made(slot, getattr(self, slot), wanted, *parts)
+        for slot, (contract, wanted) in SLOTS.items():
+            members = [name for name in vars(contract) if not name.startswith("_")]
+            made(slot, getattr(self, slot), wanted, *members)
         object.__setattr__(self, "fuse_projections", flag("fuse_projections", self.fuse_projections))
 
     def __str__(self) -> str:

@@ -8,15 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Encoding, PartLayout, Stored
+from llama_fast.contracts import Encoding, PartLayout
 from llama_fast.encodings.by_name import of_size, readable
 from llama_fast.encodings.dense import Dense
-from llama_fast.encodings.ggml import repacked
+from llama_fast.encodings.ggml import read_by_kernels, repacked
+from llama_fast.model.matrices import Stored
 from llama_fast.parallel.alone import Whole
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint, TensorSource
 from llama_ref.config import LlamaConfig
-from llama_ref.weights import FLOATS, CheckpointError, check_shapes, expected_shapes
+from llama_ref.weights import FLOATS, CheckpointError, check_shapes
 
 STRIPE_BYTES = 8 << 20
 """Rows of a file that are held at once to be encoded: the host's memory is for this process's part, and little more."""
@@ -30,14 +31,24 @@ def encoded(
     What the encoding leaves alone becomes `dtype`; None keeps it as stored.
     """
     checkpoint = as_planned(checkpoint, plan)
-    for name in checkpoint.weights:
-        stem, _, part = name.rpartition(".")
-        if part != "weight":  # read together with its weight
-            continue
+    for stem in checkpoint.parts:
         stored, bias = encode_one(checkpoint, stem, plan, dtype, device), bias_of(checkpoint, stem, plan)
         low_rank = low_rank_of(checkpoint, stem, plan, dtype, device)
         bias = None if bias is None else bias.to(device, dtype or bias.dtype)
         yield stem, replace(stored, bias=bias, low_rank=low_rank)
+
+
+class Arriving:
+    """Weights by stem, each encoded when it is asked for, so that what is joined is not held beside all that is not yet."""
+
+    def __init__(self, weights: Iterator[tuple[str, Stored]]):
+        self._weights, self._passed = weights, dict[str, Stored]()
+
+    def pop(self, stem: str) -> Stored:
+        """One weight, once."""
+        while stem not in self._passed:
+            self._passed.update([next(self._weights)])
+        return self._passed.pop(stem)
 
 
 def named_tensors(
@@ -58,14 +69,12 @@ def encode_one(
 ) -> Stored:
     """One weight. Reads only this process's rows; where columns are cut, whole rows, one stripe at a time."""
     checkpoint = as_planned(checkpoint, plan)
-    weights, config = checkpoint.weights, checkpoint.config
-    source, whole_shape = weights[f"{stem}.weight"], expected_shapes(config)[f"{stem}.weight"]
-    cut = plan.shard.part(stem, whole_shape, config)
+    source, whole_shape = checkpoint.weights[f"{stem}.weight"], checkpoint.shapes[f"{stem}.weight"]
+    cut = plan.shard.part(stem, whole_shape, checkpoint.config)
     shape = tuple(len(range(*part.indices(size))) for part, size in zip(cut, whole_shape, strict=True))
-    stored = parts_of(checkpoint, stem)
-    encoding, kept = encoding_of(checkpoint, stem, plan.encoding), dtype or source.dtype
-    of_file = checkpoint.encoding == "stored" and stem in checkpoint.encodings and source.dtype is not kept
-    if is_stored_encoded(stored) or of_file:
+    encoding, is_kept = held_as(checkpoint, stem, plan, dtype)
+    if is_kept:
+        stored = parts_of(checkpoint, stem)
         check_layout(stem, stored, encoding.layout(whole_shape), checkpoint.path)
         try:
             parts = encoding.cut(stored, whole_shape, cut)
@@ -76,8 +85,9 @@ def encode_one(
         if plan.arithmetic.name or device.type != "cpu":
             encoding, parts = repacked(encoding, parts)
         return Stored(encoding, shape, {name: held.to(device) for name, held in parts.items()})
-    if checkpoint.encoding != "dense" or not is_encoded(stem, config) or encoding.name in ("dense", "stored"):
-        return Stored(Dense(), shape, Dense().encode(source[cut].contiguous().to(device), kept))
+    kind = dtype or source.dtype
+    if encoding == Dense():
+        return Stored(encoding, shape, encoding.encode(source[cut].contiguous().to(device), kind))
     # A scale is that of the whole row, whichever columns of it are kept here: so all processes hold one matrix's numbers.
     first, stop, _ = cut[0].indices(source.shape[0])
     on_file = not hasattr(source, "device")  # what has a device is in its memory, or drawn there whole
@@ -85,7 +95,7 @@ def encode_one(
     parts = {}
     for row in range(first, stop, rows):
         count = min(rows, stop - row)
-        stripe = encoding.encode(source[row : row + count].to(device), kept)
+        stripe = encoding.encode(source[row : row + count].to(device), kind)
         for name, tensor in encoding.cut(stripe, (count, source.shape[1]), (slice(None), cut[1])).items():
             if row == first:  # laid out whole before anything else is, so that what a stripe needs is given back
                 parts[name] = tensor.new_empty(stop - first, *tensor.shape[1:])
@@ -110,12 +120,19 @@ def encoding_of(checkpoint: Checkpoint, stem: str, encoding: Encoding) -> Encodi
     return found
 
 
+def held_as(checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | None) -> tuple[Encoding, bool]:
+    """The encoding of one weight under a plan, and whether the weight is kept as the file holds it; else it is encoded."""
+    parts, encoding = parts_of(checkpoint, stem), encoding_of(checkpoint, stem, plan.encoding)
+    kind, of_file = parts["weight"].dtype, checkpoint.encoding == "stored" and stem in checkpoint.encodings
+    if is_stored_encoded(parts) or (of_file and kind is not (dtype or kind)):
+        return encoding, True
+    is_dense = checkpoint.encoding != "dense" or encoding.name == "stored" or not is_encoded(stem, checkpoint.config)
+    return Dense() if is_dense else encoding, False
+
+
 def parts_of(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:
     """What a checkpoint holds of one weight: {"weight": ...}, and of an encoded one {"weight": ..., "scale": ...}."""
-    found = {
-        name[len(stem) + 1 :]: source for name, source in checkpoint.weights.items() if name.startswith(stem + ".")
-    }
-    return {name: source for name, source in found.items() if name != "bias" and "." not in name}
+    return {part: checkpoint.weights[f"{stem}.{part}"] for part in checkpoint.parts[stem]}
 
 
 def is_stored_encoded(parts: Mapping[str, TensorSource]) -> bool:
@@ -134,17 +151,17 @@ def check_layout(stem: str, parts: Mapping[str, TensorSource], layout: Mapping[s
             raise CheckpointError(f"{where}: {stem}.{name} is {str(held).removeprefix('torch.')}, not {wanted}")
 
 
-def check_encoded(checkpoint: Checkpoint, encoding: Encoding) -> None:
-    """CheckpointError unless every weight of a checkpoint that is stored in parts is whole."""
-    shapes = expected_shapes(checkpoint.config)
-    for name in checkpoint.weights:
-        stem, _, part = name.rpartition(".")
-        if part != "weight":
-            continue
-        parts = parts_of(checkpoint, stem)
-        if is_stored_encoded(parts) or (checkpoint.encoding == "stored" and stem in checkpoint.encodings):
-            layout = encoding_of(checkpoint, stem, encoding).layout(shapes[name])
-            check_layout(stem, parts, layout, checkpoint.path)
+def check_weights(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> None:
+    """CheckpointError unless every weight that is kept in parts is whole; ValueError for one that the kernels cannot read."""
+    checkpoint = as_planned(checkpoint, plan)
+    for stem in checkpoint.parts:
+        encoding, is_kept = held_as(checkpoint, stem, plan, dtype)
+        if is_kept:
+            layout = encoding.layout(checkpoint.shapes[f"{stem}.weight"])
+            check_layout(stem, parts_of(checkpoint, stem), layout, checkpoint.path)
+        if plan.arithmetic.name and not read_by_kernels(encoding).loader:
+            told = f"the fused kernels read no {encoding.name} weights ({stem})"
+            raise ValueError(f"{told}: take Compiled(), or the encoding dense")
 
 
 def share_of(table: Stored, name: str, plan: Plan, config: LlamaConfig) -> Stored:
@@ -160,7 +177,7 @@ def bias_of(checkpoint: Checkpoint, stem: str, plan: Plan) -> Tensor | None:
     source = checkpoint.weights.get(f"{stem}.bias")
     if source is None:
         return None
-    shape = expected_shapes(checkpoint.config)[f"{stem}.weight"]
+    shape = checkpoint.shapes[f"{stem}.weight"]
     rows, columns = plan.shard.part(stem, shape, checkpoint.config)
     bias = source[(rows,)].contiguous()
     return bias if columns.indices(shape[1])[0] == 0 else torch.zeros_like(bias)
@@ -177,7 +194,7 @@ def low_rank_of(
     pair = checkpoint.low_rank.get(stem)
     if pair is None:
         return None
-    rows, columns = plan.shard.part(stem, expected_shapes(checkpoint.config)[f"{stem}.weight"], checkpoint.config)
+    rows, columns = plan.shard.part(stem, checkpoint.shapes[f"{stem}.weight"], checkpoint.config)
     up, down = pair.scale * pair.up[rows, :].double(), pair.down[:, columns]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     return up.to(device, wide).contiguous(), down.to(device, wide).contiguous()

@@ -7,8 +7,9 @@ stand in Meta's order: the two halves of rotary pair i are rows 2i and 2i + 1 of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -82,6 +83,20 @@ class Checkpoint:
     def default_encoding(self) -> str:
         """The encoding of a plan that names none."""
         return "stored" if self.stored is not None and self.keeps_stored else self.encoding
+
+    @cached_property
+    def parts(self) -> Mapping[str, Sequence[str]]:
+        """The parts in which each weight is held, by its stem: {"layers.0.attention.wq": ["weight", "scale"]}; no biases."""
+        found: dict[str, list[str]] = {}
+        for name in self.weights:
+            stem, _, part = name.rpartition(".")
+            found.setdefault(stem, []).append(part)
+        return {stem: [part for part in parts if part != "bias"] for stem, parts in found.items() if "weight" in parts}
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The whole shape of every tensor that a model of this config has, by its name."""
+        return expected_shapes(self.config)
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -68,7 +68,7 @@ def verify(
 ) -> None:
     """Judge prefill, decoding, every stage, text, sampling, stop rules, files; for a lossy encoding also its cost."""
 
-    from llama_fast.build import default_dtype, where
+    from llama_fast.devices import default_dtype, where
     from llama_fast.parallel.ranks import Place
     from llama_fast.recipes import chosen_encoding
     from llama_ref.models import resolve
@@ -167,7 +167,7 @@ def judge_file(
     html: HtmlFlag = None,
 ) -> None:
     """Judge logits that were computed elsewhere, and if they are there, greedy tokens and stages."""
-    from llama_fast.build import where
+    from llama_fast.devices import where
     from llama_ref.models import resolve
     from oracle.questions.recorded import Cases, Recorded, check_stages, judge_recorded, traces
     from oracle.report.certificate import Certificate

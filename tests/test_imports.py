@@ -36,21 +36,23 @@ LEAVES = ("arithmetic", "encodings", "caches", "compilers", "parallel")
 """The folders of a plan's slots: none imports another."""
 
 FLOORS = {
-    "contracts": (),
+    "choosing": (),
+    "contracts": ("choosing",),
+    "devices": (),
     "kernels": (),
     "model": ("contracts",),
-    **dict.fromkeys(LEAVES, ("contracts", "kernels", "model")),
+    **dict.fromkeys(LEAVES, ("choosing", "contracts", "kernels", "model")),
     "plan": ("contracts", *LEAVES),
     "recipes": ("contracts", "plan", *LEAVES),
-    "weights": ("contracts", "plan", "recipes", *LEAVES),
-    "engine": ("contracts", "model", "plan", "weights", *LEAVES),
+    "weights": ("contracts", "model", "plan", "recipes", *LEAVES),
+    "engine": ("choosing", "contracts", "model", "plan", "weights", *LEAVES),
     "speculative": ("contracts", "model", "compilers", "plan", "engine", "caches", "parallel"),
-    "build": ("contracts", "model", "plan", "recipes", "weights", "engine", *LEAVES),
+    "build": ("contracts", "devices", "model", "plan", "recipes", "weights", "engine", *LEAVES),
     "calibration": ("contracts", "model", "plan", "weights", *LEAVES),
-    "llama": ("contracts", "plan", "engine", "build", "recipes", *LEAVES),
+    "llama": ("contracts", "devices", "plan", "engine", "build", "recipes", *LEAVES),
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_settings": (),
-    "lm_eval_model": ("contracts", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
+    "lm_eval_model": ("contracts", "devices", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
     "serve": ("engine", "llama"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),
@@ -141,6 +143,38 @@ def test_the_oracle_has_floors_and_its_statistics_know_torch_alone(path: Path) -
     if floor in TWINS_ALLOWED:
         allowed += ["llama_ref", "llama_fast"]
     assert not outside(ours(path), *allowed)
+
+
+def defined(module: str) -> set[str] | None:
+    """The names that a module of ours has, as its source says; None for what is no module."""
+    path = ROOT.joinpath(*module.split("."))
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_dir() and not source.is_file():
+        return None
+    found = {file.stem for file in path.glob("*")}
+    for node in ast.walk(ast.parse(source.read_text() if source.is_file() else "")):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+def test_whatever_is_imported_of_ours_is_there() -> None:
+    """Also by scripts that only a GPU, or a person, runs."""
+    known, missing = {}, []
+    for path in files("[dlot]*/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module is None or module.split(".")[0] not in ("llama_ref", "llama_fast", "oracle", "tests"):
+                continue
+            if module not in known:
+                known[module] = defined(module)
+            absent = {alias.name for alias in node.names} - (known[module] or set())
+            missing += [f"{path.relative_to(ROOT)}: {module}.{name}" for name in absent]
+    assert not missing
 
 
 def test_importing_the_library_brings_in_no_heavy_neighbour() -> None:

@@ -24,7 +24,6 @@ class PyTorch:
     """The plain arithmetic."""
 
     name: str = field(default="", init=False)
-    sampling_kernels: ClassVar[None] = None
 
     def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Operators:
         return Operators(config.head_dim, config.window, slots.shard.all_reduce)
@@ -76,8 +75,7 @@ class Operators:
 
     def add(self, a_BTK: Tensor, matrix: nn.Module, x_BTD: Tensor, step: Step) -> Tensor:
         y_BTD: Tensor = matrix(a_BTK)
-        if step.show is not None:
-            step.show(step.name, y_BTD)
+        step.see_part(y_BTD)
         return x_BTD + self.all_reduce(y_BTD)
 
     def gated(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:

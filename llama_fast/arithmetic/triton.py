@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import AllReduce, KVCache, LayerCache, SamplingKernels, Slots, Step
+from llama_fast.choosing import SamplingKernels
+from llama_fast.contracts import AllReduce, KVCache, LayerCache, Slots, Step
 from llama_fast.kernels import available, interpreted
 from llama_fast.model.attention import visible
 from llama_ref.config import LlamaConfig
@@ -39,21 +40,11 @@ class Triton:
 
     name: str = field(default="triton", init=False)
 
-    @property
-    def sampling_kernels(self) -> SamplingKernels:
-        from llama_fast.kernels import ops  # lazy import: Triton is optional
-
-        return ops
-
     def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Kernels:
         asked = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "window": config.window}
         for name, value in asked.items():
             if value:
                 raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
-        if not slots.encoding.loader:
-            raise ValueError(
-                f"the fused kernels read no {slots.encoding.name} weights: take Compiled() for this encoding"
-            )
         if not slots.cache.plain_slots:
             kind = type(slots.cache).__name__
             raise ValueError(f"the fused kernels write no {kind} cache: take Static(), or Compiled() with this one")
@@ -168,7 +159,7 @@ class Kernels:
     def add(self, a_BTK: Tensor, matrix: nn.Module, x_BTD: Tensor, step: Step) -> Tensor:
         a_MK, x_MD, (weight, scale) = a_BTK.flatten(0, 1), x_BTD.flatten(0, 1), matrix_of(matrix)
         if self.ops.takes(len(x_MD), weight, a_MK):
-            x_MD = self.all_reduce.add_product(a_MK, weight, scale, x_MD)
+            x_MD = self.add_product(a_MK, weight, scale, x_MD)
         elif isinstance(weight, Tensor) and weight.dtype == x_MD.dtype and self.all_reduce.alone:
             x_MD.addmm_(a_MK, weight.t())
         elif self.all_reduce.alone:
@@ -176,6 +167,16 @@ class Kernels:
         else:
             x_MD.add_(self.all_reduce(self.ops.wide_linear(a_MK, weight, scale).value(x_MD.dtype)))
         return x_MD.view(x_BTD.shape)
+
+    def add_product(self, a_MK: Tensor, weight: Any, scale: Tensor | None, x_MD: Tensor) -> Tensor:
+        """x plus a few rows' product, summed over all processes."""
+        exchange = self.all_reduce.exchange
+        if self.all_reduce.alone:
+            return self.ops.linear_add(a_MK, weight, scale, x_MD)
+        if exchange is not None and len(a_MK) == 1 and not exchange.apart:
+            return exchange.add_product(a_MK, weight, scale, x_MD)  # type: ignore[no-any-return]
+        # float32 until x is added
+        return self.all_reduce(self.ops.linear(a_MK, weight, scale, dtype=torch.float32), x_MD)
 
     def gated(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, step: Step) -> Tensor:
         x_MD, (weight, scale), (gain, eps) = x_BTD.flatten(0, 1), matrix_of(matrix), gain_of(norm)
@@ -218,8 +219,9 @@ class Kernels:
         return self.all_reduce(told)[: len(numbers)].tolist()  # type: ignore[no-any-return]
 
     def compile_ahead(self, run: Callable[[], Any], rows: int) -> None:
-        if self.all_reduce.in_kernels(rows, self.config.dim, self.config.vocab_size):
-            # collectives would exchange what no kernel has written
+        exchange, c = self.all_reduce.exchange, self.config
+        in_kernels = exchange is not None and exchange.takes(rows, max(c.dim * exchange.mailbox.size, c.vocab_size))
+        if self.all_reduce.alone or in_kernels:  # else collectives would exchange what no kernel has written
             with self.launching.compiled_together():
                 run()
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from llama_fast.caches.static import Static
 from llama_fast.calibration.moments import DAMPING, Moments
 from llama_fast.calibration.rounding import round_alone, round_with_feedback
-from llama_fast.contracts import Encoding, KVCache, Stored
+from llama_fast.contracts import Encoding, KVCache
 from llama_fast.model.llama import Block, Llama
-from llama_fast.model.matrices import Matrix, Separate, Table
+from llama_fast.model.matrices import Matrix, Separate, Stored, Table
 from llama_fast.plan import Plan
 from llama_fast.weights import bias_of, encode_one, encoding_of
 from llama_ref.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Grid, Shared
+from llama_fast.encodings.grid import Grid, Shared
 
 BLOCK = 128
 """Columns after which errors are passed on to the rest of the matrix, by one product."""

@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llama_fast.choosing import Sampler
 from llama_fast.compilers.compilation import own_code
 from llama_fast.compilers.tuner_clock import steady_tuning
-from llama_fast.contracts import KVCache, LayerCache, Phase, Sampler, Step
+from llama_fast.contracts import KVCache, LayerCache, Phase, Step
 from llama_fast.model.llama import Llama
 from llama_ref.arguments import flag
 

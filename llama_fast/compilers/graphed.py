@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import KVCache, Phase, Sampler, SamplingKernels
+from llama_fast.choosing import Sampler, SamplingKernels
+from llama_fast.contracts import KVCache, Phase
 from llama_fast.model.llama import Llama
 from llama_fast.model.roofline import stored_bytes
 

@@ -14,17 +14,18 @@ the scale of a block repeated for each of its rows: so every part's first axis i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, PartLayout, Parts, Shared
-from llama_fast.encodings.cutting import cut_along_axes
-from llama_fast.encodings.scales import SMALLER, ceil_bf16, least_error
-from llama_fast.model.matvec import product, product_by_slices
-from llama_ref.checkpoint import TensorSource
+from llama_fast.contracts import PartLayout, Parts
+from llama_fast.encodings.decoding import Decoding
+from llama_fast.encodings.grid import SMALLER, Shared, least_error
+from llama_fast.encodings.scales import ceil_bf16
+from llama_fast.encodings.whole_numbers import groups_of
+from llama_fast.model.matvec import product
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -32,7 +33,7 @@ NAME = re.compile(r"fp8(-g(?P<group>[1-9]\d{0,5}))?")
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(Decoding):
     """Half of bf16's bytes. `group`: columns that share a scale; 0: a row has one."""
 
     group: int = 0
@@ -52,11 +53,10 @@ class Fp8:
     def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
         """ValueError where the columns are no whole groups."""
         out, columns = shape
-        if self.group and columns % self.group:
-            raise ValueError(
-                f"{self.name} has groups of {self.group} columns, which {columns} columns are not: take fp8"
-            )
-        return {"weight": ((out, columns), E4M3), "scale": ((out, columns // self.group if self.group else 1), None)}
+        return {
+            "weight": ((out, columns), E4M3),
+            "scale": ((out, groups_of(self.name, self.group, columns, ": take fp8")), None),
+        }
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """{"weight": e4m3 [out, in], "scale": bf16 [out, 1]}, or [out, groups]."""
@@ -75,16 +75,9 @@ class Fp8:
         weight: Tensor = grouped * parts["scale"].float()[..., None]
         return weight.flatten(1)
 
-    def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
-        return cut_along_axes(parts, shape, cut)
-
     def product(self, x: Tensor, parts: Parts) -> Tensor:
         """The scale is applied once per output; of groups, the decoded matrix's, some rows of it at a time."""
-        if not self.group:
-            return product(x, parts["weight"], parts["scale"])
-        return product_by_slices(
-            x, parts["weight"].shape[0], lambda rows: self.decode({name: part[rows] for name, part in parts.items()})
-        )
+        return super().product(x, parts) if self.group else product(x, parts["weight"], parts["scale"])
 
     def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         flat = ids.reshape(-1)

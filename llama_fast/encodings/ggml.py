@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.contracts import Cut, Encoding, PartLayout, Parts
+from llama_fast.encodings.decoding import Decoding, rows_of
 from llama_fast.encodings.int4 import Int4
 from llama_fast.model.matvec import product_by_pieces, product_by_slices
 from llama_ref.checkpoint import TensorSource
@@ -36,7 +37,7 @@ E2M1_NUMBERS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doub
 
 
 @dataclass(frozen=True)
-class Ggml:
+class Ggml(Decoding):
     """`type`: the GGML type's name in small letters, as "q4_k"."""
 
     type: str
@@ -86,19 +87,15 @@ class Ggml:
         rows = parts["weight"].shape[0]
         return product_by_slices(x, rows, lambda some: self.decode(rows_of(parts, some)), numbers=SLICE_NUMBERS)
 
-    def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
-        flat = ids.reshape(-1)
-        return self.decode({name: part[flat] for name, part in parts.items()}).to(dtype).view(*ids.shape, -1)
 
-
-def rows_of(parts: Parts, rows: slice) -> dict[str, Tensor]:
-    """The same parts of some rows of the matrix."""
-    return {name: part[rows] for name, part in parts.items()}
+def read_by_kernels(encoding: Encoding) -> Encoding:
+    """The encoding that our kernels are given for this one: Q4_0 is `Int4(32)` in another order, all else stays as it is."""
+    return Int4(32) if encoding == Ggml("q4_0") else encoding
 
 
 def repacked(encoding: Encoding, parts: dict[str, Tensor]) -> tuple[Encoding, dict[str, Tensor]]:
-    """For our kernels: Q4_0 is `Int4(32)` in another order, number for number; all else stays as it is."""
-    if encoding != Ggml("q4_0"):
+    """A matrix for our kernels, number for number."""
+    if read_by_kernels(encoding) == encoding:
         return encoding, parts
     low, high = nibbles(parts["weight"].unflatten(1, (-1, 16)))
     return Int4(32), Int4(32).stored(torch.cat([low, high], -1).flatten(1), parts["scale"], None)

@@ -11,18 +11,18 @@ are 9/16 of bf16's bytes, int8 values with a scale per row 5/16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, PartLayout, Parts, Shared
-from llama_fast.encodings.cutting import cut_along_axes
+from llama_fast.contracts import PartLayout, Parts
+from llama_fast.encodings.decoding import Decoding
+from llama_fast.encodings.grid import Shared
 from llama_fast.encodings.scales import ceil_bf16
 from llama_fast.model.matvec import product, product_by_slices
-from llama_ref.checkpoint import TensorSource
 
 WORD_COLUMNS = 32
 """Columns whose places share a word of 32 bits."""
@@ -31,16 +31,15 @@ PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
 @dataclass(frozen=True)
-class Sparse24:
+class Sparse24(Decoding):
     """`int8`: the values are 8-bit integers with one scale per output row; else they have the type of the arithmetic."""
 
     int8: bool = False
+    loader: ClassVar[str] = "sparse24"
 
     @property
     def name(self) -> str:
         return "sparse24-int8" if self.int8 else "sparse24"
-
-    loader: ClassVar[str] = "sparse24"
 
     def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
         """ValueError where the columns are no whole words of places."""
@@ -72,9 +71,6 @@ class Sparse24:
         values = parts["weight"].float() * parts["scale"].float() if "scale" in parts else parts["weight"]
         return spread(values, parts["places"])
 
-    def cut(self, parts: Mapping[str, TensorSource], shape: Sequence[int], cut: Cut) -> dict[str, Tensor]:
-        return cut_along_axes(parts, shape, cut)
-
     def product(self, x: Tensor, parts: Parts) -> Tensor:
         """The dense matrix's, some rows of it at a time; the scale is applied once per output."""
         if torch.compiler.is_compiling():
@@ -86,10 +82,6 @@ class Sparse24:
 
         y = product_by_slices(x, parts["weight"].shape[0], decoded)
         return y if scale is None else (y.float() * scale.float().view(-1)).to(y.dtype)
-
-    def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
-        flat = {name: part[ids.reshape(-1)] for name, part in parts.items()}
-        return self.decode(flat).to(dtype).view(*ids.shape, -1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Cut, Encoding, PartLayout, Parts, Stored
+from llama_fast.contracts import Cut, Encoding, PartLayout, Parts
+from llama_fast.model.matrices import Stored
 from llama_fast.model.matvec import FEW, product_by_slices
 from llama_fast.model.tiles import LANES, rows_of_tiles, tiled, untiled
 from llama_ref.checkpoint import TensorSource

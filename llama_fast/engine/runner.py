@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llama_fast.contracts import KVCache, Phase, Sampler
+from llama_fast.choosing import Sampler
+from llama_fast.contracts import KVCache, Phase
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.model.llama import Llama
 from llama_fast.plan import Plan
@@ -116,7 +117,7 @@ class Runner:
         choose.steady = self.plan.compiler.compiles_each_shape
         if not choose.steady:
             choose.look_ahead(positions)
-            choose.kernels = self.plan.arithmetic.sampling_kernels
+            choose.kernels = self.model.operations.sampling_kernels
         return choose
 
     def reference_weights(self) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import SamplingKernels
+from llama_fast.choosing import SamplingKernels
 from llama_fast.engine.transfer import upload
 from llama_ref.arguments import is_whole, real, several, whole
 

@@ -95,11 +95,17 @@ def _gather(
 class Exchange(NamedTuple):
     """One rank's side; `memory` keeps its inbox, and the peers' mappings, alive.
 
-    All ranks make the same calls in the same order. ValueError for more numbers than the mailbox has words.
+    The product of one row sends its own part; with `apart` the sum behind it does. All ranks make the same calls in the same
+    order. ValueError for more numbers than the mailbox has words.
     """
 
     mailbox: Mailbox
     memory: object
+    apart: bool = False
+
+    def takes(self, rows: int, columns: int) -> bool:
+        """Whether a gather of so many rows, each cut over the ranks, fits the mailbox."""
+        return rows * -(-columns // self.mailbox.size) <= self.mailbox.words
 
     def sum(self, x: Tensor, residual: Tensor | None = None, sent: bool = False, *, pdl: bool | None = None) -> Tensor:
         """The sum of the ranks' x (any shape, contiguous), in x's type; with a residual residual + sum, in its type.
@@ -173,7 +179,7 @@ def _(x: Tensor, columns: int, name: str) -> Tensor:
     return x.new_empty(x.shape[0], columns)
 
 
-def over_nvlink(rank: int, size: int, device: torch.device) -> Exchange:
+def over_nvlink(rank: int, size: int, device: torch.device, apart: bool = False) -> Exchange:
     """For the default process group, all of whose ranks call this. Raises RuntimeError where GPUs do not reach each other."""
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symmetric
@@ -188,4 +194,4 @@ def over_nvlink(rank: int, size: int, device: torch.device) -> Exchange:
     dist.barrier()  # no word may arrive before the zeros
     inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
     epochs = torch.zeros(WORDS // BLOCK, dtype=torch.int32, device=device)
-    return Exchange(Mailbox(rank, size, WORDS, BLOCK, inboxes, epochs), (memory, handle))
+    return Exchange(Mailbox(rank, size, WORDS, BLOCK, inboxes, epochs), (memory, handle), apart)

@@ -15,7 +15,8 @@ import torch
 import typer
 
 from llama_fast import recipes as presets
-from llama_fast.build import build, default_dtype, where
+from llama_fast.build import build
+from llama_fast.devices import default_dtype, where
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.text import stop_strings
 from llama_fast.ladder import jobs

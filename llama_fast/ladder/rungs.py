@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_fast.build import default_dtype
+from llama_fast.devices import default_dtype
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.fp8 import Fp8
 from llama_fast.encodings.int4 import Int4

@@ -96,13 +96,13 @@ class Llama(nn.Module):
         its memory may be written over.
         """
         step = self.operations.place(self.rope_table, tokens_BT, start_B, cache)
+        step = step if show is None else step._replace(show=show)
         x_BTD = self.operations.embed(tokens_BT, self.embedding)
-        if show is not None:
-            show("embedding", x_BTD)
+        step.see(embedding=x_BTD)
         for i, (block, layer) in enumerate(zip(self.blocks, cache.layers)):
-            x_BTD = block(x_BTD, layer, step if show is None else step.shown_to(show, f"layers.{i}"))
-            if show is not None:
-                show(f"layers.{i}", x_BTD)
+            of_block = step.part(f"layers.{i}")
+            x_BTD = block(x_BTD, layer, of_block)
+            of_block.see_part(x_BTD)
         if last_B is not None:
             x_BTD = x_BTD[torch.arange(len(x_BTD), device=last_B.device), last_B][:, None]
-        return self.operations.head(x_BTD, self.norm, self.head, step if show is None else step.shown_to(show))
+        return self.operations.head(x_BTD, self.norm, self.head, step)

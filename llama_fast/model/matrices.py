@@ -1,4 +1,4 @@
-"""Stored matrices as modules: products with one, or with several of one input, and rows of a table.
+"""Stored matrices, and the modules that they become: products with one, or with several of one input, and rows of a table.
 
 Shapes: V vocabulary.
 """
@@ -6,12 +6,33 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import Encoding, Stored
+from llama_fast.contracts import Encoding, Parts
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One matrix of shape [out, in] (or a norm's vector) as this process stores it: one value from the checkpoint to the kernel.
+
+    Where the model has biases, `bias` [out] is added to the product; encodings never see it. Nor do they see `low_rank`, an
+    adapter's up [out, r] and down [r, in] in float32, whose product is added to the matrix.
+    """
+
+    encoding: Encoding
+    shape: tuple[int, ...]
+    parts: Parts
+    bias: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts and the bias by name: what is written to a file."""
+        return dict(self.parts) if self.bias is None else {**self.parts, "bias": self.bias}
 
 
 class Matrix(nn.Module):

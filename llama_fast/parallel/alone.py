@@ -15,17 +15,10 @@ class Alone:
     """The sum over one process."""
 
     alone = True
+    exchange = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x
-
-    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-        from llama_fast.kernels import ops  # lazy import: Triton is optional
-
-        return ops.linear_add(a, weight, scale, residual)
-
-    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
-        return True
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return x if residual is None else (residual + x).type_as(residual)
 
 
 @dataclass(frozen=True)

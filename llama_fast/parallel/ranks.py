@@ -181,7 +181,7 @@ def exchanger_named(name: str | None, place: Place, device: torch.device) -> Exc
         return OverSymmetricMemory(buffer, ONE_SHOT_BYTES)
     from llama_fast.kernels.exchange import over_nvlink
 
-    return OverNvlink(over_nvlink(place.rank, place.size, device), apart=name == "apart")
+    return OverNvlink(over_nvlink(place.rank, place.size, device, apart=name == "apart"))
 
 
 def reach(device: torch.device) -> bool:

@@ -44,25 +44,15 @@ class OverGroup:
     """Sums over the default process group by functional collectives, which compilers and CUDA graphs capture."""
 
     alone = False
+    exchange: Exchange | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        total = self.total(x)
+        return total if residual is None else (residual + total).type_as(residual)
+
+    def total(self, x: Tensor) -> Tensor:
         group: Any = dist.group.WORLD
-        total: Tensor = functional.wait_tensor(functional.all_reduce(x, "sum", group))
-        return total
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + the sum of x, in the residual's type."""
-        return (residual + self(x)).type_as(residual)
-
-    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-        from llama_fast.kernels import ops  # lazy import: Triton is optional
-
-        return self.add(
-            ops.linear(a, weight, scale, dtype=torch.float32), residual
-        )  # float32 until the residual is added
-
-    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
-        return False
+        return functional.wait_tensor(functional.all_reduce(x, "sum", group))  # type: ignore[no-any-return]
 
     def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
         # a sum of parts padded with zeros is exact, takes uneven parts, and is the same everywhere
@@ -70,40 +60,22 @@ class OverGroup:
 
 
 class OverNvlink(OverGroup):
-    """What one decode step says goes straight into the other GPUs' memory; longer messages go by the group.
+    """What one decode step says goes straight into the other GPUs' memory; longer messages go by the group."""
 
-    The product of one row sends its own part; with `apart` the sum behind it does.
-    """
+    def __init__(self, exchange: Exchange):
+        from llama_fast.kernels.exchange import opened  # lazy import: Triton is optional
 
-    def __init__(self, exchange: Exchange, apart: bool = False):
-        from llama_fast.kernels import exchange as kernels  # lazy import: Triton is optional
+        self.exchange: Exchange = exchange
+        self.name = opened(exchange)
 
-        self.name = kernels.opened(exchange)
-        self.mailbox, self.apart = exchange.mailbox, apart
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() > self.mailbox.words:
-            return super().__call__(x)
-        return torch.ops.llama_fast.exchange_sum(x, None, self.name)  # type: ignore[no-any-return]
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        if x.numel() > self.mailbox.words:
-            return super().add(x, residual)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.numel() > self.exchange.mailbox.words:
+            return super().__call__(x, residual)
         return torch.ops.llama_fast.exchange_sum(x, residual, self.name)  # type: ignore[no-any-return]
-
-    def add_product(self, a: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-        from llama_fast.kernels import exchange as kernels
-
-        if self.apart or a.shape[0] != 1:
-            return super().add_product(a, weight, scale, residual)
-        return kernels.OPEN[self.name].add_product(a, weight, scale, residual)
-
-    def in_kernels(self, rows: int, dim: int, vocab_size: int) -> bool:
-        return rows * max(dim, -(-vocab_size // self.mailbox.size)) <= self.mailbox.words
 
     def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
         rows = part.numel() // part.shape[-1]
-        if rows * -(-columns // self.mailbox.size) > self.mailbox.words:
+        if not self.exchange.takes(rows, columns):
             return super().gather(part, first, columns)
         whole: Tensor = torch.ops.llama_fast.exchange_gather(part.reshape(rows, -1), columns, self.name)
         return whole.view(*part.shape[:-1], columns)
@@ -117,9 +89,9 @@ class OverSymmetricMemory(OverGroup):
         self.buffer = buffer
         self.most_bytes = most_bytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def total(self, x: Tensor) -> Tensor:
         if x.nbytes > self.most_bytes or x.nbytes % 16:
-            return super().__call__(x)
+            return super().total(x)
         group: Any = dist.group.WORLD
         laid_down = self.buffer.view(x.dtype)[: x.numel()].view(x.shape)
         laid_down.copy_(x)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import SamplingKernels
+from llama_fast.choosing import SamplingKernels
 from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler, Sampling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -114,6 +115,25 @@ def test_requests_that_do_not_fit_name_the_numbers(untied: Checkpoint) -> None:
         runner.allocate(2, 17)
     with pytest.raises(ValueError, match="129 positions exceed the model's context of 128"):
         runner.allocate(2, 129)
+
+
+def test_a_checkpoints_names_are_walked_once_whichever_number_of_weights_it_has() -> None:
+    class Counting(dict[str, Any]):
+        walks = 0
+
+        def __iter__(self) -> Iterator[str]:
+            self.walks += 1
+            return super().__iter__()
+
+        def items(self) -> Any:
+            self.walks += 1
+            return super().items()
+
+    for layers in (1, 5):
+        checkpoint = random_checkpoint(dataclasses.replace(SMALL, n_layers=layers))
+        weights = Counting(checkpoint.weights)
+        build(dataclasses.replace(checkpoint, weights=weights), Plan(Int8()), "cpu")
+        assert weights.walks == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -12,7 +12,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llama_fast.arithmetic.triton import Triton
-from llama_fast.build import Arriving, build
+from llama_fast.build import build
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.ggml import DECODERS, Ggml
 from llama_fast.encodings.int8 import Int8
@@ -20,8 +20,8 @@ from llama_fast.encodings.stored import AsStored
 from llama_fast.model.roofline import stored_bytes
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
-from llama_fast.recipes import chosen_encoding, encoding_named, optimised
-from llama_fast.weights import encode_one, encoded
+from llama_fast.recipes import chosen_encoding, encoding_named, fused, optimised
+from llama_fast.weights import encode_one
 from llama_ref.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from llama_ref.models import DEFAULT_MODEL, resolve
 from oracle.questions.cases import standard_case
@@ -165,11 +165,12 @@ def test_the_default_model_is_decoded_unless_it_is_asked_for_as_stored() -> None
 
 def test_our_kernels_take_a_file_decoded_unless_told_otherwise(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model(tmp_path / "m.gguf", "q4_k"))
-    assert [chosen_encoding(None, checkpoint, fused).name for fused in (False, True)] == ["stored", "dense"]
+    assert [chosen_encoding(None, checkpoint, kernels).name for kernels in (False, True)] == ["stored", "dense"]
     assert chosen_encoding("int8", checkpoint, True) == Int8()
-    weights = Arriving(encoded(checkpoint, Plan(AsStored()), torch.float32, CPU), kernels=True)
     with pytest.raises(ValueError, match=r"the fused kernels read no q4_k weights \(tok_embeddings\): take Compiled"):
-        weights.pop("norm")
+        build(checkpoint, fused(AsStored()), "cpu")
+    with pytest.raises(ValueError, match="the fused kernels need a CUDA device"):
+        build(open_checkpoint(model(tmp_path / "read.gguf", "q4_0")), fused(AsStored()), "cpu")
 
 
 def test_q4_0_is_int4_where_our_kernels_multiply(tmp_path: Path) -> None:

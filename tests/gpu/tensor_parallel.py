@@ -31,7 +31,7 @@ import torch.distributed as dist
 from llama_fast.compilers.compiled import Compiled
 from llama_fast.compilers.graphed import Graphed
 from llama_fast.engine.runner import Runner
-from llama_fast.kernels import tuning
+from llama_fast.kernels import ops, tuning
 from llama_fast.ladder.bench import Witnesses, Work, bench
 from llama_fast.ladder.rungs import Rung
 from llama_fast.parallel.alone import Whole
@@ -70,16 +70,8 @@ class Silent(OverGroup):
         epochs = torch.zeros(WORDS // BLOCK, dtype=torch.int32, device=device)
         self.exchange = Exchange(Mailbox(0, 1, WORDS, BLOCK, inboxes, epochs), memory)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.exchange.sum(x, residual)
-
-    def add_product(self, a: Any, weight: Any, scale: Any, residual: Any) -> torch.Tensor:
-        if len(a) == 1:
-            return self.exchange.add_product(a, weight, scale, residual)
-        return super().add_product(a, weight, scale, residual)
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return x if residual is None else self.exchange.sum(x, residual)
 
     def gather(self, part: torch.Tensor, first: int, columns: int) -> torch.Tensor:
         return torch.nn.functional.pad(part, (first, columns - first - part.shape[-1]))
@@ -156,7 +148,7 @@ def latencies(exchanger: Exchanger, place: Place, device: torch.device) -> dict[
         found[f"{kilobytes} KB"] = round(microseconds(partial(exchanger, x)), 2)
     # as a fused step uses it: float32 in, the residual added; and the logits
     x, residual = torch.randn(4096, device=device), torch.randn(4096, device=device).bfloat16()
-    found["4096 float32 + residual"] = round(microseconds(partial(exchanger.add, x, residual)), 2)
+    found["4096 float32 + residual"] = round(microseconds(partial(exchanger, x, residual)), 2)
     first, last = 32000 * place.rank // place.size, 32000 * (place.rank + 1) // place.size
     part = torch.randn(1, last - first, device=device)
     found["gather 32000 float32"] = round(microseconds(partial(exchanger.gather, part, first, 32000)), 2)
@@ -180,7 +172,7 @@ def faults(exchanger: Exchanger, place: Place, device: torch.device) -> list[str
             wrong.append(f"sum {step} of {n}")
         if n < 10_000:
             residual = torch.randn(n, device=device, generator=torch.Generator(device).manual_seed(step)).bfloat16()
-            added = exchanger.add(parts[place.rank].float(), residual)
+            added = exchanger(parts[place.rank].float(), residual)
             if added.dtype != residual.dtype or (added.double() - exact - residual).abs().max() > 0.03 * place.size:
                 wrong.append(f"add {step} of {n}")
             drawn = torch.randn(
@@ -188,7 +180,11 @@ def faults(exchanger: Exchanger, place: Place, device: torch.device) -> list[str
             )
             x, weight = drawn.bfloat16().split((1, n))
             mine = slice(64 * place.rank, 64 * (place.rank + 1))
-            product = exchanger.add_product(x[:, mine].contiguous(), weight[:, mine].contiguous(), None, residual[None])
+            held = x[:, mine].contiguous(), weight[:, mine].contiguous(), None
+            if exchanger.exchange is not None and not exchanger.exchange.apart:
+                product = exchanger.exchange.add_product(*held, residual[None])
+            else:
+                product = exchanger(ops.linear(*held, dtype=torch.float32), residual[None])
             exact = x.double() @ weight.double().T + residual.double()
             if (product.double() - exact).abs().max() > 0.004 * exact.abs().max():
                 wrong.append(f"product {step} of {n}")

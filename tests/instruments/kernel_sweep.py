@@ -1,9 +1,9 @@
 """How fast a whole decode token goes with the kernels alone: random weights of a Llama shape, one CUDA graph per step.
 
-    python tests/instruments/kernel_sweep.py --out DIR [--stages tiles,descend,tokens,long,rows,host] [--budget SECONDS]
+    python tests/instruments/kernel_sweep.py --out DIR [--stages tiles,descend,tokens,long,rows] [--budget SECONDS]
 
 Stages: `tiles` sweeps block sizes matrix by matrix; `descend` changes one tile at a time in the whole token; `tokens` times whole
-tokens; `long` does so at 4096 tokens of context; `rows` chooses tiles for 2, 5 and 8 rows in the same way; `host` times the launches and tries torch.compile.
+tokens; `long` does so at 4096 tokens of context; `rows` chooses tiles for 2, 5 and 8 rows in the same way.
 Every time is a median over interleaved rounds, beside the read bandwidth measured in the same process; every whole step is
 checked against a float32 torch step on the same weights.
 """
@@ -658,42 +658,6 @@ def tops(shape_name: str, encoding: str) -> dict[str, list[Tile]]:
     return {name: [Tile(*cut) for cut in found] for name, found in cuts.items()}
 
 
-def host(weights: Weights, results: dict[str, Any]) -> None:
-    """What a call costs the host, as function and as operator; and that torch.compile takes a layer of operators whole."""
-    from llama_fast.kernels import operators
-
-    shape, layer = weights.shape, {name: pairs[0] for name, pairs in weights.matrices.items()}
-    x = weights.table[:1].clone()
-    heads = torch.zeros(1, shape.heads * shape.head_dim, device="cuda", dtype=torch.bfloat16)
-    for key, call in (("function", ops.linear_add), ("operator", operators.linear_add)):
-        for n in (20, 300):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(n):
-                call(heads, *layer["out"], x)
-            took = time.perf_counter() - began
-        results[f"host microseconds per call, {key}"] = took / 300 * 1e6
-        print(f"host: {key} {took / 300 * 1e6:.1f} us per call", flush=True)
-    state = new_state(shape, 1, 1, 512, 200)
-    k, v = state.k[0], state.v[0]
-    for cache in (k, v, *state.attention_scratch):
-        torch._dynamo.mark_static_address(cache)
-
-    def one_layer(x: Tensor, start: Tensor) -> Tensor:
-        gain = weights.gains[0]
-        q = operators.qkv(x, gain[0], EPS, *layer["qkv"], state.cos, state.sin, start, k, v, shape.heads)
-        x = operators.linear_add(operators.attention(q, k, v, start, *state.attention_scratch), *layer["out"], x)
-        return operators.linear_add(operators.gated(x, gain[1], EPS, *layer["gated"]), *layer["down"], x)
-
-    want = one_layer(x, state.start)
-    began = time.perf_counter()
-    compiled = torch.compile(one_layer, mode="reduce-overhead", fullgraph=True)
-    for _ in range(4):
-        got = compiled(x, state.start).clone()
-    results["torch.compile takes a layer"] = torch.equal(got, want)
-    print(f"torch.compile: equal {torch.equal(got, want)}, {time.perf_counter() - began:.1f} s", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("decode-kernels"))
@@ -790,9 +754,6 @@ def main() -> None:
                     whole(weights, state, variants, ceiling, results, rounds=5, repeats=5)
                     save()
                     del state
-            if "host" in stages and shape_name == "1b" and not late():
-                host(weights, results)
-                save()
         except Exception:
             traceback.print_exc()
         del weights

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch._inductor import inductor_prims  # noqa: F401 - knows what the loops ask of a compiler
 
 from llama_fast.compilers.compiled import CPU_OPTIONS
-from llama_fast.contracts import Parts, Stored
+from llama_fast.contracts import Parts
 from llama_fast.encodings.int4 import Int4, unpacked
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.tiled import laid_in_tiles
+from llama_fast.model.matrices import Stored
 
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (12288, 4096), (22016, 4096), (4096, 11008)]
 ENOUGH_BYTES = 150_000_000

@@ -69,7 +69,7 @@ def matrices(model: Llama) -> dict[str, Key]:
     """Table keys of a model's matrices: (GPU, epilogue, rows, columns, bytes per weight)."""
     block: Any = model.blocks[0]
     all_reduce: Any = block.operations.all_reduce
-    total = "add" if all_reduce.alone else "plain" if all_reduce.apart else "send"
+    total = "add" if all_reduce.alone else "plain" if all_reduce.exchange.apart else "send"
     modules = {
         "out": (total, block.wo),
         "down": (total, block.w2),
@@ -107,11 +107,11 @@ def as_if_more(shard: Any, parts: int, device: torch.device, apart: bool) -> Ten
     from llama_fast.kernels.packets import Mailbox
 
     if not isinstance(shard, Whole):
-        return TensorParallel(shard.rank, parts, AsIfMore(over_nvlink(shard.rank, shard.size, device), apart))
+        return TensorParallel(shard.rank, parts, AsIfMore(over_nvlink(shard.rank, shard.size, device, apart)))
     memory = torch.zeros(2 * WORDS, dtype=torch.int64, device=device)
     inboxes = torch.tensor([memory.data_ptr()], device=device)
     mailbox = Mailbox(0, 1, WORDS, BLOCK, inboxes, torch.zeros(WORDS // BLOCK, dtype=torch.int32, device=device))
-    return TensorParallel(0, parts, AsIfMore(Exchange(mailbox, memory), apart))
+    return TensorParallel(0, parts, AsIfMore(Exchange(mailbox, memory, apart)))
 
 
 class Timer:

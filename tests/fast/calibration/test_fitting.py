@@ -11,10 +11,10 @@ from llama_fast.build import build
 from llama_fast.calibration.fitting import INPUTS, Fit, calibrated
 from llama_fast.calibration.moments import Moments
 from llama_fast.calibration.text import calibration_rows
-from llama_fast.contracts import Stored
 from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.sparse24 import Sparse24
+from llama_fast.model.matrices import Stored
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint, random_checkpoint
 from llama_ref.config import LlamaConfig

@@ -7,33 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_fast.contracts import Stored
 from llama_fast.encodings.int4 import Int4, packed, unpacked
-from llama_fast.model.matrices import Matrix, Table
-
-KINDS = [Int4(), Int4(32), Int4(128, True), Int4(32, True)]
-MATRICES = st.builds(
-    lambda seed, rows, groups, power, shift: (
-        torch.randn(rows, 128 * groups, generator=torch.Generator().manual_seed(seed)) * 10.0**power + shift
-    ),
-    st.integers(0, 2**31),
-    st.integers(2, 5),
-    st.integers(1, 3),
-    st.integers(-6, 4),
-    st.sampled_from([0.0, 1e-3, -2.0]),
-)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@given(weight=MATRICES)
-def test_no_weight_is_more_than_half_a_step_off(kind: Int4, weight: torch.Tensor) -> None:
-    parts = kind.encode(weight, torch.float32)
-    for name, (shape, dtype) in kind.layout(weight.shape).items():
-        assert tuple(parts[name].shape) == shape and parts[name].dtype in (dtype, torch.bfloat16)
-    error = (kind.decode(parts).double() - weight.double()).abs().unflatten(1, (-1, kind.group))
-    step = parts["scale"].double().abs()[..., None]
-    most = 0.5 if not kind.zero_point else 1.0  # the zero is rounded too
-    assert (error <= step * most * (1 + 1e-6)).all()
 
 
 @given(st.integers(0, 2**31))
@@ -45,31 +19,6 @@ def test_what_is_packed_is_what_is_unpacked(seed: int) -> None:
     word = int(words[2, 5])
     assert [word >> (8 * b) & 15 for b in range(4)] == nibbles[2, 40:44].tolist()
     assert [word >> (8 * b + 4) & 15 for b in range(4)] == nibbles[2, 44:48].tolist()
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_and_the_rows_are_the_decoded_matrixs(kind: Int4, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parts = kind.encode(torch.randn(40, 256, generator=generator), dtype)
-    x = torch.randn(2, 3, 256, generator=generator).to(dtype)
-    stored = Stored(kind, (40, 256), parts)
-    y = Matrix(stored)(x)
-    assert y.shape == (2, 3, 40) and y.dtype is dtype
-    exact = x.double() @ kind.decode(parts).double().T
-    tolerance = 1e-5 if dtype is torch.float32 else 8e-3
-    torch.testing.assert_close(y.double(), exact, atol=tolerance * float(exact.abs().max()), rtol=tolerance)
-    ids = torch.tensor([[3, 1], [39, 3]])
-    assert torch.equal(Table(stored, dtype)(ids), kind.decode(parts)[ids].to(dtype))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_shards_of_columns_decode_to_columns(kind: Int4) -> None:
-    parts = kind.encode(torch.randn(6, 512, generator=torch.Generator().manual_seed(1)), torch.float32)
-    halves = [kind.cut(parts, (6, 512), (slice(2, 6), slice(first, first + 256))) for first in (0, 256)]
-    assert torch.equal(torch.cat([kind.decode(half) for half in halves], 1), kind.decode(parts)[2:])
-    with pytest.raises(ValueError, match="columns 0 to 272 of 512 part one of"):
-        kind.cut(parts, (6, 512), (slice(0, 6), slice(0, 272)))
 
 
 def test_columns_that_are_no_groups_are_refused_with_a_smaller_group() -> None:

@@ -7,10 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_fast.contracts import Stored
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.scales import ceil_bf16
-from llama_fast.model.matrices import Matrix, Table
+from llama_fast.model.matrices import Matrix, Stored, Table
 
 MATRICES = st.builds(
     lambda seed, rows, columns, power: (

@@ -7,11 +7,11 @@ import torch
 
 from llama_fast.build import build
 from llama_fast.caches.static import Static
-from llama_fast.contracts import Stored
 from llama_fast.encodings import tiled
 from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.tiled import Tiled, laid_in_tiles
+from llama_fast.model.matrices import Stored
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_fast.arithmetic.pytorch import PyTorch
+from llama_fast.arithmetic.pytorch import Operators, PyTorch
 from llama_fast.build import build
+from llama_fast.contracts import Slots
 from llama_fast.engine.sampling import MASK_32, BatchSampler, Sampling, draw, keep_nucleus, philox, uniform
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
+from llama_ref.config import LlamaConfig
 
 CPU = torch.device("cpu")
 
@@ -122,11 +124,15 @@ def test_kernels_choose_where_they_can() -> None:
 
 
 def test_a_plan_with_kernels_hands_them_to_its_choosers(untied: Checkpoint) -> None:
-    @dataclass(frozen=True)
-    class Having(PyTorch):
+    class Having(Operators):
         sampling_kernels = Recording()  # type: ignore[assignment]
 
-    for arithmetic, kernels in ((PyTorch(), None), (Having(), Having.sampling_kernels)):
+    @dataclass(frozen=True)
+    class WithKernels(PyTorch):
+        def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Operators:
+            return Having(**vars(super().bind(config, slots, device)))
+
+    for arithmetic, kernels in ((PyTorch(), None), (WithKernels(), Having.sampling_kernels)):
         runner = build(untied, Plan(arithmetic=arithmetic), "cpu")
         assert runner.prepared(BatchSampler(Sampling(0.7), [1], CPU), 9).kernels is kernels
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,26 +14,11 @@ from llama_fast import Llama
 from llama_fast.ladder import cli
 from llama_ref.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from llama_ref.tokenizers.tokenizer import RandomTokenizer
+from tests.fast.ladder.conftest import Run
 from tests.ref.lora_files import write_adapter
 
-Run = Callable[..., tuple[int, str, str]]
 PYTORCHS_OWN = re.compile(r"[VIWE]\d{4} [\d:.]+ \d+ torch/")
 """How a line of PyTorch's log begins: a build with CUDA says there that it sees no GPU."""
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llama-fast", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

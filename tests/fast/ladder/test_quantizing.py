@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from llama_fast.build import build
-from llama_fast.ladder import cli
 from llama_fast.plan import Plan
 from llama_fast.recipes import encoding_named
 from llama_ref.checkpoint import CheckpointError, open_checkpoint, random_checkpoint, save_checkpoint
@@ -24,24 +21,9 @@ from oracle.questions.cases import TEXT, standard_case
 from oracle.questions.judge import Bench, judge
 from oracle.subjects.fast import FastSubject
 from oracle.verify import references
+from tests.fast.ladder.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
 CONFIG = LlamaConfig(64, 2, 4, 2, 16, 96, 101, 192, eos_ids=(7,))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llama-fast", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])

@@ -100,7 +100,7 @@ def test_a_member_that_is_slower_decides_as_the_others() -> None:
 class AnotherRank(OverGroup):
     """The sum with one other rank, which says 2.5."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def total(self, x: Tensor) -> Tensor:
         return x + 2.5
 
 
