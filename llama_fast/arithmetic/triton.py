@@ -200,7 +200,7 @@ class Kernels:
         return logits_BTV
 
     def choose_tiles(self, run: Callable[[], Any], rows: int, weight_bytes: int) -> None:
-        if self.device.type != "cuda" or not self.all_reduce.in_kernels(rows, self.config.dim, self.config.vocab_size):
+        if self.device.type != "cuda" or not self.in_kernels(rows):
             return
         if weight_bytes < self.first_use.LEAST_IN_CACHES * torch.cuda.get_device_properties(self.device).L2_cache_size:
             return
@@ -219,11 +219,16 @@ class Kernels:
         return self.all_reduce(told)[: len(numbers)].tolist()  # type: ignore[no-any-return]
 
     def compile_ahead(self, run: Callable[[], Any], rows: int) -> None:
-        exchange, c = self.all_reduce.exchange, self.config
-        in_kernels = exchange is not None and exchange.takes(rows, max(c.dim * exchange.mailbox.size, c.vocab_size))
-        if self.all_reduce.alone or in_kernels:  # else collectives would exchange what no kernel has written
+        if self.in_kernels(rows):  # else collectives would exchange what no kernel has written
             with self.launching.compiled_together():
                 run()
+
+    def in_kernels(self, rows: int) -> bool:
+        """Whether all that a step of so many rows tells other processes is sent by our kernels."""
+        exchange, c = self.all_reduce.exchange, self.config
+        if exchange is None:
+            return self.all_reduce.alone
+        return bool(exchange.takes(rows, max(c.dim * exchange.mailbox.size, c.vocab_size)))
 
     def attends(self, B: int, T: int) -> bool:
         """Whether our attention takes B rows of T tokens. It is compiled for each T: up to eight, and for a few powers of two."""
