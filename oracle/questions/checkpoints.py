@@ -255,7 +255,7 @@ class OtherProcess:
         theirs = self.told()
         if isinstance(theirs, str):
             return empty("process", theirs)
-        ours = answer(subject, self.prompts, self.new_tokens)
+        ours = answer(as_fresh(subject, len(self.prompts)), self.prompts, self.new_tokens)
         return Verdict(
             tuple(
                 Check(f"{kind} rows that differ in another process", a_differs, 0, "", len(self.prompts))
@@ -287,6 +287,14 @@ class OtherProcess:
         if self._child.poll() is None:
             self._child.kill()
             self._child.communicate()
+
+
+def as_fresh(subject: FastSubject, rows: int) -> FastSubject:
+    """The subject, or one whose caches are as long as those of a new process: where a cache grows, one that served longer texts
+    keeps their slots, and attention over more slots sums in another order, though it sees none of them."""
+    if subject.runner.plan.cache.fixed_addresses:
+        return subject
+    return FastSubject(subject.runner, rows, subject.cache_length)
 
 
 def answer(subject: FastSubject, prompts: Sequence[Sequence[int]], n: int) -> dict[str, list[list[int]]]:
@@ -341,6 +349,7 @@ def _reloaded(tokenizer: Tokenizer) -> Check:
 __all__ = [
     "OtherProcess",
     "answer",
+    "as_fresh",
     "first_blocks",
     "judge_repetition",
     "judge_round_trip",
