@@ -57,7 +57,7 @@ from oracle.questions.witnesses import of_words
 from oracle.report.certificate import Certificate
 from oracle.statistics.compare import Outcome, Verdict, empty, unit_roundoff
 from oracle.statistics.drift import BUDGETS, Drift, Tally, judge_drift, measure
-from oracle.subjects.adapters import RefSubject, Weights, Yardstick, angles, radius
+from oracle.subjects.adapters import ReadOnce, RefSubject, Weights, Yardstick, angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
 from oracle.subjects.subject import Subject, Trace
 from oracle.subjects.walkers import walker
@@ -98,6 +98,7 @@ def verify(
     certificate = Certificate(
         subject_of(model_name or str(checkpoint.path or "random"), str(plan), plan, device, dtype)
     )
+    checkpoint = replace(checkpoint, weights=ReadOnce(checkpoint.weights))
     config = checkpoint.config
     case = standard_case(config.vocab_size, config.max_context, encode)
     beside: OtherProcess | None = None
