@@ -94,7 +94,8 @@ def _longer(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: tor
     rows = [random_row(two.config.vocab_size, length, seed=50 + i) for i, length in enumerate(lengths)]
     starts = [max(1, length - 9 - 70 * i) for i, length in enumerate(lengths)]
     subject = FastSubject(runner, used_cache=True)
-    bench = Bench(*references(runner, two))
+    truth, yardstick = references(runner, two)
+    bench = Bench(truth, yardstick.at_far_positions())
     return bench.decode(subject, rows, starts, lengths).named("longer rows, first and last block")
 
 

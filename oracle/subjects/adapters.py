@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, V vocabulary, O orders of summation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -260,6 +261,10 @@ class RefSubject:
         turns_Td = torch.view_as_complex(cos_sin_Td2.to(self.device, island(self.dtype)).contiguous())
         return rotate(q_1Thd, turns_Td)[0].flatten(1)
 
+    def at_far_positions(self) -> RefSubject:
+        """Itself: it has one way to make its angles."""
+        return self
+
     def weight(self, name: str) -> Tensor:
         return self._typed(self.weights[name][:])
 
@@ -307,6 +312,14 @@ class Yardstick(RefSubject):
         model = StoredReference(config, weights, dtype) if stored else None
         super().__init__(config, weights, dtype, device, "yardstick", model)
         self.orders, self.stored = whole("orders", orders, 1), stored
+        self.exponentials = False
+
+    def at_far_positions(self) -> Yardstick:
+        """The same for texts of some hundred positions, where it shows how frequencies were made: orders that multiply angles
+        out in float32 have them from exponentials, which is as lawful as powers, and errs more."""
+        other = copy.copy(self)
+        other.exponentials = True
+        return other
 
     def weight(self, name: str) -> Tensor:
         if not self.stored:
@@ -316,7 +329,7 @@ class Yardstick(RefSubject):
     def prefill_logits(self, rows: Rows) -> list[Tensor]:
         several = []
         for seed in range(self.orders):
-            with Order(seed):
+            with Order(seed, self.exponentials):
                 several.append(super().prefill_logits(rows))
         return [torch.stack(of_row) for of_row in zip(*several)]
 
