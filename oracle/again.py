@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -18,6 +18,7 @@ from llama_ref.models import resolve
 from oracle.plans import Words
 from oracle.questions.checkpoints import answer
 from oracle.questions.witnesses import Told, ask_witnesses
+from oracle.subjects.adapters import ReadOnce
 from oracle.subjects.fast import FastSubject
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     device, dtype = torch.device(asked.device), getattr(torch, asked.dtype)
     found, question = resolve(asked.model), json.loads(asked.ask)
     checkpoint = found.open(device, dtype, asked.adapter)
+    checkpoint = replace(checkpoint, weights=ReadOnce(checkpoint.weights))
     said: dict[str, object] = {}
     if question["prompts"]:
         prompts = question["prompts"]

@@ -104,7 +104,8 @@ def verify(
     other = None if text is None else text.read_text(encoding="utf-8")
     found = resolve(model)
     checkpoint = found.open(on, in_type, adapter)
-    encode = texts(found)
+    tokenizer = found.tokenizer() if found.has_tokenizer else None
+    encode = None if tokenizer is None else tokenizer.encode
     if subject != "ours":
         other_subject = other_named(subject, found, checkpoint.config.vocab_size, in_type, on)
         finish(verify_other(other_subject, checkpoint, on, encode, model, say), json, html)
@@ -119,7 +120,7 @@ def verify(
     words = ["--model", model, "--device", on.type, "--dtype", str(in_type)[6:], "--plan", dumps(asdict(spelled))]
     words += [] if adapter is None else ["--adapter", adapter]
     extras = Extras(
-        tokenizer=found.tokenizer() if found.has_tokenizer else None,
+        tokenizer=tokenizer,
         text=other,
         again=words,
         repeat=rung is None and not compile,

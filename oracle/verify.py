@@ -57,7 +57,7 @@ from oracle.questions.witnesses import of_words
 from oracle.report.certificate import Certificate
 from oracle.statistics.compare import Outcome, Verdict, empty, unit_roundoff
 from oracle.statistics.drift import BUDGETS, Drift, Tally, judge_drift, measure
-from oracle.subjects.adapters import RefSubject, Weights, Yardstick, angles, radius
+from oracle.subjects.adapters import ReadOnce, RefSubject, Weights, Yardstick, angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
 from oracle.subjects.subject import Subject, Trace
 from oracle.subjects.walkers import walker
@@ -98,6 +98,7 @@ def verify(
     certificate = Certificate(
         subject_of(model_name or str(checkpoint.path or "random"), str(plan), plan, device, dtype)
     )
+    checkpoint = replace(checkpoint, weights=ReadOnce(checkpoint.weights))
     config = checkpoint.config
     case = standard_case(config.vocab_size, config.max_context, encode)
     beside: OtherProcess | None = None
@@ -396,16 +397,16 @@ def _verify_encoding(
     step = 0.0 if budget is None else budget.weight_step
     # truth computes with these already: of an encoding what it decodes to, else the checkpoint's
     held: Any = truth.weights if lossy else runner.reference_weights()
-    if (
-        name == "stored"
-    ):  # narrow numbers are kept exactly, where the original ones are rounded to the arithmetic's type
-        held = Weights(held, runner.dtype, runner.device)
+    original: Any = truth.weights
+    if lossy:
+        original = Weights(checkpoint.weights, None, runner.device)
+    elif name == "stored":  # narrow numbers are kept exactly, where those stored as floats have the arithmetic's type
+        held, original = (Weights(each, runner.dtype, runner.device) for each in (held, checkpoint.weights))
     if step is None:
         certificate.notes.append(f"weights not compared one by one: {name} drops some, whatever their size")
     else:
         progress("weights against the original ones")
-        original = Weights(checkpoint.weights, None, runner.device) if lossy else truth.weights
-        certificate.ask("weights", partial(judge_weights, held, cast(Any, original), step))
+        certificate.ask("weights", partial(judge_weights, held, original, step))
     if encode is None:
         certificate.notes.append("drift not asked: random weights predict nothing that could drift")
         return

@@ -73,13 +73,16 @@ def judge_draws(
 ) -> Verdict:
     """Tokens drawn by the loop against the logits they came from, and the loop against itself with the same seed.
 
-    `copies`: each prompt stands in a batch so many times, so that fewer runs draw as much.
+    `copies`: each prompt stands in a batch so many times, so that fewer runs draw as much. A loop that always takes the likeliest
+    token, and one that uses a number for two tokens, are tried on the same logits: where these do not show, the question is
+    EMPTY; of a few `runs` of a large model only the first is asked.
     """
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     if not prompts or n < 2:
         return empty("draws", "no prompts")
     points: list[list[float]] = []
     ranked: list[float] = []  # the same with tokens in the order of their probability: a wrong temperature gathers them
+    likeliest: list[float] = []  # what `ranked` would be of a loop that draws nothing
     impossible, drawn, where = 0, 0, ""
     first: list[tuple[list[int], Tensor]] = []
     for run in range(runs):
@@ -99,20 +102,26 @@ def judge_draws(
                     continue
                 share = inside.random()
                 likelier = float(p_nV[step][p_nV[step] > p].sum())
+                likeliest.append(float(p_nV[step].max()) * share)
                 points[-1].append(min(below + p * share, 1 - 1e-12))
                 ranked.append(min(likelier + p * share, 1 - 1e-12))
     again = subject.sample(prompts, n, SETTINGS[0], seed=1000)
     unlike = sum(a[0] != b[0] for a, b in zip(first, again, strict=True))
-    drawn_well = (
+    few = runs < len(SETTINGS)  # of a large model; what follows is asked of a tiny one
+    drawn_well = [
         Check("drawn tokens of probability 0", impossible, 0, where, drawn),
         uniform_check("distribution of draws", ranked),
         uniform_check("draws by id", [p for row in points for p in row]),
-        pairs_check("neighbouring draws", points),
-        pairs_check("neighbouring draws, one later", [row[1:] for row in points]),
         Check("rows that differ with the same seed", unlike, 0, "", len(prompts)),
-    )
-    if runs < len(SETTINGS):  # of a large model; what follows is asked of a tiny one
-        return Verdict(drawn_well)
+    ]
+    if not impossible and uniform_check("planted", likeliest).ok:
+        return empty("draws", f"{drawn} draws do not tell a loop that takes the likeliest token")
+    if few:
+        return Verdict(tuple(drawn_well))
+    for name, rows in (("neighbouring draws", points), ("neighbouring draws, one later", [row[1:] for row in points])):
+        drawn_well.append(pairs_check(name, rows))
+        if pairs_check("planted", [[p for p in row[::2] for _ in range(2)] for row in rows]).ok:
+            return empty(name, f"{drawn} draws do not tell that one number serves two tokens")
     twins = [tokens for tokens, _ in subject.sample([prompts[0]] * max(2, len(prompts)), n, WARM, seed=40)]
     alike = len(twins) - len({tuple(tokens) for tokens in twins})
     other = subject.sample(prompts, n, SETTINGS[0], seed=6 + len(prompts))
@@ -163,6 +172,12 @@ def pairs_check(name: str, rows: Sequence[Sequence[float]], cells: int = 3) -> C
             counts[int(a * cells) * cells + int(b * cells)] += 1
     total = sum(counts)
     return chi_square(name, counts, [total / cells**2] * cells**2, cells**2 - 1)
+
+
+def shows(planted: Sequence[float], expected: Sequence[float], freedom: int) -> bool:
+    """Whether draws by another law exceed the limit on average. It would count `planted`, to which chance adds `freedom`."""
+    found = chi_square("planted", planted, expected, freedom)
+    return found.measured + freedom > found.budget
 
 
 def chi_square(name: str, counts: Sequence[float], expected: Sequence[float], freedom: int) -> Check:

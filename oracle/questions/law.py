@@ -29,9 +29,9 @@ from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from oracle.questions.checkpoints import references
 from oracle.questions.face import PROMPTS, ids_of
-from oracle.questions.generation import chi_square, distribution, judge_stopping
+from oracle.questions.generation import chi_square, distribution, judge_stopping, shows
 from oracle.questions.survival import survived
-from oracle.statistics.compare import Check, Verdict
+from oracle.statistics.compare import Check, Verdict, empty
 from oracle.subjects.fast import sampling_of
 from oracle.subjects.speculative import SpeculativeSubject
 from oracle.subjects.subject import Setting
@@ -40,6 +40,8 @@ from oracle.subjects.walkers import walker
 V, NEW = 4, 4
 ROWS, BATCHES = 8192, 3
 LEAST = 10.0  # expected in a cell: rarer sequences are counted together
+SHIFT = 0.06
+"""The total variation that the rows must show."""
 PROMPT = (1, 3, 0, 2, 1, 3)
 PLAN = Plan(Dense(), cache=Static(multiple=16))
 RAGGED = ((1, 2, 1, 2, 1), (3,), (0, 0, 1, 0, 0, 1), (2, 3, 1))
@@ -109,7 +111,11 @@ def law_of(name: str, target: Runner, proposer: Proposer, setting: Setting) -> V
     rare = possible & ~common
     if float(expected[rare].sum()) >= LEAST:
         cells.append((float(counts[rare].sum()), float(expected[rare].sum())))
-    law = chi_square(f"{name}: law of {NEW} tokens", [c for c, _ in cells], [e for _, e in cells], len(cells) - 1)
+    wanted = [e for _, e in cells]
+    law = chi_square(f"{name}: law of {NEW} tokens", [c for c, _ in cells], wanted, len(cells) - 1)
+    other = [e * (1 + 2 * SHIFT * (-1) ** i) for i, e in enumerate(wanted)]  # every second cell gives to its neighbour
+    if not shows(other, wanted, len(cells) - 1):
+        return empty(f"{name}: law of {NEW} tokens", f"{ROWS * BATCHES} rows do not tell a shift of {SHIFT:.0%}")
     return Verdict((impossible, law))
 
 

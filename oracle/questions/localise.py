@@ -31,7 +31,9 @@ class Stages(Protocol):
 
     def stages_of_block(self, layer: int, seen: Sequence[Trace]) -> list[Trace]: ...
 
-    def stages_of_ends(self, tokens: Sequence[int], seen: Trace) -> Trace: ...
+    def embeddings(self, rows: Sequence[Sequence[int]]) -> list[Tensor]: ...
+
+    def stages_of_ends(self, rows: Sequence[Sequence[int]], seen: Sequence[Trace]) -> list[Trace]: ...
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,9 @@ def judge_stages(
     """Every stage that the subject showed of any row, over the rows that show it, in the order of the forward pass."""
     carried_truth = [dict(trace) for trace in traces]
     carried_yardstick = [dict(trace) for trace in traces]
-    ends_truth: list[Trace] = []
-    ends_yardstick: list[Trace] = []
-    for tokens, a, b in zip(rows, carried_truth, carried_yardstick, strict=True):
-        for carried, reference in ((a, truth), (b, yardstick)):
-            carried.setdefault("embedding", reference.stages_of_ends(tokens, {})["embedding"])
+    for carried, reference in ((carried_truth, truth), (carried_yardstick, yardstick)):
+        for trace, looked_up in zip(carried, reference.embeddings(rows), strict=True):
+            trace.setdefault("embedding", looked_up)
     stages: list[Stage] = []
     shown = set().union(*traces)
     among = max(1, len(shown))
@@ -74,9 +74,8 @@ def judge_stages(
             for seen, given in zip(rows_seen, rows_given, strict=True):
                 seen.setdefault(f"layers.{layer}", given[f"layers.{layer}"])
         stages += [_stage(name, traces, true, plain, unit, factors, among) for name in true[0] if name in shown]
-    for tokens, a, b in zip(rows, carried_truth, carried_yardstick, strict=True):
-        ends_truth.append(truth.stages_of_ends(tokens, a))
-        ends_yardstick.append(yardstick.stages_of_ends(tokens, b))
+    ends_truth = truth.stages_of_ends(rows, carried_truth)
+    ends_yardstick = yardstick.stages_of_ends(rows, carried_yardstick)
     ends = [
         _stage(name, traces, ends_truth, ends_yardstick, unit, factors, among)
         for name in ends_truth[0]

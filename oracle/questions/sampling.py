@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from oracle.questions.generation import chi_square, distribution
+from oracle.questions.generation import chi_square, distribution, shows
 from oracle.statistics.compare import Check, Verdict
 from oracle.subjects.subject import Setting
 
@@ -122,7 +123,7 @@ def _greedy(sampler: Sampler, device: torch.device) -> Check:
 def _draws(sampler: Sampler, device: torch.device) -> list[Check]:
     """Frequencies over seeds at one position and over positions at one seed; pairs of neighbours."""
     cells = 4
-    base_V = _logits()[0]
+    base_V = 2 * _logits()[0]  # so steep that another temperature shows
     setting = Setting(1.1, top_k=40, top_p=0.93)
     p_V = distribution(base_V[None], setting)[0]
     edges_V = (p_V.cumsum(0) * cells).clamp(max=cells - 1e-9).long()  # tokens gathered into cells of nearby chance
@@ -142,6 +143,13 @@ def _draws(sampler: Sampler, device: torch.device) -> list[Check]:
         cell = edges_V[tokens_B.clamp(0, V - 1)]
         pairs = torch.bincount(cell[::2] * cells + cell[1::2], minlength=cells**2).double()
         both = (torch.outer(chance, chance).flatten() * (DRAWS // 2)).tolist()
+        hotter = distribution(base_V[None], replace(setting, temperature=1.5))[0][kept] * DRAWS
+        twins = torch.diag(chance).flatten() * (DRAWS // 2)
+        for planted, wanted, free in ((hotter, expected, freedom), (twins, both, cells**2 - 1)):
+            if not shows(planted.tolist(), wanted, free):
+                return [
+                    Check(f"draws over {name}", 0, 0, "too few to tell another temperature, or a number used twice", 0)
+                ]
         checks.append(chi_square(f"neighbouring {name}", pairs.tolist(), both, cells**2 - 1))
     return checks
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_fast.llama import Llama
 from oracle.questions.face import Faces, Tally, ids_of
 from oracle.questions.generation import chi_square
-from oracle.statistics.compare import Check, Verdict
+from oracle.statistics.compare import Check, Verdict, empty
 from oracle.subjects.walkers import following
 
 ROWS, NEW = 64, 32
@@ -38,6 +38,8 @@ def judge_seeds(faces: Faces) -> Verdict:
     across = [
         (f"rows {down} apart, tokens {lag}", *shifted(first, down, lag)) for down in BESIDE for lag in (-2, -1, 0, 1, 2)
     ]
+    if worst_pair("one number for two draws", [("twins", first, first)], p).ok:
+        return empty("seeds", f"so few draws of chance {p:.3f} do not tell that one number serves two of them")
     calls = [(f"calls, tokens {lag} apart", *beside(first, other, lag)) for lag in (-1, 0, 1)]
     return Verdict(
         (

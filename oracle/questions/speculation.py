@@ -21,7 +21,7 @@ from oracle.questions.cases import random_row
 from oracle.questions.checkpoints import references
 from oracle.questions.generation import judge_stopping
 from oracle.questions.judge import Bench
-from oracle.statistics.compare import Check, Verdict, empty
+from oracle.statistics.compare import Check, Outcome, Verdict, empty
 from oracle.statistics.rejection import Accept, Tables, worst_error
 from oracle.subjects.speculative import SpeculativeSubject
 
@@ -50,6 +50,9 @@ def judge_speculation(
     truth, yardstick = references(runner, checkpoint)
     subject = SpeculativeSubject(runner, draft, batch, cache_length)
     verdict = Bench(truth, yardstick).greedy(subject, rows, new_tokens)
+    told = [done.speculation for done in subject.generations if done.speculation is not None]
+    if verdict.outcome is Outcome.AGREE and not any(one.proposed or one.notice for one in told):
+        return empty("proposals", "no token was proposed: what was asked is plain decoding")
     return verdict + judge_stopping(subject, rows, min(STOP_AMONG, new_tokens), quick=True)
 
 

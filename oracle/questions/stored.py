@@ -60,8 +60,7 @@ def judge_stored(
             name = f"layers.{layer}.{kind}"
             found = share_of(name, traces, exact, other)
             shares[kind] = max(shares.get(kind, found), found)
-    ends = ([one.stages_of_ends(row, seen) for row, seen in zip(rows, traces, strict=True)] for one in (truth, rounded))
-    shares["logits"] = share_of("logits", traces, *ends)
+    shares["logits"] = share_of("logits", traces, *(one.stages_of_ends(rows, traces) for one in (truth, rounded)))
     checks = []
     for kind, (share, noise, where, count) in shares.items():
         if count and not noise <= NOISE:

@@ -103,7 +103,7 @@ def judge_writer(
     lines = [tokens.encode(text, bos=False) for text in TEXTS]
     lines += [[draw.randrange(vocab_size) for _ in range(20)] for _ in range(rows)]
     lines = [[token for token in line if token not in tokens.eos_ids] for line in lines]
-    broken, leaked, compared = [], [], 0
+    broken, leaked, compared, stopped_texts = [], [], 0, 0
     for line in lines:
         whole = tokens.decode(line)
         if not whole.strip():
@@ -114,6 +114,7 @@ def judge_writer(
             broken.append(f"{text[:24]!r} for {whole[:24]!r}")
         for stop in _stops(whole, draw):
             text, stopped = _written(writer(stop), line)
+            stopped_texts += 1
             cut = min(whole.find(word) for word in stop if word in whole)
             if text != whole[:cut] or not stopped:
                 leaked.append(f"stop {stop}: {text[-24:]!r} instead of {whole[:cut][-24:]!r}")
@@ -123,7 +124,11 @@ def judge_writer(
         (
             Check("texts that arrive in other pieces", len(broken), 0, broken[0] if broken else "", compared),
             Check(
-                "texts that end elsewhere than at a stop string", len(leaked), 0, leaked[0] if leaked else "", compared
+                "texts that end elsewhere than at a stop string",
+                len(leaked),
+                0,
+                leaked[0] if leaked else ("" if stopped_texts else "no text is long enough to stop in"),
+                stopped_texts,
             ),
         )
     )

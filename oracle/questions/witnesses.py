@@ -102,14 +102,19 @@ def ask_witnesses(path: Path | None, checkpoint: Checkpoint, tokenizer: Tokenize
 
 
 def numbers(told: Told, path: Path, checkpoint: Checkpoint) -> None:
-    """Sum and samples of every tensor."""
+    """Sum and samples of every tensor, but of matrices that another tool packed: what their parts mean no witness says."""
     reader, file_name = reader_of(path)
     if isinstance(reader, str):
         told.without.append(f"weights: {reader}")
         return
-    wrong, seen = [], 0
-    theirs = reader()
+    wrong, seen, theirs = [], 0, reader()
+    packed = {stem for stem, _, part in (name.rpartition(".") for name in theirs) if part not in ("weight", "bias")}
+    foreign = [name for name in checkpoint.weights if name not in theirs and _stem(file_name, name) in packed]
+    if foreign:
+        told.without.append(f"{len(foreign)} parts of packed matrices: no witness unpacks them")
     for name, source in checkpoint.weights.items():
+        if name in foreign:
+            continue
         found = theirs.get(name, theirs.get(file_name(name)))
         if found is None:
             wrong.append(f"{name}: the witness has none")
@@ -183,6 +188,11 @@ def hf_name(name: str) -> str:
 def gguf_name(name: str) -> str:
     """ "layers.3.attention.wq.weight" -> "blk.3.attn_q.weight"."""
     return _renamed(name, GGUF_NAMES, GGUF_PARTS, "blk")
+
+
+def _stem(file_name: Callable[[str], str], name: str) -> str:
+    """ "layers.3.attention.wq.scale" -> "model.layers.3.self_attn.q_proj"."""
+    return file_name(name).rpartition(".")[0]
 
 
 def _renamed(name: str, whole: Mapping[str, str], parts: Mapping[str, str], layers: str) -> str:

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, V vocabulary, O orders of summation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -73,6 +74,48 @@ class Weights(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class ReadOnce(Mapping[str, TensorSource]):
+    """The tensors of a file. Each part that is asked for is read and decoded once, and everybody gets a copy of it.
+
+    Truth, runners and what they are compared with ask for all tensors half a dozen times. What lies in memory already is as it
+    is, and of large models what does not fit is read anew.
+    """
+
+    def __init__(self, weights: Mapping[str, TensorSource]):
+        self.room = HELD_BYTES
+        self._sources: dict[str, TensorSource] = {
+            name: source if hasattr(source, "device") else HeldSource(source, self) for name, source in weights.items()
+        }
+
+    def __getitem__(self, name: str) -> TensorSource:
+        return self._sources[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+class HeldSource:
+    """One tensor of a file, and the parts of it that were read."""
+
+    def __init__(self, source: TensorSource, all: ReadOnce):
+        self.shape, self.dtype = source.shape, source.dtype
+        self._source, self._all = source, all
+        self._held: dict[str, Tensor] = {}
+
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> Tensor:
+        name = repr(key)
+        if name in self._held:
+            return self._held[name].clone()
+        part = self._source[key]
+        if part.nbytes <= self._all.room:
+            self._all.room -= part.nbytes
+            self._held[name] = part.clone()
+        return part
+
+
 class RefSubject:
     """`llama_ref`: as truth in float64, as yardstick in the subject's type, or itself judged. It has no cache."""
 
@@ -117,47 +160,64 @@ class RefSubject:
         Where the subject did not show a stage's input, the value computed here stands in: a subject that shows only
         whole blocks is judged block by block.
         """
-        name = f"layers.{layer}"
-        weights = {part: self.weight(f"{name}.{part}.weight") for part in PARTS}  # typed once for all rows
-        biases = {part: self.weight(f"{name}.{part}.bias") for part in PARTS if f"{name}.{part}.bias" in self.weights}
-        return [self._stages_of_row(layer, row, weights, biases) for row in seen]
-
-    def _stages_of_row(self, layer: int, seen: Trace, w: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Trace:
         c, name = self.config, f"layers.{layer}"
-        out: Trace = {}
+        w = {part: self.weight(f"{name}.{part}.weight") for part in PARTS}  # typed once for all rows
+        b = {part: self.weight(f"{name}.{part}.bias") for part in PARTS if f"{name}.{part}.bias" in self.weights}
+        inputs = [self._typed(row[f"layers.{layer - 1}" if layer else "embedding"]) for row in seen]
+        lengths = [len(row) for row in inputs]
+        out: list[Trace] = [{} for _ in seen]
 
-        def give(stage: str, value: Tensor) -> Tensor:
-            out[f"{name}.{stage}"] = value
-            shown = seen.get(f"{name}.{stage}")
-            return value if shown is None else self._typed(shown).view(value.shape)
+        def give(stage: str, value_1N: Tensor) -> Tensor:
+            """The values [1, N, ...] of all rows, one row behind the other; those that the subject showed in their place."""
+            parts = value_1N[0].split(lengths)
+            for row, part in zip(out, parts, strict=True):
+                row[f"{name}.{stage}"] = part.flatten(1)
+            shown = (row.get(f"{name}.{stage}") for row in seen)
+            kept = [p if s is None else self._typed(s).view(p.shape) for p, s in zip(parts, shown, strict=True)]
+            return torch.cat(kept)[None]
 
-        x_1TD = self._typed(seen[f"layers.{layer - 1}" if layer else "embedding"])[None]
-        T = x_1TD.shape[1]
-        n_1TD = give("attention_norm", rms_norm(x_1TD, w["attention_norm"], c.norm_eps))
-        q = give("q", project(n_1TD, w, b, "attention.wq").view(1, T, c.n_heads, c.head_dim))
-        k = give("k", project(n_1TD, w, b, "attention.wk").view(1, T, c.n_kv_heads, c.head_dim))
-        v = give("v", project(n_1TD, w, b, "attention.wv").view(1, T, c.n_kv_heads, c.head_dim))
-        turns_Td = rotations(c, T, island(self.dtype), x_1TD.device)
-        q, k = give("q_rope", rotate(q, turns_Td)), give("k_rope", rotate(k, turns_Td))
-        a = give("attention", attend(q, k, v, c.window))
-        x_1TD = x_1TD + give("attention_out", project(a.reshape(1, T, -1), w, b, "attention.wo"))
-        n_1TD = give("ffn_norm", rms_norm(x_1TD, w["ffn_norm"], c.norm_eps))
-        gate, up = project(n_1TD, w, b, "feed_forward.w1"), project(n_1TD, w, b, "feed_forward.w3")
+        x_1ND = torch.cat(inputs)[None]
+        N = x_1ND.shape[1]
+        n_1ND = give("attention_norm", rms_norm(x_1ND, w["attention_norm"], c.norm_eps))
+        q = give("q", project(n_1ND, w, b, "attention.wq").view(1, N, c.n_heads, c.head_dim))
+        k = give("k", project(n_1ND, w, b, "attention.wk").view(1, N, c.n_kv_heads, c.head_dim))
+        v = give("v", project(n_1ND, w, b, "attention.wv").view(1, N, c.n_kv_heads, c.head_dim))
+        turns_Td = rotations(c, max(lengths, default=0), island(self.dtype), x_1ND.device)
+        turns_Nd = torch.cat([turns_Td[:length] for length in lengths])
+        q, k = give("q_rope", rotate(q, turns_Nd)), give("k_rope", rotate(k, turns_Nd))
+        alone = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
+        a = give("attention", torch.cat([attend(*of_row, window=c.window) for of_row in alone], 1))
+        x_1ND = x_1ND + give("attention_out", project(a.reshape(1, N, -1), w, b, "attention.wo"))
+        n_1ND = give("ffn_norm", rms_norm(x_1ND, w["ffn_norm"], c.norm_eps))
+        gate, up = project(n_1ND, w, b, "feed_forward.w1"), project(n_1ND, w, b, "feed_forward.w3")
         hidden = give("ffn_hidden", gate * torch.sigmoid(gate) * up)
-        x_1TD = x_1TD + give("ffn_out", project(hidden, w, b, "feed_forward.w2"))
-        out[name] = x_1TD
-        return {stage: value[0].flatten(1) for stage, value in out.items()}
+        x_1ND = x_1ND + give("ffn_out", project(hidden, w, b, "feed_forward.w2"))
+        for row, part in zip(out, x_1ND[0].split(lengths), strict=True):
+            row[name] = part
+        return out
 
     @torch.no_grad()
-    def stages_of_ends(self, tokens: Sequence[int], seen: Trace) -> Trace:
-        """The embedding, the final norm and the logits of one row, each from what the subject showed of its input."""
-        table = self.weight("tok_embeddings.weight")
-        out: Trace = {"embedding": self._typed(table[torch.tensor(list(tokens), device=self.device)])}
-        last = seen.get(f"layers.{self.config.n_layers - 1}")
-        if last is not None:
-            out["norm"] = rms_norm(self._typed(last), self.weight("norm.weight"), self.config.norm_eps)
-            head = table if self.config.tie_embeddings else self.weight("output.weight")
-            out["logits"] = self._typed(seen.get("norm", out["norm"])) @ head.T
+    def embeddings(self, rows: Rows) -> list[Tensor]:
+        """The rows of the table for each row of tokens, [T, D]."""
+        table = self.weights["tok_embeddings.weight"][:].to(self.device)
+        return [self._typed(table[torch.tensor(list(row), device=self.device)]) for row in rows]
+
+    @torch.no_grad()
+    def stages_of_ends(self, rows: Rows, seen: Sequence[Trace]) -> list[Trace]:
+        """The embedding, the final norm and the logits of each row, each from what the subject showed of its input."""
+        c = self.config
+        out: list[Trace] = [{"embedding": value} for value in self.embeddings(rows)]
+        last = f"layers.{c.n_layers - 1}"
+        shown = [(row, trace) for row, trace in zip(out, seen, strict=True) if last in trace]
+        if not shown:
+            return out
+        lengths = [len(trace[last]) for _, trace in shown]
+        whole_ND = torch.cat([self._typed(trace[last]) for _, trace in shown])
+        norms = rms_norm(whole_ND, self.weight("norm.weight"), c.norm_eps).split(lengths)
+        inputs_ND = torch.cat([self._typed(t.get("norm", norm)) for (_, t), norm in zip(shown, norms, strict=True)])
+        head = self.weight("tok_embeddings.weight" if c.tie_embeddings else "output.weight")
+        for (row, _), norm, logits in zip(shown, norms, (inputs_ND @ head.T).split(lengths), strict=True):
+            row |= {"norm": norm, "logits": logits}
         return out
 
     @torch.no_grad()
@@ -200,6 +260,10 @@ class RefSubject:
         q_1Thd = project(n_1TD, w, b, "wq").view(1, len(tokens), -1, c.head_dim)
         turns_Td = torch.view_as_complex(cos_sin_Td2.to(self.device, island(self.dtype)).contiguous())
         return rotate(q_1Thd, turns_Td)[0].flatten(1)
+
+    def at_far_positions(self) -> RefSubject:
+        """Itself: it has one way to make its angles."""
+        return self
 
     def weight(self, name: str) -> Tensor:
         return self._typed(self.weights[name][:])
@@ -248,6 +312,14 @@ class Yardstick(RefSubject):
         model = StoredReference(config, weights, dtype) if stored else None
         super().__init__(config, weights, dtype, device, "yardstick", model)
         self.orders, self.stored = whole("orders", orders, 1), stored
+        self.exponentials = False
+
+    def at_far_positions(self) -> Yardstick:
+        """The same for texts of some hundred positions, where it shows how frequencies were made: orders that multiply angles
+        out in float32 have them from exponentials, which is as lawful as powers, and errs more."""
+        other = copy.copy(self)
+        other.exponentials = True
+        return other
 
     def weight(self, name: str) -> Tensor:
         if not self.stored:
@@ -257,7 +329,7 @@ class Yardstick(RefSubject):
     def prefill_logits(self, rows: Rows) -> list[Tensor]:
         several = []
         for seed in range(self.orders):
-            with Order(seed):
+            with Order(seed, self.exponentials):
                 several.append(super().prefill_logits(rows))
         return [torch.stack(of_row) for of_row in zip(*several)]
 
@@ -282,12 +354,12 @@ class Yardstick(RefSubject):
                 several.append(super().stages_of_block(layer, [_of_order(trace, seed) for trace in seen]))
         return [_stacked(of_row) for of_row in zip(*several)]
 
-    def stages_of_ends(self, tokens: Sequence[int], seen: Trace) -> Trace:
+    def stages_of_ends(self, rows: Rows, seen: Sequence[Trace]) -> list[Trace]:
         several = []
         for seed in range(self.orders):
             with Order(seed):
-                several.append(super().stages_of_ends(tokens, _of_order(seen, seed)))
-        return _stacked(several)
+                several.append(super().stages_of_ends(rows, [_of_order(trace, seed) for trace in seen]))
+        return [_stacked(of_row) for of_row in zip(*several)]
 
 
 def _of_order(trace: Trace, order: int) -> Trace:

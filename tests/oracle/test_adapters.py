@@ -19,7 +19,7 @@ from oracle.questions.generation import judge_stopping
 from oracle.questions.judge import Bench, judge
 from oracle.questions.localise import first_beyond, judge_stages, judge_weights
 from oracle.statistics.compare import Outcome
-from oracle.subjects.adapters import RefSubject, Weights
+from oracle.subjects.adapters import ReadOnce, RefSubject, Weights
 from oracle.subjects.fast import FastSubject
 from oracle.subjects.others import CallableSubject
 from oracle.subjects.subject import Setting, Subject
@@ -203,3 +203,45 @@ def test_the_text_gives_rows_of_the_lengths_asked_for() -> None:
     rows = text_rows(lambda text: list(text.encode()), (256,) * 4)
     assert [len(row) for row in rows] == [256] * 4
     assert len(set(rows)) == 4
+
+
+def test_rows_are_judged_together_as_each_would_be_alone(tiny: Checkpoint) -> None:
+    """One product for all rows; positions, attention and what a row has shown stay its own."""
+    truth = RefSubject(tiny.config, tiny.weights, torch.float64)
+    rows = [[5, 9, 200, 31, 7], [1, 2], [250, 3, 3, 8]]
+    seen: list[dict[str, torch.Tensor]] = [{"embedding": value} for value in truth.embeddings(rows)]
+    seen[1]["layers.0.q"] = torch.full((2, 4 * 24), 0.5, dtype=torch.float64)  # shown by one row alone
+    together = truth.stages_of_block(0, seen)
+    for row, trace in enumerate(seen):
+        (alone,) = truth.stages_of_block(0, [trace])
+        assert alone.keys() == together[row].keys()
+        for stage, value in alone.items():
+            assert value.shape[0] == len(rows[row])
+            torch.testing.assert_close(together[row][stage], value, rtol=1e-11, atol=1e-12, msg=f"row {row}, {stage}")
+    free = truth.stages_of_block(0, [{"embedding": truth.embeddings(rows)[1]}])[0]
+    assert not torch.equal(free["layers.0.attention"], together[1]["layers.0.attention"])  # the query shown was taken
+    ends = truth.stages_of_ends(
+        rows, [{}, {"layers.1": together[1]["layers.0"]}, {"layers.1": together[2]["layers.0"]}]
+    )
+    assert [set(trace) for trace in ends] == [{"embedding"}, *[{"embedding", "norm", "logits"}] * 2]
+    (alone,) = truth.stages_of_ends(rows[2:], [{"layers.1": together[2]["layers.0"]}])
+    torch.testing.assert_close(ends[2]["logits"], alone["logits"], rtol=1e-11, atol=1e-12)
+
+
+def test_a_tensor_of_a_file_is_read_once_and_given_as_a_copy() -> None:
+    class Source:
+        shape, dtype, read = (4, 2), torch.float32, 0
+
+        def __getitem__(self, key: object) -> torch.Tensor:
+            self.read += 1
+            return torch.arange(8.0).view(4, 2)[key]  # type: ignore[index]
+
+    source, memory = Source(), torch.ones(3)
+    held = ReadOnce({"file": source, "memory": memory})
+    held["file"][:].zero_()
+    assert held["file"][:].tolist() == torch.arange(8.0).view(4, 2).tolist() and source.read == 1
+    assert held["file"][1:2].tolist() == [[2.0, 3.0]] and source.read == 2  # another part is read for itself
+    assert held["memory"] is memory and tuple(held["file"].shape) == (4, 2)
+    held = ReadOnce({"file": source})
+    held.room = 31
+    assert [len(held["file"][:]), len(held["file"][:]), source.read] == [4, 4, 4]  # which has no room

@@ -13,7 +13,7 @@ from llama_fast.model.matvec import library_product
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.model import Llama
 from oracle.questions.cases import random_row
-from oracle.statistics.orders import Order
+from oracle.statistics.orders import Order, selected
 from oracle.subjects.adapters import RefSubject, Yardstick
 
 TOKENS = torch.tensor([random_row(257, 50, 1), random_row(257, 50, 2)])
@@ -106,3 +106,10 @@ def test_the_float64_truth_holds_one_block_at_a_time(tiny: Checkpoint) -> None:
     of_a_block = 9
     assert len(tiny.weights) == 2 * of_a_block + 3
     assert 0 < most <= of_a_block + 1
+
+
+def test_a_transposed_matrix_is_permuted_as_any_other() -> None:
+    weight, part = torch.randn(7, 5), torch.tensor([3, 0, 4])
+    assert torch.equal(selected(weight.T, -2, part), weight.T[part])
+    assert torch.equal(selected(weight, -2, part), weight[part])
+    assert torch.equal(selected(weight, -1, part), weight[:, part])

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from catalogue import around
 from torch import Tensor
+from variations import angles_by_exponentials
 
 from llama_fast.build import build
 from llama_fast.engine import logprobs
+from llama_fast.model import llama as fast
 from llama_fast.recipes import optimised
-from llama_ref.checkpoint import Checkpoint
+from llama_ref.checkpoint import Checkpoint, random_checkpoint
 from oracle.questions.cases import random_row
-from oracle.questions.requests import NEW, penalised_check, told_check, told_logprobs
+from oracle.questions.requests import NEW, _longer, penalised_check, told_check, told_logprobs
 from oracle.statistics.compare import Outcome, Verdict
 
 ROWS = [random_row(257, 9, 1), random_row(257, 4, 2)]
@@ -71,3 +74,16 @@ def test_penalised_logits_that_are_no_numbers_differ() -> None:
 
     subject: Any = SimpleNamespace(runner=SimpleNamespace(device=torch.device("cpu")), penalised=penalised)
     assert penalised_check(subject, ROWS).measured == NEW * len(ROWS)
+
+
+def test_angles_from_exponentials_are_lawful_at_far_positions_too(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models of these seeds err most of all whose frequencies are exp(-e log theta): the first did exceed its budget while
+    the yardstick had powers alone."""
+    for seed in (7004, 7000):
+        checkpoint = random_checkpoint(tiny.config, seed)
+        with monkeypatch.context() as patch:
+            around(fast, "rope_table", angles_by_exponentials)(patch)
+            verdict = _longer(checkpoint, optimised(), torch.device("cpu"), torch.float32)
+        assert verdict.outcome is Outcome.AGREE, verdict

@@ -14,16 +14,18 @@ import torch
 from llama_fast.build import build
 from llama_fast.encodings.int8 import Int8
 from llama_fast.recipes import encoding_named, optimised
-from llama_ref.checkpoint import Checkpoint, save_checkpoint
+from llama_ref.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
 from oracle import cli
 from oracle.questions import witnesses
 from oracle.questions.witnesses import Told
-from oracle.report.certificate import SCHEMA
+from oracle.report.certificate import SCHEMA, Certificate
 from oracle.statistics.compare import Outcome, Unjudgeable
 from oracle.subjects.adapters import RefSubject
-from oracle.verify import _round_trip, judge_runner, verify
+from oracle.verify import _round_trip, _verify_encoding, judge_runner, references, verify
 from oracle.verify_ranks import CORNERS
+from tests.fast.test_stored_gguf import model as gguf_model
+from tests.ref.quantised_files import write as write_quantised
 
 CPU = torch.device("cpu")
 
@@ -199,6 +201,34 @@ def test_a_witness_that_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch, t
     told = Told()
     witnesses.texts(told, tmp_path, SimpleNamespace(encode=list))  # type: ignore[arg-type]
     assert told == Told({}, {}, ["ids and conversations: needs mistral-common"])
+
+
+@pytest.mark.parametrize("kind", ["gptq-order", "ct-int8", "awq"])
+def test_matrices_that_another_tool_packed_have_no_witness_and_the_rest_has(kind: str, tmp_path: Path) -> None:
+    write_quantised(tmp_path, kind)
+    told, checkpoint = Told(), open_checkpoint(tmp_path)
+    witnesses.numbers(told, tmp_path, checkpoint)
+    plain = 1 + 2 * 2 + 1 + 1  # the table, two norms a block, the last norm, the head
+    assert told.verdict().outcome is Outcome.AGREE and told.verdict().checks[0].compared >= plain
+    assert len(told.without) == 1 and "packed matrices: no witness unpacks them" in told.without[0]
+    bent = {**checkpoint.weights, "norm.weight": checkpoint.weights["norm.weight"][:] * 1.01}
+    witnesses.numbers(again := Told(), tmp_path, replace(checkpoint, weights=bent))
+    assert again.verdict().outcome is Outcome.DIFFER
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_numbers_of_a_file_that_is_kept_as_stored_are_its_own_in_either_type(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(gguf_model(tmp_path / "m.gguf", "q4_k", {"blk.0.attn_v": "f16", "output": "q8_0"}))
+    runner = build(checkpoint, optimised(encoding_named("stored")), CPU, dtype)
+    truth, _ = references(runner, checkpoint)
+    _verify_encoding(found := Certificate({}), truth, runner, checkpoint, None, lambda _: None)
+    assert found.parts["weights"].outcome is Outcome.AGREE, found.parts["weights"]
+    name = "layers.1.feed_forward.w1.weight"
+    other = {**checkpoint.weights, name: checkpoint.weights[name][:].flip(0)}
+    _verify_encoding(found, truth, runner, replace(checkpoint, weights=other), None, lambda _: None)
+    assert found.parts["weights"].outcome is Outcome.DIFFER
 
 
 def test_an_error_inside_a_question_differs_and_is_told_with_its_place(
