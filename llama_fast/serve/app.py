@@ -193,7 +193,7 @@ async def echoed(served: Served, body: CompletionBody, rows: Sequence[list[int]]
         told: list[Any] = []
         if body.logprobs is not None:
             job = partial(prompt_logprobs, served.llama.runner, ids, max(1, body.logprobs))
-            told = [ids[0], *await served.thread.run(job)]  # the first token follows nothing
+            told = [ids[0], *await served.thread.run(served.everywhere(job))]  # the first token follows nothing
         prompts.append(Prompt(ids, text, told))
     return prompts
 
