@@ -125,7 +125,17 @@ class Served:
                 if stop_ids:
                     writer = EndingWriter(writer, stop_ids)
                 found.append((Request(ids, wanted, sampling, ends, logprobs), writer))
+        self.check_draft([request for request, _ in found])
         return found
+
+    def check_draft(self, requests: Sequence[Request]) -> None:
+        """400 for what cannot be had while a draft proposes tokens, as log-probabilities."""
+        engine = self.thread.engine
+        if engine.draft is not None:
+            try:
+                engine.draft.check(engine.runner, requests, engine.cache.capacity)
+            except ValueError as error:
+                raise ApiError(400, str(error)) from None
 
 
 def chat_wanted(body: ChatBody) -> int | None:
