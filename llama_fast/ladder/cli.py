@@ -289,6 +289,7 @@ def serve(
     """Serve a model to OpenAI's clients, and a page to talk to it. Ctrl-C ends it within seconds."""
     try:
         from llama_fast.serve.door import Limits
+        from llama_fast.serve.memory import bound_prepared_products
         from llama_fast.serve.server import Address, make_served, run_server, warm_up
     except ModuleNotFoundError as error:
         raise ValueError(f"the server's packages are not there ({error}): pip install 'llama-fast[serve]'") from error
@@ -300,6 +301,7 @@ def serve(
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
     limits = Limits(max_body, timeout, max_queue)
+    bound_prepared_products()
     member = ranks.join(where(device))
     to, kind = member.device, dtype_named(dtype, member.device)
     found = ranks.one_after_another(lambda: resolve(model))

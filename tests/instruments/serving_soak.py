@@ -22,6 +22,7 @@ from llama_fast import Llama
 from llama_fast.build import build
 from llama_fast.caches.static import Static
 from llama_fast.plan import Plan
+from llama_fast.serve.memory import bound_prepared_products
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizers.tokenizer import RandomTokenizer
@@ -38,6 +39,7 @@ def tiny() -> Llama:
 
 def soak(requests: int, trace: bool) -> list[float]:
     """Resident megabytes after each thousand requests."""
+    bound_prepared_products()
     process, resident, before = psutil.Process(), [], None
     if trace:
         tracemalloc.start(12)
