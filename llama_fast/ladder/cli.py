@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ import typer
 from llama_fast import recipes as presets
 from llama_fast.build import build
 from llama_fast.devices import default_dtype, where
+from llama_fast.engine.engine import Engine
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.text import stop_strings
 from llama_fast.ladder import jobs
@@ -54,6 +56,9 @@ EncodingFlag = Annotated[
 
 TRACED_TOKENS = 16
 """A trace grows by some thousand events a token."""
+
+SERVER_GRACE_SECONDS = 6.0
+"""What a signal leaves the ranks of a server to end by themselves; it tells its clients within 5."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -267,18 +272,29 @@ def serve(
     encoding: EncodingFlag = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile before the first request.")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="Decode by our own kernels; needs a GPU.")] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Who proposes tokens: a model, or ngram. Texts that start together then end before others start."
+        ),
+    ] = None,
+    draft_encoding: Annotated[
+        str | None, typer.Option(help="How the draft's weights are stored; as its checkpoint by default.")
+    ] = None,
+    speculate: Annotated[
+        int | None, typer.Option(help="Tokens proposed in a round; chosen from what is measured by default.")
+    ] = None,
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
 ) -> None:
     """Serve a model to OpenAI's clients, and a page to talk to it. Ctrl-C ends it within seconds."""
     try:
         from llama_fast.serve.door import Limits
+        from llama_fast.serve.memory import bound_prepared_products
         from llama_fast.serve.server import Address, make_served, run_server, warm_up
     except ModuleNotFoundError as error:
         raise ValueError(f"the server's packages are not there ({error}): pip install 'llama-fast[serve]'") from error
 
-    if ranks.Place.of_environment() is not None:
-        raise ValueError("serve runs in one process, not over ranks")
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout={timeout} must be a positive number of seconds")
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
@@ -286,19 +302,42 @@ def serve(
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
     limits = Limits(max_body, timeout, max_queue)
-    found = resolve(model)
-    to, kind = where(device), dtype_named(dtype, where(device))
+    bound_prepared_products()
+    member = ranks.join(where(device))
+    to, kind = member.device, dtype_named(dtype, member.device)
+    found = ranks.one_after_another(lambda: resolve(model))
     checkpoint = found.open(to, kind)
-    kept = encoding_named(encoding or checkpoint.encoding)
-    plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
+    kept = chosen_encoding(encoding, checkpoint, fused)
+    plan = replace(presets.fused(kept) if fused else presets.optimised(kept, compile), shard=member.shard)
+    proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
-    served = make_served(llama, name or model, rows, length or min(2048, llama.runner.config.max_context), limits)
+    slots = {"rows": rows, "length": length or min(2048, llama.runner.config.max_context), "draft": proposer}
+    served = make_served(llama, name or model, engine_of(member, llama, slots), limits)
     if compile or fused:
         warm_up(served.thread.engine)
     try:
         run_server(served, Address(host, port), limits, api_key)
     except KeyboardInterrupt:
         ranks.hard_exit(INTERRUPTED)  # Python takes seconds to clear away what PyTorch has loaded
+    if member.watch is not None:
+        member.watch.end(member.watch.signal or signal.SIGINT)
+
+
+def engine_of(member: ranks.Member, llama: Llama, settings: dict[str, Any]) -> Engine:
+    """The engine to serve with. Over ranks only the first comes back with one; the others follow it, and end when it does."""
+    if member.watch is None:
+        return Engine(llama.runner, **settings)
+    from llama_fast.parallel.orders import Orders
+    from llama_fast.serve.following import LeadingEngine, follow
+
+    member.watch.grace_seconds = SERVER_GRACE_SECONDS
+    orders = Orders()
+    if not ranks.is_first():
+        follow(Engine(llama.runner, **settings), orders, llama)
+        if member.watch.signal is not None:
+            member.watch.end(member.watch.signal)
+        ranks.hard_exit(0)
+    return LeadingEngine(orders, llama, **settings)
 
 
 @app.command(

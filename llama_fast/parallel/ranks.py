@@ -220,6 +220,10 @@ class Watch:
         self.waker.setblocking(False)
         self.thread = threading.Thread(target=self.run, daemon=True, name="watch over ranks")
         self.before: dict[int, object] = {}
+        self.grace_seconds = 0.0
+        """What a signal leaves this process to end by itself, as a server does that tells its clients."""
+        self.signal: int | None = None
+        """The first signal that came while there was such grace."""
 
     def start(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -262,6 +266,17 @@ class Watch:
                 fail(f"rank {next_rank} has not been heard for {SILENCE_SECONDS:.0f} s", 1)
 
     def obey(self, number: int) -> None:
+        if self.grace_seconds and number in (signal.SIGINT, signal.SIGTERM):
+            if self.signal is None:
+                self.signal = number
+                late = threading.Timer(self.grace_seconds, self.end, args=(number,))
+                late.daemon = True
+                late.start()
+            return
+        self.end(number)
+
+    def end(self, number: int) -> None:
+        """End this process as a signal asks for."""
         if number == signal.SIGINT:
             fail("interrupted", 128 + number)
         if number == signal.SIGTERM:  # if a rank has failed and could speak, it has: then this stays unsaid

@@ -53,7 +53,13 @@ ERROR = {
 }
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": ERROR, "5XX": ERROR}
 GENERATES: dict[int | str, dict[str, Any]] = {**REFUSALS, 200: {"description": "The answer", "content": EVENTS}}
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGE_POLICY = "; ".join(
+    (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'",
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    )
+)
+"""The page talks to this server and to no other, and stands in no other page."""
 
 
 class Events(StreamingResponse):
@@ -193,7 +199,7 @@ async def echoed(served: Served, body: CompletionBody, rows: Sequence[list[int]]
         told: list[Any] = []
         if body.logprobs is not None:
             job = partial(prompt_logprobs, served.llama.runner, ids, max(1, body.logprobs))
-            told = [ids[0], *await served.thread.run(job)]  # the first token follows nothing
+            told = [ids[0], *await served.thread.run(served.everywhere(job))]  # the first token follows nothing
         prompts.append(Prompt(ids, text, told))
     return prompts
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_fast.engine.request import Request, Writer
 from llama_fast.llama import Llama
 from llama_fast.serve.bodies import ChatBody, CompletionBody, Generating, Message
 from llama_fast.serve.engine_thread import EngineThread
 from llama_fast.serve.errors import ApiError, refused
+from llama_fast.serve.following import LeadingEngine
 from llama_fast.serve.metrics import Metrics
 from llama_fast.serve.spelling import EndingWriter, Spelling
 from llama_ref.tokenizers.chat import chat_text, may_go_on
 from llama_ref.tokenizers.chat_templates import BUILT_IN, template_named
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Served:
     name: str
     thread: EngineThread
     metrics: Metrics
+
+    def everywhere(self, job: Callable[[], T]) -> Callable[[], T]:
+        """A job of the engine's thread that uses the model: over ranks, all of them do it."""
+        engine = self.thread.engine
+        return engine.everywhere(job) if isinstance(engine, LeadingEngine) else job
 
     @cached_property
     def spelling(self) -> Spelling:
@@ -117,7 +125,17 @@ class Served:
                 if stop_ids:
                     writer = EndingWriter(writer, stop_ids)
                 found.append((Request(ids, wanted, sampling, ends, logprobs), writer))
+        self.check_draft([request for request, _ in found])
         return found
+
+    def check_draft(self, requests: Sequence[Request]) -> None:
+        """400 for what cannot be had while a draft proposes tokens, as log-probabilities."""
+        engine = self.thread.engine
+        if engine.draft is not None:
+            try:
+                engine.draft.check(engine.runner, requests, engine.cache.capacity)
+            except ValueError as error:
+                raise ApiError(400, str(error)) from None
 
 
 def chat_wanted(body: ChatBody) -> int | None:

@@ -68,10 +68,9 @@ class Server(uvicorn.Server):
         end.cancel()
 
 
-def make_served(llama: Llama, name: str, rows: int, length: int, limits: Limits = Limits()) -> Served:
-    """A model with an engine of so many rows, each of `length` positions."""
+def make_served(llama: Llama, name: str, engine: Engine, limits: Limits = Limits()) -> Served:
+    """A model under a name, and the engine that answers."""
     metrics = Metrics()
-    engine = Engine(llama.runner, rows, length)
     return Served(llama, name, EngineThread(engine, metrics, limits.max_queue, limits.timeout), metrics)
 
 

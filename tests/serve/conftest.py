@@ -19,6 +19,8 @@ from openai import OpenAI
 from llama_fast import Llama
 from llama_fast.build import build
 from llama_fast.caches.growing import Growing
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.speculation import Speculation
 from llama_fast.plan import Plan
 from llama_fast.serve.app import application
 from llama_fast.serve.door import Limits
@@ -98,9 +100,13 @@ Serve = Callable[..., contextlib.AbstractContextManager[Running]]
 def serve(llama: Llama) -> Serve:
     @contextlib.contextmanager
     def running(
-        rows: int = 3, length: int = LENGTH, limits: Limits = Limits(), api_key: str | None = None
+        rows: int = 3,
+        length: int = LENGTH,
+        limits: Limits = Limits(),
+        api_key: str | None = None,
+        draft: Speculation | None = None,
     ) -> Iterator[Running]:
-        served = make_served(llama, "tiny", rows, length, limits)
+        served = make_served(llama, "tiny", Engine(llama.runner, rows, length, draft=draft), limits)
         with Address(port=0).bind() as listening:
             config = uvicorn.Config(application(served, limits, api_key), log_level="warning", access_log=False)
             server = Server(config, served.thread)
