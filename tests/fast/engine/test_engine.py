@@ -178,7 +178,7 @@ def check_answers(name: str, played: Played) -> int:
     st.lists(actions, min_size=3, max_size=25),
     st.integers(1, 3),
     st.sampled_from([0, 2]),
-    st.sampled_from([None, None, 1, 3, 5]),
+    st.sampled_from([None, 3]),
 )
 def test_rows_that_come_and_go_answer_as_they_do_alone(
     name: str, actions: list[Action], rows: int, ahead: int, chunk: int | None
