@@ -28,8 +28,6 @@ NEW = (3, 13, 9, 11, 7)
 """Tokens that the rows of a round get."""
 LONGEST_PAGED = BEGIN + 3 + 2 * max(NEW)
 """Positions of the longest row."""
-EARLY = 5
-"""Behind so many tokens a row of eight ends: the last of the fourteen was chosen, and not read."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Asked:
 ASKED = (
     Asked("few pages", Sampling(), True),
     Asked("few pages, by chunks", Sampling(1.0, seed=3), True, CHUNK, AHEAD),
-    Asked("many pages", Sampling(), False),
+    Asked("many pages", Sampling(1.0, seed=5), False),
 )
 
 
@@ -78,9 +76,8 @@ def pages_check(runner: Runner) -> list[Check]:
         for which in ("first", "onward", "again"):
             made = requests(prompts, asked.sampling)
             true = [generate(apart, [one.ids], one.max_new_tokens, one.sampling).completions[0].tokens for one in made]
-            if which == "first":  # a text that ends before it must leaves a page that is full but for what was not read
-                made[2] = replace(made[2], eos_ids=[true[2][EARLY]])
-                true[2] = true[2][: true[2].index(true[2][EARLY]) + 1]
+            if which == "first":
+                made[2], true[2] = ending_early(made[2], true[2])
             said = answers(engine, made, asked.ahead)
             rows += len(said)
             wrong = [b for b, (ours, own) in enumerate(zip(said, true, strict=True)) if ours != own]
@@ -98,6 +95,14 @@ def requests(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reque
     """A request for each prompt, of as many new tokens as its place says."""
     made = requests_of(prompts, max(NEW), sampling)
     return [replace(request, max_new_tokens=n) for request, n in zip(made, NEW, strict=False)]
+
+
+def ending_early(request: Request, tokens: list[int]) -> tuple[Request, list[int]]:
+    """The request with an end id, and what is left of its answer: with the last token, which is not read, a page would be full."""
+    for i, token in enumerate(tokens[:-1]):
+        if token not in tokens[:i] and (len(request.ids) + i + 1) % PAGE == 0:
+            return replace(request, eos_ids=[token]), tokens[: i + 1]
+    return request, tokens
 
 
 def answers(engine: Engine, requests: Sequence[Request], ahead: int) -> list[list[int]]:
