@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -248,6 +248,13 @@ class LayerCache(Protocol):
 
     def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
         """Store the new keys and values at their positions."""
+
+
+class GatheredLayer(LayerCache, Protocol):
+    """A layer whose `k` and `v` are copies: a `LayerCache` with this member besides."""
+
+    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some rows, their keys and their values, and then the next ones: copies that are small enough to be read at once."""
 
 
 class KVCache(Protocol):
