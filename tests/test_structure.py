@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "llama_fast").rglob("*.py"))
 LEAF_CLASSES = {
     "arithmetic": {"PyTorch", "Operators", "Triton", "Kernels"},
-    "caches": {"Growing", "GrowingCache", "Static", "StaticCache", "Paged", "PagedCache", "PagedLayer"},
+    "caches": {"Growing", "GrowingCache", "GrowingLayer", "Static", "StaticCache", "StaticLayer", "Paged", "PagedCache"}
+    | {"PagedLayer"},
     "encodings": {"Dense", "Int8"},
     "compilers": {"Eager", "Compiled", "Graphed"},
     "model": {"Matrix", "Table", "Separate", "Joined", "SplitHead"},

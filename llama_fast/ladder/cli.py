@@ -254,6 +254,14 @@ def serve(
     length: Annotated[
         int | None, typer.Option(help="Positions of a row, prompt and answer; 2048, or the context if shorter.", min=4)
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="How keys and values are kept: static or paged; paged on a CPU where nothing is compiled."),
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Positions of all rows together in a paged cache; by default --rows x --length.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens of prompts that are read between two steps of others.", min=1)] = 256,
     api_key: Annotated[
         str | None, typer.Option(help="What clients must send as Authorization: Bearer.", envvar="LLAMA_FAST_API_KEY")
     ] = None,
@@ -284,14 +292,21 @@ def serve(
         raise ValueError("--api-key must be printable ASCII, and not empty")
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
+    if cache not in (None, "static", "paged"):
+        raise ValueError(f"unknown cache {cache!r} (known: static, paged)")
+    if cache_tokens is not None and (cache == "static" or (cache is None and (compile or where(device).type != "cpu"))):
+        raise ValueError("--cache-tokens is for a paged cache: say --cache paged")
     limits = Limits(max_body, timeout, max_queue)
     found = resolve(model)
     to, kind = where(device), dtype_named(dtype, where(device))
     checkpoint = found.open(to, kind)
     kept = encoding_named(encoding or checkpoint.encoding)
     plan = presets.fused(kept) if fused else presets.optimised(kept, compile)
+    if cache == "paged" or (cache is None and to.type == "cpu" and not compile):
+        plan = presets.paged(plan, cache_tokens)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
-    served = make_served(llama, name or model, rows, length or min(2048, llama.runner.config.max_context), limits)
+    length = length or min(2048, llama.runner.config.max_context)
+    served = make_served(llama, name or model, rows, length, limits, chunk)
     if compile or fused:
         warm_up(served.thread.engine)
     try:
