@@ -57,6 +57,13 @@ def fused(encoding: Encoding | None = None) -> Plan:
     return replace(optimised(encoding), compiler=Graphed(), arithmetic=Triton())
 
 
+def paged(plan: Plan, tokens: int | None = None) -> Plan:
+    """The plan with a cache of pages, for so many positions of all rows together."""
+    from llama_fast.caches.paged import Paged
+
+    return replace(plan, cache=Paged(tokens))
+
+
 def with_encoding(plan: Plan, encoding: Encoding | None) -> Plan:
     """The plan with another encoding, or as it is."""
     return plan if encoding is None else replace(plan, encoding=encoding)

@@ -51,7 +51,7 @@ def verify(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="judge the compiled phases")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="judge our own kernels; needs a GPU")] = False,
-    cache: Annotated[str, typer.Option(help="how keys and values are kept: static or growing")] = "static",
+    cache: Annotated[str, typer.Option(help="how keys and values are kept: static, growing or paged")] = "static",
     projections: Annotated[str, typer.Option(help="q, k, v and gate, up: joined or separate")] = "joined",
     rung: Annotated[str | None, typer.Option(help="judge the very plan of a rung of `llama-fast bench`")] = None,
     ranks: Annotated[int | None, typer.Option(help="judge a model cut over so many processes of this host")] = None,

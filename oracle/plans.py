@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named, fused, optimised
+from llama_fast.recipes import encoding_named, fused, optimised, paged
 
-CACHES = ("static", "growing")
+CACHES = ("static", "growing", "paged")
 PROJECTIONS = ("joined", "separate")
 
 
@@ -34,6 +34,8 @@ class Words:
         plan = fused(encoding) if self.fused else optimised(encoding, self.compiled)
         if self.cache == "growing":
             plan = replace(plan, cache=Plan().cache)
+        if self.cache == "paged":
+            plan = paged(plan)
         return replace(plan, fuse_projections=self.projections == "joined")
 
 

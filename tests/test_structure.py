@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "llama_fast").rglob("*.py"))
 LEAF_CLASSES = {
     "arithmetic": {"PyTorch", "Operators", "Triton", "Kernels"},
-    "caches": {"Growing", "GrowingCache", "GrowingLayer", "Static", "StaticCache", "StaticLayer"},
+    "caches": {"Growing", "GrowingCache", "GrowingLayer", "Static", "StaticCache", "StaticLayer", "Paged", "PagedCache"}
+    | {"PagedLayer"},
     "encodings": {"Dense", "Int8"},
     "compilers": {"Eager", "Compiled", "Graphed"},
     "model": {"Matrix", "Table", "Separate", "Joined", "SplitHead"},
@@ -62,6 +63,7 @@ def test_a_block_is_five_operations() -> None:
 MOST_PARAMETERS = 6
 FACES = {
     "llama_fast/engine/generate.py:generate",  # public, as the two of `Llama`: options that users name
+    "llama_fast/engine/engine.py:__init__",
     "llama_fast/llama.py:generate",
     "llama_fast/llama.py:stream",
     "llama_fast/lm_eval_model.py:__init__",  # the evaluation harness calls it

@@ -64,14 +64,23 @@ class Operators:
         return q_BTHd
 
     def attend(self, q_BTHd: Tensor, layer: LayerCache, step: Step) -> Tensor:
-        k_BKSd, v_BKSd = layer.k, layer.v
-        if step.mask_BTS is None:
+        if torch.compiler.is_compiling() or not hasattr(layer, "parts"):
+            a_BTHd = self._attended(q_BTHd, layer.k, layer.v, step.mask_BTS)
+        else:
+            of_parts = [
+                self._attended(q_BTHd[rows], k_BKSd, v_BKSd, None if step.mask_BTS is None else step.mask_BTS[rows])
+                for rows, k_BKSd, v_BKSd in layer.parts()
+            ]
+            a_BTHd = of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts)
+        step.see(attention=a_BTHd)
+        return a_BTHd
+
+    def _attended(self, q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask_BTS: Tensor | None) -> Tensor:
+        if mask_BTS is None:
             T = q_BTHd.shape[1]
             # narrow, not a slice: a compiler then knows that there are as many keys as queries
             k_BKSd, v_BKSd = k_BKSd.narrow(2, 0, T), v_BKSd.narrow(2, 0, T)
-        a_BTHd = attend(q_BTHd, k_BKSd, v_BKSd, None if step.mask_BTS is None else step.mask_BTS[:, None])
-        step.see(attention=a_BTHd)
-        return a_BTHd
+        return attend(q_BTHd, k_BKSd, v_BKSd, None if mask_BTS is None else mask_BTS[:, None])
 
     def add(self, a_BTK: Tensor, matrix: nn.Module, x_BTD: Tensor, step: Step) -> Tensor:
         y_BTD: Tensor = matrix(a_BTK)

@@ -7,17 +7,20 @@
             ...
 
 An engine has a fixed number of slots, each a row of one cache, so that compiled code and recorded graphs see one shape. A request
-waits until a slot is free, first come first served; requests that find all slots free are read together.
+waits until there is room, first come first served; requests that find all slots free are read together. Of a long prompt a chunk
+is read between two steps, so that others go on meanwhile. In a cache of pages a row may have to make way for older ones: it is
+read again when there is room, and goes on where it was.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import deque
-from collections.abc import Sequence
 
 from llama_fast.contracts import KVCache
 from llama_fast.engine.request import Event, Request, Row, Writer, check_request
+from llama_fast.engine.room import Room, room_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.speculation import Speculation, Statistics
 from llama_fast.engine.steps import PlainSteps, Stepper
@@ -35,32 +38,40 @@ class Engine:
         cache: KVCache | None = None,
         draft: Speculation | None = None,
         keeps_prefixes: bool = False,
+        chunk: int | None = None,
     ):
         """`length`: positions that a request may have, prompt and answer. `cache`: one for `rows` rows, else it is allocated.
 
         `draft` proposes tokens that are checked several at a time; requests that come while others are answered then wait until
-        these have ended. `keeps_prefixes`: of a prompt that begins as what its slot held before, only the rest is read.
+        these have ended. `keeps_prefixes`: of a prompt that begins as what its slot held before, only the rest is read; a cache
+        of pages always does so, whichever slot it was. `chunk`: tokens of prompts that are read between two steps, None: all.
         """
         self.runner = made("runner", runner, "a Runner, as build() makes one", "start", "step", "allocate")
-        self.length, self.draft, self.keeps_prefixes = whole("length", length, 1), draft, keeps_prefixes
+        self.length, self.draft = whole("length", length, 1), draft
+        self.chunk = None if chunk is None else whole("chunk", chunk, 1)
         rows = whole("rows", rows, 1)
         if draft is not None:
             made("draft", draft, "who proposes tokens, as Draft(runner) or Ngram()", "begin", "slack")
+            if chunk is not None:
+                raise ValueError(f"chunk={chunk}: with a draft all prompts are read at once")
         if cache is None:
             room = length if draft is None else max(length, min(length + draft.slack, runner.config.max_context))
             cache = runner.allocate(rows, room)
         self.cache = check_cache(cache, rows, length)
         self.slots: list[Row | None] = [None] * rows
-        self.steps: Stepper = PlainSteps(runner, self.slots, cache, length, keeps_prefixes)
+        self.room: Room = room_of(cache, runner, keeps_prefixes, None if draft is None else draft.slack)
+        self.steps: Stepper = PlainSteps(runner, self.slots, cache, length, self.room.keeps_slots)
         self.statistics: Statistics | None = None
         """What speculation did for the requests that started last."""
         self.reused_tokens = 0
-        """Tokens of all prompts so far that were not read, because their slots held them."""
+        """Tokens of all prompts so far that were not read, because the cache held them."""
+        self.pre_emptions = 0
+        """How often a row has made way for an older one."""
         self._rows: dict[int, Row] = {}
         self._queue: deque[Row] = deque()
         self._numbers = itertools.count()
-        self._before: list[Row | None] = [None] * rows
-        """The row whose keys and values stand in each slot."""
+        self._reading: Row | None = None
+        """The row whose prompt is read in part."""
 
     @property
     def busy(self) -> bool:
@@ -85,6 +96,7 @@ class Engine:
             )
         if self.draft is not None:
             self.draft.check(self.runner, [request], self.cache.capacity)
+        self.room.check(request)
         row = Row(next(self._numbers), request, writer)
         self._rows[row.id] = row
         self._queue.append(row)
@@ -92,8 +104,9 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Let requests join, launch what is due, and wait for the oldest step under way: what came of it."""
-        self._admit()
-        while self.steps.is_due():
+        self._read()
+        while self.steps.is_due() and self._make_room():
+            self.room.look(0, len(self.slots))
             self.steps.launch()
             self._leave_launched()
         events = []
@@ -127,56 +140,91 @@ class Engine:
 
     def kept(self, slot: int) -> list[int]:
         """The ids whose keys and values stand in a slot, where prefixes are kept."""
-        row = self._before[slot]
-        return [] if row is None else [*row.request.ids, *row.tokens[:-1]]  # the last was chosen, and not yet read
+        return self.room.kept(slot)
 
-    def _admit(self) -> None:
-        """Read the prompts of requests for which there are slots."""
-        slots = [slot for slot, row in enumerate(self.slots) if row is None]
-        alone = len(slots) == len(self.slots)
-        if self.draft is not None and not alone:
-            return
-        joining = [(slot, self._queue.popleft()) for slot in slots[: len(self._queue)]]
-        if self.draft is not None and joining:
-            requests = [row.request for _, row in joining]
-            cache = self.cache if len(joining) == len(self.slots) else self.cache.rows(0, len(joining))
-            self.steps = self.draft.begin(self.runner, requests, cache)
-            self.statistics = self.steps.statistics
-        for slot, row in joining:
-            row.slot, row.held = slot, self._in_common(slot, row)
-            self.reused_tokens += row.held
-        together = alone and not any(row.held for _, row in joining)
-        for group in [joining] if joining and together else [[one] for one in joining]:
-            first, rows = group[0][0], [row for _, row in group]
-            places = slice(first, first + len(rows))
-            self._before[places] = [None] * len(rows)  # also if reading is interrupted
-            self.slots[places] = rows
-            self.steps.start(first, rows)
-            if self.keeps_prefixes:
-                self._before[places] = rows
+    def _read(self) -> None:
+        """Read the prompts of requests for which there is room, in all as many tokens as a chunk has."""
+        left = self.chunk or sys.maxsize
+        while left > 0:
+            rows = self._admitted(left) if self._reading is None else [self._reading]
+            if not rows:
+                break
+            first, before = rows[0].slot, sum(row.read for row in rows)
+            assert first is not None
+            self._reading = rows[0] if len(rows) == 1 else None
+            self.room.look(first, len(rows))
+            self.steps.start(first, rows, left if self._reading is not None and self.chunk is not None else None)
+            if not rows[0].reading:
+                self._reading = None
+            for row in rows:
+                self.room.learn(row)
+            left -= sum(row.read for row in rows) - before
         self._leave_launched()
 
-    def _in_common(self, slot: int, row: Row) -> int:
-        """How many tokens of a row's prompt, but for the last, its slot holds already."""
-        return min(common(row.request.ids, self.kept(slot)), len(row.request.ids) - 1)
+    def _admitted(self, left: int) -> list[Row]:
+        """The next row that there is room for, or rows that find all slots free and may be read together."""
+        free = [slot for slot, row in enumerate(self.slots) if row is None]
+        alone = len(free) == len(self.slots)
+        if self.draft is not None and not alone:
+            return []
+        joined: list[Row] = []
+        for slot in free:
+            if not self._queue or (joined and (not alone or joined[0].held)):
+                break
+            row = self._queue[0]
+            if joined and sum(len(other.ids) for other in joined) + len(row.ids) > left:
+                break
+            if not self.room.take(slot, row, joined):
+                break
+            self._queue.popleft()
+            row.slot, row.read, self.slots[slot] = slot, row.held, row
+            self.reused_tokens += 0 if row.made_way else row.held
+            joined.append(row)
+        if self.draft is not None and joined:
+            requests = [row.request for row in joined]
+            cache = self.cache if len(joined) == len(self.slots) else self.cache.rows(0, len(joined))
+            self.steps = self.draft.begin(self.runner, requests, cache)
+            self.statistics = self.steps.statistics
+        return joined
+
+    def _make_room(self) -> bool:
+        """Room for the next token of each row; where there is none the youngest makes way. False if no row is left that is due."""
+        for row in sorted((row for row in self.slots if row is not None and row.due), key=lambda row: row.id):
+            while row.slot is not None and not self.room.grow(row):
+                self._pre_empt(max((other for other in self.slots if other is not None), key=lambda other: other.id))
+        return any(row is not None and row.due for row in self.slots)
+
+    def _pre_empt(self, row: Row) -> None:
+        """A row goes back to the head of the queue, and is read again when there is room for it."""
+        assert row.slot is not None
+        self.steps.drop(row)
+        self._free(row)
+        row.make_way()
+        self._queue.appendleft(row)
+        self.pre_emptions += 1
 
     def _leave_launched(self) -> None:
         """Free the slots of rows whose last token is on its way."""
-        for slot, row in enumerate(self.slots):
+        for row in self.slots:
             if row is not None and not row.to_launch:
-                self._free(slot)
+                self._free(row)
 
     def _end(self, row: Row) -> None:
         """A row has ended: nothing of it stays."""
         del self._rows[row.id]
         if row.slot is not None and self.slots[row.slot] is row:
-            self._free(row.slot)
+            self._free(row)
         if not self._rows:
             self.steps.finish()
 
-    def _free(self, slot: int) -> None:
-        self.slots[slot] = None
-        self.steps.leave(slot)
+    def _free(self, row: Row) -> None:
+        """A row leaves its slot."""
+        assert row.slot is not None
+        if row is self._reading:
+            self._reading = None
+        self.room.leave(row)
+        self.slots[row.slot] = None
+        self.steps.leave(row.slot)
 
 
 def check_cache(cache: KVCache, rows: int, positions: int) -> KVCache:
@@ -187,8 +235,3 @@ def check_cache(cache: KVCache, rows: int, positions: int) -> KVCache:
     if cache.capacity is not None and cache.capacity < positions:
         raise ValueError(f"cache: it has {cache.capacity} slots, and the request needs {positions}")
     return cache
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How long two sequences are the same: ([1, 2, 3], [1, 2, 4, 5]) -> 2."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))

@@ -136,8 +136,14 @@ class Row:
         self.slot: int | None = None
         self.launched = 0
         """Tokens that the device was asked for; the host may not have seen the last ones."""
+        self.ids: Sequence[int] = request.ids
+        """What is read before the next token is chosen: the prompt, and of a row that made way for others, what it had said."""
         self.held = 0
-        """Tokens of the prompt whose keys and values were there already."""
+        """How many of these had their keys and values there already."""
+        self.read = 0
+        """How many of these have their keys and values there, or on their way."""
+        self.made_way = False
+        """Whether it had to make way for others."""
 
     @property
     def ended(self) -> bool:
@@ -152,6 +158,33 @@ class Row:
     def to_launch(self) -> int:
         """Tokens that the device is still to be asked for."""
         return 0 if self.ended else self.request.max_new_tokens - self.launched
+
+    @property
+    def reading(self) -> bool:
+        """Whether some of its ids are still to be read, and no token can be chosen."""
+        return self.read < len(self.ids)
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step is to give it a token."""
+        return not self.reading and self.to_launch > 0
+
+    @property
+    def reach(self) -> int:
+        """Positions that are written when the next step is done."""
+        return len(self.request.ids) + self.launched
+
+    @property
+    def stored(self) -> list[int]:
+        """The ids, of those that the host knows, whose keys and values are written. The last token was chosen, and not yet read."""
+        return list(self.ids[: self.read]) if self.reading else [*self.request.ids, *self.tokens[:-1]]
+
+    def make_way(self) -> None:
+        """Give up the slot, and what is under way; to be read again, what was said included, before it goes on."""
+        self.slot, self.made_way = None, True
+        self.ids = [*self.request.ids, *self.tokens]
+        self.held = self.read = 0
+        self.launched = len(self.tokens)
 
     def take(self, token: int, logprob: TokenLogprob | None = None) -> Event:
         """The next token of a row that has not ended. Whether it is the last is decided here and nowhere else."""

@@ -29,8 +29,11 @@ Taken = list[tuple[Row, list[tuple[int, TokenLogprob | None]]]]
 class Stepper(Protocol):
     """How rows go on: one token at a time, or several that were proposed. The engine says which rows stand in which slots."""
 
-    def start(self, first: int, rows: Sequence[Row]) -> None:
-        """Read the prompts of rows that take the slots from the `first` on; their first tokens are on their way."""
+    def start(self, first: int, rows: Sequence[Row], most: int | None = None) -> None:
+        """Read what rows that stand in the slots from the `first` on have not read; their first tokens are on their way.
+
+        `most`: of one row, so many of its ids at most. Where others are left it gets no token.
+        """
 
     def is_due(self) -> bool:
         """Whether another step is to be launched before the oldest under way is read."""
@@ -43,6 +46,9 @@ class Stepper(Protocol):
 
     def leave(self, slot: int) -> None:
         """Nobody stands in this slot any more."""
+
+    def drop(self, row: Row) -> None:
+        """What is under way is not for this row."""
 
     def finish(self) -> None:
         """No row is left: what is still under way is not waited for."""
@@ -57,6 +63,8 @@ class PlainSteps:
         self.runner, self.slots, self.cache, self.keeps_prefixes = runner, slots, cache, keeps_prefixes
         sampler = BatchSampler.of_free_rows(B, device, runner.config.vocab_size)
         self.choose = runner.prepared(sampler, length + 1)
+        self.unheard = runner.greedy(1)
+        """Chooses behind a part of a prompt, where no token is wanted."""
         self.token_B1 = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(B, dtype=torch.int64, device=device)
         self.onward_B = torch.zeros(B, dtype=torch.int64, device=device)
@@ -66,26 +74,36 @@ class PlainSteps:
         self.readback = Readback(device)
         self.under_way: deque[list[Row | None]] = deque()
 
-    def start(self, first: int, rows: Sequence[Row]) -> None:
+    def start(self, first: int, rows: Sequence[Row], most: int | None = None) -> None:
         part, whole = slice(first, first + len(rows)), len(rows) == len(self.slots)
-        self.choose.set_rows(first, [row.request.sampling for row in rows], [row.request.ids for row in rows])
+        news = [row.ids[row.read :][:most] for row in rows]
+        starts = [row.read for row in rows]
+        last = all(row.read + len(new) == len(row.ids) for row, new in zip(rows, news, strict=True))
+        assert last or len(rows) == 1
+        if last:
+            self.choose.set_rows(first, [row.request.sampling for row in rows], [row.ids for row in rows])
         cache = self.cache if whole else self.cache.rows(first, len(rows))
         choose = self.choose if whole else self.choose.rows(first, len(rows))
-        tokens_BT, length_B = pad([row.request.ids[row.held :] for row in rows], self.runner.device)
-        if any(row.held for row in rows):
-            start_B = upload([row.held for row in rows], self.runner.device)
-            token_B, logits_BV = self.runner.extend(tokens_BT, start_B, length_B, cache, choose)
+        tokens_BT, length_B = pad(news, self.runner.device)
+        if any(starts):
+            start_B = upload(starts, self.runner.device)
+            token_B, logits_BV = self.runner.extend(
+                tokens_BT, start_B, length_B, cache, choose if last else self.unheard
+            )
             length_B = start_B + length_B
         else:
-            token_B, logits_BV = self.runner.start(tokens_BT, length_B, cache, choose)
-        self.position_B[part] = length_B
-        self.onward_B[part] = 1
-        self.token_B1[part] = token_B[:, None]
-        choose.note(self.token_B1[part, 0])
-        self._report(self.token_B1[part], logits_BV, rows)
+            token_B, logits_BV = self.runner.start(tokens_BT, length_B, cache, choose if last else self.unheard)
+        for row, new in zip(rows, news, strict=True):
+            row.read += len(new)
+        self.position_B[part] = length_B  # where others take steps before a prompt is read on, it is written again
+        self.onward_B[part] = int(last)
+        if last:
+            self.token_B1[part] = token_B[:, None]
+            choose.note(self.token_B1[part, 0])
+            self._report(self.token_B1[part], logits_BV, rows)
 
     def is_due(self) -> bool:
-        wanted = any(row is not None and row.to_launch for row in self.slots)
+        wanted = any(row is not None and row.due for row in self.slots)
         return wanted and len(self.under_way) <= self.readback.depth
 
     def launch(self) -> None:
@@ -105,7 +123,7 @@ class PlainSteps:
 
     def _report(self, token_B1: Tensor, logits_BV: Tensor, rows: Sequence[Row | None]) -> None:
         """Send to the host what was chosen for these rows."""
-        running = [row if row is not None and row.to_launch else None for row in rows]
+        running = [row if row is not None and row.due else None for row in rows]
         tops = [row.request.logprobs for row in running if row is not None and row.request.logprobs is not None]
         self.readback.push(logprobs.columns(token_B1, logits_BV, max(tops)) if tops else token_B1)
         self.under_way.append(running)
@@ -127,6 +145,10 @@ class PlainSteps:
     def leave(self, slot: int) -> None:
         self.choose.free_row(slot)
         self.left.append(slot)
+
+    def drop(self, row: Row) -> None:
+        for running in self.under_way:
+            running[:] = [None if of is row else of for of in running]
 
     def finish(self) -> None:
         self.under_way.clear()

@@ -260,6 +260,14 @@ def serve(
     length: Annotated[
         int | None, typer.Option(help="Positions of a row, prompt and answer; 2048, or the context if shorter.", min=4)
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="How keys and values are kept: static or paged; paged on a CPU where nothing is compiled or drafted."),
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Positions of all rows together in a paged cache; by default --rows x --length.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens of prompts that are read between two steps of others.", min=1)] = 256,
     api_key: Annotated[
         str | None, typer.Option(help="What clients must send as Authorization: Bearer.", envvar="LLAMA_FAST_API_KEY")
     ] = None,
@@ -301,6 +309,11 @@ def serve(
         raise ValueError("--api-key must be printable ASCII, and not empty")
     if fused and compile:
         raise ValueError("--fused and --compile are two ways to decode: choose one")
+    if cache not in (None, "static", "paged"):
+        raise ValueError(f"unknown cache {cache!r} (known: static, paged)")
+    pages = cache == "paged" if cache else where(device).type == "cpu" and not compile and draft is None
+    if cache_tokens is not None and not pages:
+        raise ValueError("--cache-tokens is for a paged cache: say --cache paged")
     limits = Limits(max_body, timeout, max_queue)
     bound_prepared_products()
     member = ranks.join(where(device))
@@ -309,9 +322,13 @@ def serve(
     checkpoint = found.open(to, kind)
     kept = chosen_encoding(encoding, checkpoint, fused)
     plan = replace(presets.fused(kept) if fused else presets.optimised(kept, compile), shard=member.shard)
+    if pages:
+        plan = presets.paged(plan, cache_tokens)
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
-    slots = {"rows": rows, "length": length or min(2048, llama.runner.config.max_context), "draft": proposer}
+    slots = {
+        "rows": rows, "length": length or min(2048, llama.runner.config.max_context), "draft": proposer, "chunk": chunk,
+    }  # fmt: skip
     served = make_served(llama, name or model, engine_of(member, llama, slots), limits)
     if compile or fused:
         warm_up(served.thread.engine)

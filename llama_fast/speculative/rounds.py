@@ -209,8 +209,9 @@ class Rounds:
         return self.fixed or k == 0 or not under_way or self.adaptive_k.covers(k, under_way, left)
 
     @torch.no_grad()
-    def start(self, first: int, rows: Sequence[Row]) -> None:
+    def start(self, first: int, rows: Sequence[Row], most: int | None = None) -> None:
         """Prefill: the first token of every row is on its way."""
+        assert most is None, "an engine with a draft reads whole prompts"
         device, self.rows = self.target.device, rows
         requests = [row.request for row in rows]
         tokens_BT, lengths_B = pad([request.ids for request in requests], device)
@@ -222,6 +223,8 @@ class Rounds:
         self.target.prepared(self.choose, columns + 1)
         history_BL[:, :width] = tokens_BT
         token_B, _ = self.target.start(tokens_BT, lengths_B, self.cache, self.choose)
+        for row in rows:
+            row.read = len(row.ids)
         history_BL.scatter_(1, lengths_B[:, None], token_B[:, None])
         self.state = State(history_BL, lengths_B.clone(), lengths_B + news_B - 1)
         self.look([request.ids for request in requests])
@@ -235,6 +238,9 @@ class Rounds:
 
     def leave(self, slot: int) -> None:
         """A row that has ended stands still, or goes on unseen, until the last one has."""
+
+    def drop(self, row: Row) -> None:
+        """No row makes way for another: all have room for their ends from the start."""
 
     def finish(self) -> None:
         self.launched.clear()

@@ -20,6 +20,7 @@ from llama_fast.chat import Chat
 from llama_fast.engine.sampling import Sampling
 from llama_fast.llama import Llama
 from llama_fast.plan import Plan
+from oracle.questions.pages import with_short_pages
 from oracle.questions.survival import survived
 from oracle.statistics.compare import Check, Verdict
 from oracle.subjects.adapters import RefSubject, Weights
@@ -42,7 +43,8 @@ class Faces:
 
     def llama(self, eos_ids: Sequence[int] = (), shift: int = 0) -> Llama:
         """A walker behind the library's face, in float32."""
-        return Llama(build(walker(eos_ids, shift), self.plan, self.device, torch.float32), Letters())
+        plan = with_short_pages(self.plan)
+        return Llama(build(walker(eos_ids, shift), plan, self.device, torch.float32), Letters())
 
     def truth(self) -> RefSubject:
         """The reference's float64 logits of the walker, on the numbers that the plan computes with."""

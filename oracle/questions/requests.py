@@ -13,12 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from llama_fast.build import build
+from llama_fast.build import build, rebuild
 from llama_fast.contracts import KVCache
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.generate import generate, stream
 from llama_fast.engine.logprobs import TokenLogprob
 from llama_fast.engine.request import Event, requests_of
+from llama_fast.engine.room import is_paged
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.engine.transfer import pad
@@ -27,6 +28,8 @@ from llama_ref.checkpoint import Checkpoint
 from oracle.questions.cases import random_row
 from oracle.questions.checkpoints import end_blocks, few_words, one_block, references
 from oracle.questions.judge import Bench
+from oracle.questions.pages import LONGEST_PAGED, PAGE, pages_check, with_short_pages
+from oracle.questions.survival import survived
 from oracle.statistics.compare import Check, Verdict, empty
 from oracle.subjects.adapters import Rows
 from oracle.subjects.fast import FastSubject, Recorder
@@ -77,6 +80,8 @@ def judge_requests(
     if room >= NEW and dtype is torch.float32:
         checks = (_held(runner, rows), penalised_check(subject, rows), told_check(*told_logprobs(runner, rows)))
         verdict += Verdict(checks)
+        if one.config.max_context >= LONGEST_PAGED:
+            verdict += survived("pages", lambda: Verdict(tuple(_pages(checkpoint, plan, device))))
     edge = one.config.window
     if edge is not None and edge + 1 <= min(one.config.max_context, LONGEST_EDGE):
         long = [random_row(V, edge + extra, seed=90) for extra in (-1, 0, 1)]
@@ -84,6 +89,11 @@ def judge_requests(
             "a prompt as long as the window"
         )
     return verdict
+
+
+def _pages(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> list[Check]:
+    """Of the first block and the last: keys of the first alone know nothing of the tokens before theirs."""
+    return pages_check(build(few_words(end_blocks(checkpoint), device), plan, device=device, dtype=torch.float32))
 
 
 def _longer(checkpoint: Checkpoint, plan: Plan, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -148,13 +158,15 @@ def _held(runner: Runner, rows: Rows) -> Check:
     """Continuations behind a kept prefix are those of the whole prompt, greedy and drawn. Counted are rows that go on otherwise
     behind the next row's prefix: no other row would show that a prefix is not its own."""
     name, unlike, where, count = "rows that continue otherwise behind a kept prefix", 0, "", 0
+    runner = rebuild(runner, with_short_pages(runner.plan))
+    held = HELD // PAGE * PAGE if is_paged(runner.allocate(1, HELD)) else HELD
     others = [[*other[:HELD], *row[HELD:]] for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
     for how, sampling in (("greedy", Sampling()), ("drawn", Sampling(1.0, seed=3))):
         engine = Engine(runner, len(rows), max(map(len, rows)) + NEW, keeps_prefixes=True)
         answered([engine.add(request) for request in requests_of([row[:HELD] for row in rows], 1)], engine)
         reused = engine.reused_tokens
         said = answered([engine.add(request) for request in requests_of(rows, NEW, sampling)], engine)
-        if engine.reused_tokens - reused != HELD * len(rows):
+        if engine.reused_tokens - reused != held * len(rows):
             return Check(name, 1, 0, f"{how}: nothing was kept", 1)
         whole, behind = (generate(runner, each, NEW, sampling).completions for each in (rows, others))
         count += sum(a.tokens != b.tokens for a, b in zip(whole, behind, strict=True))

@@ -136,7 +136,7 @@ class FastSubject:
         else:
             for layer in self._used_caches[size].layers:
                 for stored in layer.tensors:
-                    stored.copy_(stored.roll(7, -2))
+                    stored.copy_(stored.roll(7 * stored.shape[-1]))  # seven slots on, or heads of slots
         return self._used_caches[size]
 
     def greedy(self, prompts: Rows, n: int) -> list[tuple[list[int], Tensor]]:

@@ -21,7 +21,7 @@ from llama_fast import Llama, Plan, Sampling, build
 from llama_fast.caches.static import Static
 from llama_fast.chat import Chat
 from llama_fast.encodings.int8 import Int8
-from llama_fast.engine.engine import common
+from llama_fast.engine.room import common
 from llama_fast.engine.sampling import BatchSampler
 from llama_fast.recipes import optimised
 from llama_fast.speculative.proposers import Ngram

@@ -28,7 +28,8 @@ import uvicorn
 
 from llama_fast import Llama
 from llama_fast import recipes as presets
-from llama_fast.build import build, default_dtype, where
+from llama_fast.build import build
+from llama_fast.devices import default_dtype, where
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request
 from llama_fast.recipes import chosen_encoding

@@ -21,9 +21,10 @@ from torch import Tensor
 from llama_fast import chat, weights
 from llama_fast.arithmetic import pytorch
 from llama_fast.caches import growing as growing_cache
+from llama_fast.caches import paged as paged_cache
 from llama_fast.caches import static as static_cache
 from llama_fast.encodings import dense, int8
-from llama_fast.engine import engine, generate, logprobs, request, runner, sampling, text
+from llama_fast.engine import engine, generate, logprobs, pages, request, room, runner, sampling, steps, text
 from llama_fast.engine.caches import Caches
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.llama import Llama
@@ -31,7 +32,7 @@ from llama_fast.model import llama as fast
 from llama_fast.model import matrices
 from llama_fast.parallel import tensor_parallel
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named, optimised
+from llama_fast.recipes import encoding_named, optimised, paged
 from llama_fast.speculative import acceptance, rounds
 from llama_fast.speculative import proposers as speculative
 from llama_fast.speculative import verification as checks
@@ -45,6 +46,7 @@ building = sys.modules["llama_fast.build"]  # the package's `build` is the funct
 checkpoint_files = sys.modules["llama_ref.checkpoint"]
 DENSE, INT8 = optimised(), optimised(encoding_named("int8"))
 GROWING = Plan()
+PAGED = paged(optimised())
 BF16 = torch.bfloat16
 
 
@@ -214,6 +216,61 @@ def first_write_wins(write: Any, slots: Tensor, new: Tensor, position_BT: Tensor
 
 def wraps_at(count: int) -> Callable[[Patch], None]:
     return writing(lambda write, slots, new, at: write(slots, new, torch.where(at == count, at - 1, at)))
+
+
+# --- pages
+
+
+def never_forgotten(forgotten: Any, self: Any) -> int:
+    """A page that another row takes is still known for what it held."""
+    page, content = next(iter(self._kept)), self._content[next(iter(self._kept))]
+    number = self._known[content][1]
+    forgotten(self)
+    self._known[content] = page, number
+    return page  # type: ignore[no-any-return]
+
+
+def found_by_tokens_alone(find: Any, self: Any, tokens: Any) -> list[int]:
+    """Pages of the same tokens, whatever stood before these."""
+    of_tokens = {part: page for (_, part), (page, _) in self._known.items()}
+    parts = self._parts(tokens)
+    known = [part in of_tokens for part in parts]
+    return [of_tokens[part] for part in parts[: (*known, False).index(False)]]
+
+
+def counted_once(hold: Any, self: Any, held: Any) -> None:
+    """A page that two rows hold is free when one of them ends."""
+    hold(self, held)
+    for page in held:
+        self.holders[page] = 1
+
+
+def given_back_twice(release: Any, self: Any, held: Any) -> None:
+    self.holders = [max(1, count) if page in held else count for page, count in enumerate(self.holders)]
+    release(self, held)
+
+
+def counted_wrongly(patch: Patch) -> None:
+    around(pages.Pages, "hold", counted_once)(patch)
+    around(pages.Pages, "release", given_back_twice)(patch)
+
+
+def said_forgotten(make_way: Any, self: Any) -> None:
+    make_way(self)
+    self.ids = self.request.ids
+
+
+def newest_page_of_row_0(grow: Any, self: Any, row: Any) -> bool:
+    """Where a row grows, it is told a page of the first row's."""
+    grown: bool = grow(self, row)
+    if row.slot and self.of_slots[0]:
+        self._cache.assign(row.slot, [*self.of_slots[row.slot][:-1], self.of_slots[0][-1]])
+    return grown
+
+
+def with_what_is_not_read(patch: Patch) -> None:
+    """A page is known when its last token is chosen, before that token's keys are there."""
+    patch.setattr(request.Row, "stored", property(lambda self: [*self.request.ids, *self.tokens]))
 
 
 # --- norms, residuals, feed-forward
@@ -885,6 +942,18 @@ MODEL_FAULTS = [
         plan=INT8,
     ),
 ]
+SHARED = "pages"
+PAGE_FAULTS = [
+    f("a stale page is found", "pages", around(pages.Pages, "_forgotten", never_forgotten), SHARED, trial="requests", plan=PAGED),
+    f("found by its tokens, whatever was before", "pages", around(pages.Pages, "find", found_by_tokens_alone), SHARED, trial="requests", plan=PAGED),
+    f("free while another row reads it", "pages", counted_wrongly, SHARED, trial="requests", plan=PAGED),
+    f("a page of another request", "pages", around(room.SharedPages, "grow", newest_page_of_row_0), SHARED, trial="requests", plan=PAGED),
+    f("known before it is full", "pages", with_what_is_not_read, SHARED, trial="requests", plan=PAGED),
+    f("what a row said is forgotten when it makes way", "pages", around(request.Row, "make_way", said_forgotten), SHARED, trial="requests", plan=PAGED),
+    f("tokens under way reach a row that made way", "pages", around(steps.PlainSteps, "drop", lambda drop, self, row: None), SHARED, trial="requests", plan=PAGED),
+    f("slots of the page before", "pages", around(paged_cache, "slots_at", lambda at, table, position, page: at(table, position - 32 * (position == 40), page)), "decode", plan=PAGED),
+    f("row 0's table", "pages", around(paged_cache, "slots_at", lambda at, table, *rest: at(table[:1].expand_as(table), *rest)), A, plan=PAGED),
+]  # fmt: skip
 LOOP_FAULTS = [
     f("sometimes the second best", "loop", around(BatchSampler, "__call__", second_best), "own logits"),
     f("all rows end together", "stop rules", around(engine.Engine, "step", all_end_together), "end elsewhere", trial="loop"),
@@ -1013,4 +1082,4 @@ FACE_FAULTS = [
     f("q and k in halves, by another reader", "checkpoint", around(huggingface, "interleave", lambda interleave, rows, head_dim: rows), "reads otherwise", trial="numbers"),
     f("k's heads in another order", "checkpoint", around(huggingface, "interleave", lambda interleave, rows, head_dim: interleave(rows, head_dim).flip(0) if len(rows) == 24 else interleave(rows, head_dim)), "reads otherwise", trial="numbers"),
 ]  # fmt: skip
-FAULTS = MODEL_FAULTS + LOOP_FAULTS + FACE_FAULTS
+FAULTS = MODEL_FAULTS + PAGE_FAULTS + LOOP_FAULTS + FACE_FAULTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +14,15 @@ from hypothesis import strategies as st
 
 from llama_fast.build import build
 from llama_fast.caches.growing import Growing
+from llama_fast.caches.paged import Paged, PagedCache
 from llama_fast.caches.static import Static
 from llama_fast.compilers.compiled import Compiled
 from llama_fast.contracts import KVCache
 from llama_fast.engine import steps
-from llama_fast.engine.engine import Engine, common
+from llama_fast.engine.engine import Engine
 from llama_fast.engine.generate import generate
 from llama_fast.engine.request import Event, Request, Row
+from llama_fast.engine.room import OwnSlots, SharedPages, common
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.plan import Plan
@@ -34,7 +37,12 @@ from oracle.verify import references
 CONFIG = LlamaConfig(48, 2, 6, 2, 10, 72, 101, 64)
 CHECKPOINT = random_checkpoint(CONFIG, 3)
 LENGTH = 40
-PLANS = {"static": Plan(cache=Static(multiple=8), fuse_projections=True), "growing": Plan(cache=Growing())}
+PLANS = {
+    "static": Plan(cache=Static(multiple=8), fuse_projections=True),
+    "growing": Plan(cache=Growing()),
+    "paged": Plan(cache=Paged(page=4), fuse_projections=True),
+    "paged, short of pages": Plan(cache=Paged(tokens=40, page=4), fuse_projections=True),
+}
 RUNNERS = {name: build(CHECKPOINT, plan, "cpu") for name, plan in PLANS.items()}
 ALONE: dict[tuple[str, Any, Sampling], list[int]] = {}
 """The longest answer to a prompt alone, by the plan's name."""
@@ -102,9 +110,31 @@ class Played:
                     bare(engine)
 
 
+def pages_are_whole(engine: Engine) -> None:
+    """Every page is free, kept, or held by as many rows as hold it; the table says so, and what is known is known of one page."""
+    room = engine.room
+    if isinstance(room, OwnSlots):
+        return
+    assert isinstance(room, SharedPages) and isinstance(engine.cache, PagedCache)
+    pages, held = room.pages, Counter(page for of_slot in room.of_slots for page in of_slot)
+    assert [held[page] for page in range(pages.count + 1)] == pages.holders
+    assert sorted([*pages._free, *pages._kept, *held]) == list(range(1, pages.count + 1))
+    assert {page: content for content, (page, _) in pages._known.items()} == pages._content
+    assert not set(pages._free) & set(pages._content) and set(pages._kept) <= set(pages._content)
+    for slot, (row, of_slot) in enumerate(zip(engine.slots, room.of_slots, strict=True)):
+        assert bool(of_slot) == (row is not None)
+        table = engine.cache.table.pages_BP[slot].tolist()
+        assert table == of_slot + [0] * (len(table) - len(of_slot))
+
+
 def nothing_is_left(engine: Engine) -> None:
     assert not engine.busy and engine.free == len(engine.slots) and engine.step() == []
-    assert not engine._rows and not engine._queue and engine._before == [None] * len(engine.slots)
+    assert not engine._rows and not engine._queue and engine._reading is None
+    pages_are_whole(engine)
+    if isinstance(engine.room, OwnSlots):
+        assert engine.room.before == [None] * len(engine.slots)
+    else:
+        assert isinstance(engine.room, SharedPages) and engine.room.pages.available == engine.room.pages.count
     plain = engine.steps
     assert isinstance(plain, steps.PlainSteps)
     assert not plain.under_way and plain.choose.settings == [None] * len(engine.slots)
@@ -144,14 +174,21 @@ def check_answers(name: str, played: Played) -> int:
 
 @pytest.mark.parametrize("name", list(PLANS))
 @settings(max_examples=25)
-@given(st.lists(actions, min_size=3, max_size=25), st.integers(1, 3), st.sampled_from([0, 2]))
-def test_rows_that_come_and_go_answer_as_they_do_alone(name: str, actions: list[Action], rows: int, ahead: int) -> None:
+@given(
+    st.lists(actions, min_size=3, max_size=25),
+    st.integers(1, 3),
+    st.sampled_from([0, 2]),
+    st.sampled_from([None, 3]),
+)
+def test_rows_that_come_and_go_answer_as_they_do_alone(
+    name: str, actions: list[Action], rows: int, ahead: int, chunk: int | None
+) -> None:
     """`ahead`: steps that are launched before the oldest is read, as on a GPU."""
-    engine = Engine(RUNNERS[name], rows, LENGTH)
+    engine = Engine(RUNNERS[name], rows, LENGTH, chunk=chunk)
     plain = engine.steps
     assert isinstance(plain, steps.PlainSteps)
     plain.readback.depth = ahead
-    assert check_answers(name, Played(engine, actions)) <= 1, "ties are as rare as equal logits"
+    assert check_answers(name, Played(engine, actions, pages_are_whole)) <= 1, "ties are as rare as equal logits"
     nothing_is_left(engine)
 
 
@@ -188,7 +225,7 @@ def slots_of(cache: KVCache) -> list[torch.Tensor]:
     return [tensor.clone() for layer in cache.layers for tensor in (layer.k, layer.v)]
 
 
-@pytest.mark.parametrize("name", list(PLANS))
+@pytest.mark.parametrize("name", ["static", "growing", "paged"])
 def test_who_joins_leaves_its_neighbours_keys_as_they_are(name: str) -> None:
     engine = Engine(RUNNERS[name], 3, LENGTH)
     for prompt in PROMPTS[2:5]:
