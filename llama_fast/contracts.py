@@ -223,10 +223,6 @@ class Arithmetic(Protocol):
     def name(self) -> str:
         """The word for it in a plan's description; "" for PyTorch's."""
 
-    @property
-    def sampling_kernels(self) -> SamplingKernels | None:
-        """Kernels that choose tokens, or None to sample with PyTorch."""
-
     def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Operations:
         """The operations of one model under a plan; ValueError, by name, for what they cannot compute."""
 

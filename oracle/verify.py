@@ -116,6 +116,9 @@ def verify(
                     certificate.ask("text", ask)
             progress(f"{name}: building")
             runner = build(checkpoint, plan, device=device, dtype=of_type)
+            if "sampling" not in certificate.parts:
+                kernels = runner.model.operations.sampling_kernels if device.type == "cuda" else None
+                certificate.ask("sampling", partial(judge_sampling, FastSampler(device, kernels), device))
             subject, truth = _verify_runner(certificate, runner, checkpoint, case, name, progress)
             _verify_window(certificate, checkpoint, plan, device, of_type, progress)
             if of_type is dtype:
@@ -141,16 +144,12 @@ def verify(
 
 
 def _verify_loops(certificate: Certificate, plan: Plan, device: torch.device, progress: Callable[[str], None]) -> None:
-    """What does not depend on the model: sampling, and on walkers and tiny models the face, seeds, objects and draws.
+    """What does not depend on the model: on walkers and tiny models the face, seeds, objects and draws.
 
     Their shapes would be compiled, and tuned, for these questions alone: asked are the plan's encoding and cache, with
-    PyTorch's operators. Kernels that choose tokens are asked by themselves.
+    PyTorch's operators. Kernels that choose tokens are asked by themselves, when the model is built.
     """
-    progress("sampling, the library's face, seeds, objects")
-    kernels = (
-        plan.arithmetic.sampling_kernels if device.type == "cuda" else None
-    )  # elsewhere such a plan cannot be built
-    certificate.ask("sampling", lambda: judge_sampling(FastSampler(device, kernels), device))
+    progress("the library's face, seeds, objects")
     plain = replace(plan, compiler=Eager(), arithmetic=PyTorch())
     plain, told = for_small_models(plain, device, [walker(), random_checkpoint(TINY)])
     certificate.notes += told

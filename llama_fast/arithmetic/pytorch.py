@@ -24,7 +24,6 @@ class PyTorch:
     """The plain arithmetic."""
 
     name: str = field(default="", init=False)
-    sampling_kernels: ClassVar[None] = None
 
     def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Operators:
         return Operators(config.head_dim, config.window, slots.shard.all_reduce)

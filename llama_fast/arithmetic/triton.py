@@ -39,12 +39,6 @@ class Triton:
 
     name: str = field(default="triton", init=False)
 
-    @property
-    def sampling_kernels(self) -> SamplingKernels:
-        from llama_fast.kernels import ops  # lazy import: Triton is optional
-
-        return ops
-
     def bind(self, config: LlamaConfig, slots: Slots, device: torch.device) -> Kernels:
         asked = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "window": config.window}
         for name, value in asked.items():
