@@ -84,7 +84,7 @@ class Chat:
                 events = engine.step()
                 self.reused_tokens, self.prompt_tokens = engine.reused_tokens - before, len(ids)
                 for event in events:
-                    said, tokens = said + event.text, tokens + 1
+                    said, tokens = said + event.checked().text, tokens + 1
                     ended = event.finish_reason == STOP
                     if event.text:
                         yield event.text

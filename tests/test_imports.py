@@ -47,11 +47,12 @@ FLOORS = {
     "speculative": ("contracts", "model", "compilers", "plan", "engine", "caches", "parallel"),
     "build": ("contracts", "model", "plan", "recipes", "weights", "engine", *LEAVES),
     "calibration": ("contracts", "model", "plan", "weights", *LEAVES),
-    "llama": ("contracts", "plan", "engine", "build", "recipes", *LEAVES),
+    "grammars": ("engine",),
+    "llama": ("contracts", "plan", "engine", "build", "recipes", "grammars", *LEAVES),
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_settings": (),
     "lm_eval_model": ("contracts", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
-    "serve": ("engine", "llama"),
+    "serve": ("engine", "grammars", "llama"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),
     "cli": ("ladder",),
@@ -145,6 +146,7 @@ def test_the_oracle_has_floors_and_its_statistics_know_torch_alone(path: Path) -
 
 def test_importing_the_library_brings_in_no_heavy_neighbour() -> None:
     heavy = ("transformers", "matplotlib", "typer", "rich", "gguf", "tokenizers", "huggingface_hub", "triton", "oracle")
+    heavy += ("llguidance",)
     code = (
         "import sys, torch; before = set(sys.modules); import llama_fast; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before])"
