@@ -34,17 +34,20 @@ class JsonSchema:
         if not isinstance(self.schema, (Mapping, bool, str)):
             raise TypeError(f"schema={shown(self.schema)} must be a JSON schema: an object, or True")
 
-    def written(self) -> str:
+    def document(self) -> str:
+        """The schema with how it is to be read, as JSON; ValueError for what is none."""
         # what a schema's "x-guidance" says is overruled: neither may it be read leniently, nor "oneOf" as "anyOf"
         options: dict[str, Any] = {"whitespace_flexible": self.spaced, "coerce_one_of": False, "lenient": False}
         options |= {"whitespace_pattern": None, "item_separator": ",", "key_separator": ":"}
         try:
             schema = json.loads(self.schema) if isinstance(self.schema, str) else self.schema
             given = dict(schema) if isinstance(schema, Mapping) else {"allOf": [schema]}
-            parts = {"json_schema": {**given, "x-guidance": options}}
-            return json.dumps({"grammars": [parts]})
+            return json.dumps({**given, "x-guidance": options})
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"the schema is no JSON ({' '.join(str(error).split())[:100]})") from None
+
+    def written(self) -> str:
+        return f'{{"grammars": [{{"json_schema": {self.document()}}}]}}'
 
 
 ANY_OBJECT = JsonSchema({"type": "object"})
@@ -75,7 +78,7 @@ class Choice:
             raise ValueError("a choice needs texts, none of them empty")
 
     def written(self) -> str:
-        return Lark("start: " + " | ".join(json.dumps(one) for one in self.texts)).written()
+        return Lark("start: " + " | ".join(quoted(one) for one in self.texts)).written()
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class Lark:
 
     def written(self) -> str:
         return json.dumps({"grammars": [{"lark_grammar": self.rules}]})
+
+
+def quoted(text: str) -> str:
+    """A text as Lark spells it: 'say "a"' -> '"say \\"a\\""'."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def library() -> Any:
