@@ -24,7 +24,7 @@ CALLS = "tool_calls"
 
 @dataclass(frozen=True)
 class ToolForm:
-    """How a call is spelled: what stands around its object, under which key its arguments are, and what parts two calls."""
+    """How a call is spelled: what stands around its object, under which key its arguments are, and what may part two calls."""
 
     arguments: str
     before: str = ""
@@ -41,9 +41,10 @@ def form_of(template: str) -> ToolForm | None:
     """The form that a chat template asks its model for; None if it is not known here."""
     if "tools" not in template:
         return None
-    if "<tool_call>" in template and '"arguments"' in template:
+    spelled = template.replace('\\"', '"')  # inside a string of Jinja's
+    if "<tool_call>" in spelled and '"arguments"' in spelled:
         return HERMES
-    return LLAMA_3 if '"parameters"' in template else None
+    return LLAMA_3 if '"parameters"' in spelled else None
 
 
 def by_force(form: ToolForm, tools: Sequence[Tool]) -> Lark:
@@ -94,11 +95,7 @@ def calls_in(text: str, form: ToolForm, names: Collection[str]) -> list[Call]:
         if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
             return []
         found.append(Call(name, arguments))
-        left = left[end + len(after) :].lstrip()
-        if left and form.between:
-            if not left.startswith(form.between):
-                return []
-            left = left[len(form.between) :].lstrip()
+        left = left[end + len(after) :].lstrip().removeprefix(form.between).lstrip()
     return found
 
 
