@@ -251,6 +251,8 @@ def test_what_cannot_be_kept_is_refused_in_one_line(llama: Llama, grammar: Gramm
 def test_what_would_break_the_promise_is_refused_by_name(llama: Llama) -> None:
     with pytest.raises(ValueError, match="stop="):
         llama.generate("a", 5, grammar=Regex("a+"), stop="b")
+    with pytest.raises(ValueError, match="stop="):
+        Chat(llama, sampling=Sampling(grammar=llama.constraint(Regex("a+"))), stop="b")
     with pytest.raises(ValueError, match="eos_ids: token 9 "):
         Request([1], 5, Sampling(grammar=llama.constraint(Regex("a+"))), eos_ids=[9, EOS])
     with pytest.raises(ValueError, match="grammar looks at"):
