@@ -38,6 +38,10 @@ class Chat:
         )
         self.max_new_tokens, self.sampling = whole("max_new_tokens", max_new_tokens, 1), sampling
         self.stop = stop_strings(stop)
+        if self.stop and sampling.grammar is not None:
+            raise ValueError(
+                f"stop={list(self.stop)!r:.80} would cut a reply that the grammar makes whole: leave one out"
+            )
         system = None if system is None else checked_text("system", system)
         self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self.reused_tokens = 0
@@ -84,7 +88,7 @@ class Chat:
                 events = engine.step()
                 self.reused_tokens, self.prompt_tokens = engine.reused_tokens - before, len(ids)
                 for event in events:
-                    said, tokens = said + event.text, tokens + 1
+                    said, tokens = said + event.checked().text, tokens + 1
                     ended = event.finish_reason == STOP
                     if event.text:
                         yield event.text

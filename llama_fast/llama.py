@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import torch
@@ -23,6 +24,7 @@ from llama_fast.devices import default_dtype, where
 from llama_fast.engine.caches import Caches
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.generate import together
+from llama_fast.engine.guides import Constraint
 from llama_fast.engine.logprobs import TokenLogprob
 from llama_fast.engine.prompts import conversation_of, prompt_of, prompts_of
 from llama_fast.engine.request import Event, Request, check_ids, check_request, requests_of
@@ -31,6 +33,7 @@ from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.speculation import Speculation, Statistics
 from llama_fast.engine.text import TextStream, stop_strings
 from llama_fast.engine.transfer import pad
+from llama_fast.grammars.asked import Grammar
 from llama_fast.plan import Plan
 from llama_fast.recipes import chosen_encoding, optimised, plan_named
 from llama_ref.arguments import floating, made, named, row_of_ids, rows_of_ids, shown, whole
@@ -45,6 +48,9 @@ Prompt = str | Sequence[int] | Sequence[Message] | Tensor
 
 A conversation that ends with words of the assistant is continued in them.
 """
+
+
+NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,10 @@ class Llama:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] = NO_BIAS,
+        grammar: Grammar | Constraint | None = None,
         seed: int | Sequence[int] = 0,
         stop: str | Iterable[str] | None = (),
         logprobs: int | None = None,
@@ -152,10 +162,12 @@ class Llama:
 
         A prompt is text, token ids, or a conversation, which its checkpoint's template makes text. Temperature 0 is
         greedy. Row b draws with seed + b, or with the b-th of several seeds. A row ends at an EOS id of the checkpoint,
-        before one of the `stop` strings, or after `max_new_tokens`. `logprobs`: tell each token's log-probability under
-        the model, and those of as many of the likeliest. `on_text(row, piece)` is told the text as it comes. `draft`
-        proposes tokens that are checked several at a time: `Draft(runner)`, `Ngram()`; it excludes a repetition penalty
-        and logprobs. Raises ValueError for what cannot be served.
+        before one of the `stop` strings, or after `max_new_tokens`. `grammar` is what the text must be, as
+        `JsonSchema({...})`, `Regex("...")` of `llama_fast.grammars`: a row that ends with "stop" is one of its texts.
+        `logprobs`: tell each token's log-probability under the model, and those of as many of the likeliest.
+        `on_text(row, piece)` is told the text as it comes. `draft` proposes tokens that are checked several at a time:
+        `Draft(runner)`, `Ngram()`; it excludes penalties, a bias, a grammar and logprobs. Raises ValueError for what
+        cannot be served.
         """
         found, one = prompts_of("prompts", prompts)
         ids = [self._ids(prompt) for prompt in found]
@@ -163,13 +175,25 @@ class Llama:
         told = None if logprobs is None else whole("logprobs", logprobs)
         if on_text is not None and not callable(on_text):
             raise TypeError(f"on_text={shown(on_text)} must be called with a row and its text: a function")
-        sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        sampling = Sampling(
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            min_p,
+            repetition_penalty,
+            frequency_penalty,
+            presence_penalty,
+            logit_bias,
+            self._constraint(grammar, stop),
+        )
         requests = self._requests(ids, max_new_tokens, sampling, draft, told)
         began, first = time.perf_counter(), 0.0
         rows: list[list[Event]] = [[] for _ in ids]
         with self._answering(requests, [self.writer(row, stop) for row in ids], draft) as engine:
             while engine.busy:
                 for event in engine.step():
+                    event.checked()
                     first = first or time.perf_counter() - began
                     rows[event.id].append(event)
                     if event.text and on_text is not None:
@@ -200,6 +224,10 @@ class Llama:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] = NO_BIAS,
+        grammar: Grammar | Constraint | None = None,
         seed: int = 0,
         stop: str | Iterable[str] | None = (),
         draft: Speculation | None = None,
@@ -210,14 +238,49 @@ class Llama:
         not when the first piece is asked for.
         """
         ids, stop = [self.encode(prompt)], stop_strings(stop)
-        sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        sampling = Sampling(
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            min_p,
+            repetition_penalty,
+            frequency_penalty,
+            presence_penalty,
+            logit_bias,
+            self._constraint(grammar, stop),
+        )
         (request,) = self._requests(ids, max_new_tokens, sampling, draft)
         return self._pieces(request, self.writer(request.ids, stop), draft)
 
     def _pieces(self, request: Request, writer: TextStream, draft: Speculation | None) -> Generator[str, None, None]:
         with self._answering([request], [writer], draft) as engine:
             while engine.busy:
-                yield from (event.text for event in engine.step() if event.text)
+                yield from (event.text for event in engine.step() if event.checked().text)
+
+    def constraint(self, grammar: Grammar) -> Constraint:
+        """A grammar made ready for this model's tokens, for `Sampling(grammar=...)`; raises ValueError with the reason."""
+        from llama_fast.grammars.guided import Constrained
+
+        made("grammar", grammar, "a grammar, as JsonSchema({...}) or Regex(...) of llama_fast.grammars", "written")
+        try:
+            return Constrained(grammar, self._tokens)
+        except ValueError as error:
+            raise ValueError(f"grammar: {error}") from None
+
+    @cached_property
+    def _tokens(self) -> Any:
+        """What every grammar knows of the tokens: made when the first one comes."""
+        from llama_fast.grammars.guided import Tokens
+
+        return Tokens(self.tokenizer, self.runner.config.vocab_size, self.runner.config.eos_ids)
+
+    def _constraint(self, grammar: Grammar | Constraint | None, stop: Sequence[str]) -> Constraint | None:
+        if grammar is None:
+            return None
+        if stop:
+            raise ValueError(f"stop={list(stop)!r:.80} would cut a text that the grammar makes whole: leave one out")
+        return self.constraint(grammar) if hasattr(grammar, "written") else grammar  # type: ignore[arg-type, return-value]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's ids: text by the tokenizer, a conversation by its template, ids as they are."""

@@ -49,11 +49,12 @@ FLOORS = {
     "speculative": ("contracts", "model", "compilers", "plan", "engine", "caches", "parallel"),
     "build": ("contracts", "devices", "model", "plan", "recipes", "weights", "engine", *LEAVES),
     "calibration": ("contracts", "model", "plan", "weights", *LEAVES),
-    "llama": ("contracts", "devices", "plan", "engine", "build", "recipes", *LEAVES),
+    "grammars": ("engine",),
+    "llama": ("contracts", "devices", "plan", "engine", "build", "recipes", "grammars", *LEAVES),
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_settings": (),
     "lm_eval_model": ("contracts", "devices", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
-    "serve": ("engine", "llama"),
+    "serve": ("engine", "grammars", "llama"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),
     "cli": ("ladder",),
@@ -179,6 +180,7 @@ def test_whatever_is_imported_of_ours_is_there() -> None:
 
 def test_importing_the_library_brings_in_no_heavy_neighbour() -> None:
     heavy = ("transformers", "matplotlib", "typer", "rich", "gguf", "tokenizers", "huggingface_hub", "triton", "oracle")
+    heavy += ("llguidance",)
     code = (
         "import sys, torch; before = set(sys.modules); import llama_fast; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before])"

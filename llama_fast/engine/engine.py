@@ -19,7 +19,7 @@ import sys
 from collections import deque
 
 from llama_fast.contracts import KVCache
-from llama_fast.engine.request import Event, Request, Row, Writer, check_request
+from llama_fast.engine.request import Event, Request, Row, Writer, check_bias, check_request
 from llama_fast.engine.room import Room, room_of
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.speculation import Speculation, Statistics
@@ -89,6 +89,7 @@ class Engine:
         ValueError, with the numbers, for what the model or this engine has no room for.
         """
         check_request(self.runner.config, [request.ids], request.max_new_tokens)
+        check_bias(self.runner.config, request.sampling)
         if request.positions > self.length:
             raise ValueError(
                 f"a prompt of {len(request.ids)} tokens and {request.max_new_tokens} new ones do not fit the "

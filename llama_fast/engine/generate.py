@@ -76,7 +76,7 @@ def generate(
     while engine.busy:
         for event in engine.step():
             first = first or time.perf_counter() - began
-            rows[event.id].append(event)
+            rows[event.id].append(event.checked())
     total = time.perf_counter() - began
     completions = [
         Completion([event.token for event in row], row[-1].finish_reason or "", len(request.ids))
@@ -112,6 +112,6 @@ def stream(
     while engine.busy:
         rows: list[list[Event]] = [[] for _ in requests]
         for event in engine.step():
-            rows[event.id].append(event)
+            rows[event.id].append(event.checked())
         for i in range(max(map(len, rows))):
             yield [row[i] if i < len(row) else None for row in rows]

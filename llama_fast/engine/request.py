@@ -6,13 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from llama_fast.engine.guides import Guide
 from llama_fast.engine.logprobs import TokenLogprob
 from llama_fast.engine.sampling import Sampling
 from llama_ref.arguments import row_of_ids, set_of_ids, shown, whole
 from llama_ref.config import LlamaConfig
 
-STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
-"""Why a row ended: at an EOS id or a stop string; at as many tokens as were asked for; because nobody wants it any more."""
+STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
+"""Why a row ended: at an EOS id, a stop string or the end of its grammar; at as many tokens as were asked for; because nobody
+wants it any more; because its grammar could not go on."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Request:
             raise ValueError("a prompt is empty: there is nothing to continue")
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs={self.logprobs} must not be negative")
+        grammar = self.sampling.grammar
+        if grammar is not None and not set(self.eos_ids) <= set(grammar.eos_ids):
+            wrong = min(set(self.eos_ids) - set(grammar.eos_ids))
+            raise ValueError(f"eos_ids: token {wrong} would end a text at any place; the grammar knows no such end")
 
     @property
     def positions(self) -> int:
@@ -97,6 +103,13 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> None:
             raise ValueError(f"a prompt's token id {token} is outside the vocabulary of {vocabulary}")
 
 
+def check_bias(config: LlamaConfig, sampling: Sampling) -> None:
+    """ValueError for a token id of a logit bias that is not one of the vocabulary."""
+    for token in sampling.bias:
+        if token >= config.vocab_size:
+            raise ValueError(f"logit_bias: token id {token} is outside the vocabulary of {config.vocab_size}")
+
+
 class Writer(Protocol):
     """What makes text of a row's tokens, as `text.TextStream`."""
 
@@ -113,7 +126,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """A token that a row got. `finish_reason` is None while more come; then "stop" or "length"."""
+    """A token that a row got. `finish_reason` is None while more come; then "stop" or "length", or "failed"."""
 
     id: int
     token: int
@@ -121,6 +134,14 @@ class Event:
     finish_reason: str | None = None
     text: str = ""
     """What the token completes, where the row has a writer: the pieces of a row, joined, are its text."""
+    failure: str = ""
+    """Why the row failed, in one line."""
+
+    def checked(self) -> Event:
+        """The event; ValueError, with the reason, if the row has failed."""
+        if self.finish_reason == FAILED:
+            raise ValueError(f"grammar: {self.failure}")
+        return self
 
 
 class Row:
@@ -129,6 +150,8 @@ class Row:
     def __init__(self, id: int, request: Request, writer: Writer | None = None):
         """`writer`: makes text of the tokens, and ends the row at a stop string."""
         self.id, self.request, self.writer = id, request, writer
+        grammar = request.sampling.grammar
+        self.guide: Guide | None = None if grammar is None else grammar.begin()
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
@@ -193,7 +216,13 @@ class Row:
         if logprob is not None:
             self.logprobs.append(logprob)
         text = "" if self.writer is None else self.writer.push(token)
-        if token in self.request.eos_ids or (self.writer is not None and self.writer.stopped):
+        if self.guide is not None:
+            self.guide.take(token)
+            if self.guide.failure is not None:
+                self.finish_reason = FAILED
+                return Event(self.id, token, logprob, FAILED, failure=self.guide.failure)
+        complete = token in self.request.eos_ids if self.guide is None else self.guide.complete
+        if complete or (self.writer is not None and self.writer.stopped):
             self.finish_reason = STOP
         elif len(self.tokens) == self.request.max_new_tokens:
             self.finish_reason = LENGTH

@@ -75,13 +75,17 @@ class Runner:
     ) -> tuple[Tensor, Tensor]:
         """Prefill: the first new token [B] and the logits [B, V] it was chosen from."""
         cache.reserve(torch.zeros_like(lengths_B), tokens_BT.shape[1])
-        return self.run_prefill(self.model, tokens_BT, (None, lengths_B), cache, choose)
+        token_B, logits_BV = self.run_prefill(self.model, tokens_BT, (None, lengths_B), cache, inside(choose))
+        return (choose(logits_BV, lengths_B) if choose.is_apart else token_B), logits_BV
 
     @torch.no_grad()
     def step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: BatchSampler) -> tuple[Tensor, Tensor]:
         """Decode: the next token [B] and the logits [B, T, V] of all T."""
         cache.reserve(start_B, tokens_BT.shape[1])
-        return self.run_decode(self.model, tokens_BT, start_B, cache, choose)
+        token_B, logits_BTV = self.run_decode(self.model, tokens_BT, start_B, cache, inside(choose))
+        if choose.is_apart:
+            token_B = choose(logits_BTV[:, -1], start_B + tokens_BT.shape[1])
+        return token_B, logits_BTV
 
     @torch.no_grad()
     def extend(
@@ -92,7 +96,8 @@ class Runner:
         The next token [B] and its logits [B, V].
         """
         cache.reserve(start_B, tokens_BT.shape[1])
-        return self.run_prefill(self.model, tokens_BT, (start_B, lengths_B), cache, choose)
+        token_B, logits_BV = self.run_prefill(self.model, tokens_BT, (start_B, lengths_B), cache, inside(choose))
+        return (choose(logits_BV, start_B + lengths_B) if choose.is_apart else token_B), logits_BV
 
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
         """The logits [B, V] at each row's last token."""
@@ -115,7 +120,9 @@ class Runner:
         chosen by the kernels that the plan has; where one does, code that was compiled stays.
         """
         choose.steady = self.plan.compiler.compiles_each_shape
-        if not choose.steady:
+        if choose.steady:
+            choose.likeliest = self.greedy(1)
+        else:
             choose.look_ahead(positions)
             choose.kernels = self.model.operations.sampling_kernels
         return choose
@@ -127,3 +134,11 @@ class Runner:
     def greedy(self, batch: int) -> BatchSampler:
         """A sampler that takes the likeliest token of each row."""
         return BatchSampler(Sampling(), [0] * batch, self.device)
+
+
+def inside(choose: BatchSampler) -> BatchSampler:
+    """The sampler that a compiled step holds: one that takes the largest logit, if `choose` is asked behind the step."""
+    if not choose.is_apart:
+        return choose
+    assert choose.likeliest is not None
+    return choose.likeliest

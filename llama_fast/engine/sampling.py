@@ -9,7 +9,7 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from llama_fast.choosing import SamplingKernels
+from llama_fast.engine.guides import Constraint
 from llama_fast.engine.transfer import upload
-from llama_ref.arguments import is_whole, real, several, whole
+from llama_ref.arguments import is_whole, made, real, several, shown, whole
 
 MASK_32 = 0xFFFFFFFF
 FLOAT32 = torch.finfo(torch.float32)
@@ -30,10 +31,12 @@ STREAMS = 4
 class Sampling:
     """How a token is chosen. Temperature 0 is the argmax; `top_k` None, `top_p` 1.0 and `min_p` 0.0 keep everything.
 
-    In this order: the logits of tokens that the row already holds are divided by `repetition_penalty` where they are
-    positive and multiplied by it where they are negative (Keskar et al. 2019); temperature; `top_k` likeliest; fewest that
-    sum to `top_p`; those at least `min_p` times as likely as the likeliest. `seed`: row b draws with seed + b, or with the
-    b-th of several.
+    In this order: `logit_bias` {id: bias} is added to logits; those of tokens that the row already holds, prompt included,
+    are divided by `repetition_penalty` where they are positive and multiplied by it where they are negative (Keskar et al.
+    2019); those of tokens that the row has generated c times are lowered by c x `frequency_penalty` + `presence_penalty`
+    (OpenAI's definition, without the prompt); tokens that `grammar` does not allow are impossible; temperature; `top_k`
+    likeliest; fewest that sum to `top_p`; those at least `min_p` times as likely as the likeliest. `seed`: row b draws with
+    seed + b, or with the b-th of several. `grammar` is made for a model's tokens, as by `llama.constraint(Regex("a+"))`.
     """
 
     temperature: float = 0.0
@@ -42,13 +45,20 @@ class Sampling:
     seed: int | Sequence[int] = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    """Kept as pairs, in the order of ids."""
+    grammar: Constraint | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        penalties = ("frequency_penalty", "presence_penalty")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", *penalties):
             object.__setattr__(self, name, real(name, getattr(self, name)))
         if self.top_k is not None:
             object.__setattr__(self, "top_k", whole("top_k", self.top_k))
         object.__setattr__(self, "seed", seed_or_seeds(self.seed))
+        object.__setattr__(self, "logit_bias", biases(self.logit_bias))
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
         if self.top_k is not None and self.top_k < 1:
@@ -59,9 +69,38 @@ class Sampling:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
         if not FLOAT32.tiny <= self.repetition_penalty <= FLOAT32.max:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be a positive number of float32")
+        for name in penalties:
+            if not abs(getattr(self, name)) <= FLOAT32.max:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of float32")
+        if self.grammar is not None:
+            made("grammar", self.grammar, "a grammar for a model's tokens, as llama.constraint() makes one", "begin")
         for seed in (self.seed,) if isinstance(self.seed, int) else self.seed:
             if not 0 <= seed < 2**64:
                 raise ValueError(f"seed={seed} must lie in [0, 2^64)")
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """What is added to the logits of some tokens."""
+        return dict(self.logit_bias)
+
+    @property
+    def counts(self) -> bool:
+        """Whether a penalty counts the tokens that a row has generated."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    def check_without_history(self) -> None:
+        """ValueError, by its name, for a setting that needs to know what stands before each token."""
+        asked = {
+            "repetition_penalty": self.repetition_penalty != 1,
+            "frequency_penalty": self.frequency_penalty != 0,
+            "presence_penalty": self.presence_penalty != 0,
+            "grammar": self.grammar is not None,
+        }
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise ValueError(f"{name} looks at the tokens before each; it cannot be had with a draft")
+        if self.logit_bias:
+            raise ValueError("logit_bias is not known to who proposes tokens; it cannot be had with a draft")
 
     def seeds(self, rows: int) -> list[int]:
         """One seed per row: (seed=7, 3 rows) -> [7, 8, 9]; ValueError where several are given, and not as many."""
@@ -79,6 +118,19 @@ def seed_or_seeds(given: int | Sequence[int]) -> int | tuple[int, ...]:
     return tuple(whole("seed", one) for one in several("seed", given, "a whole number, or one for each prompt"))
 
 
+def biases(given: object) -> tuple[tuple[int, float], ...]:
+    """The pairs of a logit bias: {7: 1, 3: -2.5} -> ((3, -2.5), (7, 1.0)); TypeError or ValueError that names it."""
+    if not isinstance(given, (Mapping, tuple)):
+        raise TypeError(f"logit_bias={shown(given)} must be a mapping of token ids to numbers")
+    pairs = {}
+    for token, bias in given.items() if isinstance(given, Mapping) else given:
+        token, bias = whole("logit_bias: a token id", token, 0), real(f"logit_bias[{token}]", bias)
+        if not abs(bias) <= FLOAT32.max:
+            raise ValueError(f"logit_bias[{token}]={bias} must be a number of float32")
+        pairs[token] = bias
+    return tuple(sorted(pairs.items()))
+
+
 class Code(NamedTuple):
     """What of the rows' settings changes the code that chooses; all else is numbers in tensors."""
 
@@ -91,6 +143,19 @@ class Code(NamedTuple):
     nucleus: bool = False
     floored: bool = False
     penalised: bool = False
+    counted: bool = False
+    biased: bool = False
+    masked: bool = False
+    """Whether a row has a grammar: then the host says, at each step, which tokens are allowed."""
+
+    @property
+    def edited(self) -> bool:
+        """Whether logits are changed by what is kept, or told, for each row and token."""
+        return self.counted or self.biased or self.masked
+
+    def with_edits_of(self, other: Code) -> Code:
+        """The same code with what the other changes logits by."""
+        return self._replace(counted=other.counted, biased=other.biased, masked=other.masked)
 
     def covers(self, other: Code) -> bool:
         """Whether this code is right for rows that need the other."""
@@ -104,15 +169,20 @@ LEAST_BOUND = 256
 
 def code_of(settings: Iterable[Sampling]) -> Code:
     """The code that rows with these settings need, as little of it as possible."""
-    kinds, penalised = set(), False
+    kinds, penalised, counted, biased, masked = set(), False, False, False, False
     for one in settings:
         drawn = one.temperature > 0
         kinds.add((drawn, (drawn and one.top_k) or 0, drawn and one.top_p < 1, drawn and one.min_p > 0))
         penalised |= one.repetition_penalty != 1
+        counted, biased, masked = (
+            counted | one.counts,
+            biased | bool(one.logit_bias),
+            masked | (one.grammar is not None),
+        )
     if not kinds:
         return Code()
     drawn, top_k, nucleus, floored = (max(of) for of in zip(*kinds, strict=True))
-    return Code(drawn, len(kinds) > 1, top_k, nucleus, floored, penalised)
+    return Code(drawn, len(kinds) > 1, top_k, nucleus, floored, penalised, counted, biased, masked)
 
 
 class BatchSampler:
@@ -147,41 +217,65 @@ class BatchSampler:
         self.code = Code()
         self.steady = False
         """Whether code is kept as long as it is right, because another one would have to be compiled."""
+        self.first = 0
+        """Where these rows stand among those of the sampler that they are of."""
         self.temperature_B = torch.ones(rows, dtype=torch.float32, device=device)
         """0 where a row takes the largest logit."""
         self.top_k_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self.top_p_B = torch.ones(rows, dtype=torch.float32, device=device)
         self.min_p_B = torch.zeros(rows, dtype=torch.float32, device=device)
         self.penalty_B = torch.ones(rows, dtype=torch.float32, device=device)
+        self.frequency_B = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.presence_B = torch.zeros(rows, dtype=torch.float32, device=device)
         self.key_B2 = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self.seen_BV: Tensor | None = None
+        self.count_BV: Tensor | None = None
+        """How often each row has generated each token, float32: 0 or more where the row asks for it, else anything."""
+        self.bias_BV: Tensor | None = None
+        self.allowed: Callable[[int, int], Tensor] | None = None
+        """Which tokens the grammars of rows allow next, for (first row, how many): a bit for each, int32 [B, V / 32]."""
         self.ahead_BSL: Tensor | None = None
         self.positions = 0
+        self.likeliest: BatchSampler | None = None
+        """Where code is kept: what a compiled step holds while tokens are chosen behind it."""
         self.kernels: SamplingKernels | None = None
         """Where nothing is compiled: what chooses in few launches, for vocabularies that it takes."""
 
     @property
     def greedy(self) -> bool:
         """Whether every row takes its largest logit, and nothing is looked at beside logits."""
-        return not (self.code.drawn or self.code.penalised)
+        return not (self.code.drawn or self.code.penalised or self.code.edited)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether tokens are chosen behind the compiled step, so that what is rarely asked for is compiled for nobody."""
+        return self.steady and self.code.edited
 
     def set_rows(
-        self, first: int, settings: Sequence[Sampling], written: Sequence[Sequence[int]] | None = None
+        self,
+        first: int,
+        settings: Sequence[Sampling],
+        written: Sequence[Sequence[int]] | None = None,
+        answered: Sequence[Sequence[int]] = (),
     ) -> None:
         """Rows from the `first` on choose by these settings, one seed each, from now on.
 
-        A repetition penalty also needs what is `written` in each row; ValueError without it.
+        What changes logits from token to token also needs what is `written` in each row; ValueError without it. `answered`: what
+        of that is no prompt, in rows that made way and go on.
         """
-        if written is None and any(one.repetition_penalty != 1 for one in settings):
-            raise ValueError("repetition_penalty looks at the tokens before each; it cannot be had with a draft")
+        if written is None:
+            for one in settings:
+                one.check_without_history()
         part, begun = slice(first, first + len(settings)), self.code != Code() or any(self.settings)
         self.settings[part] = settings
         needed = code_of(one for one in self.settings if one is not None)
+        kept, wanted = self.code.with_edits_of(Code()), needed.with_edits_of(Code())
         if not (self.steady and begun):
-            self.code = needed
-        elif not self.code.covers(needed):
+            kept = wanted
+        elif not kept.covers(wanted):
             bound = max(LEAST_BOUND, 1 << (needed.top_k - 1).bit_length() if needed.top_k else 0, self.code.top_k)
-            self.code = Code(True, True, bound, True, True, penalised=self.vocab_size > 0)
+            kept = Code(True, True, bound, True, True, penalised=self.vocab_size > 0)
+        self.code = kept.with_edits_of(needed)
         device = self.key_B2.device
         temperatures = [max(one.temperature, 1e-6) if one.temperature else 0.0 for one in settings]
         self.temperature_B[part] = upload(temperatures, device, torch.float32)
@@ -189,6 +283,8 @@ class BatchSampler:
         self.top_p_B[part] = upload([one.top_p for one in settings], device, torch.float32)
         self.min_p_B[part] = upload([one.min_p for one in settings], device, torch.float32)
         self.penalty_B[part] = upload([one.repetition_penalty for one in settings], device, torch.float32)
+        self.frequency_B[part] = upload([one.frequency_penalty for one in settings], device, torch.float32)
+        self.presence_B[part] = upload([one.presence_penalty for one in settings], device, torch.float32)
         seeds = [int(seed) for one in settings for seed in one.seeds(1)]
         words = [[seed & MASK_32, seed >> 32] for seed in seeds]
         self.key_B2[part] = upload(words, device, torch.int64).view(-1, 2)
@@ -196,6 +292,22 @@ class BatchSampler:
             if self.seen_BV is None:
                 self.seen_BV = torch.zeros(len(self.settings), self.vocab_size, dtype=torch.bool, device=device)
             self.seen_BV[part] = upload(seen(written or [[] for _ in settings], self.vocab_size), device)
+        if self.code.counted:
+            if self.count_BV is None:
+                self.count_BV = torch.zeros(len(self.settings), self.vocab_size, device=device)
+            self.count_BV[part] = 0
+            for count_V, tokens in zip(self.count_BV[part], answered):
+                if tokens:
+                    count_V += torch.bincount(upload(list(tokens), device), minlength=self.vocab_size)
+        if self.code.biased and self.bias_BV is None:
+            self.bias_BV = torch.zeros(len(self.settings), self.vocab_size, device=device)
+        if self.bias_BV is not None:  # also where nobody has one now: who stood there before may have had one
+            self.bias_BV[part] = 0
+            for row, one in enumerate(settings, first):
+                if one.bias:
+                    self.bias_BV[row, upload(list(one.bias), device)] = upload(
+                        [*one.bias.values()], device, torch.float32
+                    )
         if any(one.temperature for one in settings):
             self._hash_ahead(part)
 
@@ -204,18 +316,20 @@ class BatchSampler:
         self.settings[row] = None
 
     def narrow(self) -> None:
-        """Code for the rows that are left, unless code is kept."""
-        if not self.steady:
-            self.code = code_of(one for one in self.settings if one is not None)
+        """Code for the rows that are left; where code is kept, without the edits that nobody asks for any more."""
+        needed = code_of(one for one in self.settings if one is not None)
+        self.code = self.code.with_edits_of(needed) if self.steady else needed
 
     def rows(self, first: int, count: int) -> BatchSampler:
         """The sampler of some of the rows alone, which stay this one's."""
         part, of = slice(first, first + count), copy.copy(self)
-        of.settings = self.settings[part]
+        of.settings, of.first = self.settings[part], self.first + first
         of.temperature_B, of.top_k_B, of.top_p_B = self.temperature_B[part], self.top_k_B[part], self.top_p_B[part]
         of.min_p_B, of.penalty_B, of.key_B2 = self.min_p_B[part], self.penalty_B[part], self.key_B2[part]
-        of.seen_BV = None if self.seen_BV is None else self.seen_BV[part]
-        of.ahead_BSL = None if self.ahead_BSL is None else self.ahead_BSL[part]
+        of.frequency_B, of.presence_B = self.frequency_B[part], self.presence_B[part]
+        for name in ("seen_BV", "count_BV", "bias_BV", "ahead_BSL"):
+            of_all = getattr(self, name)
+            setattr(of, name, None if of_all is None else of_all[part])
         return of
 
     def look_ahead(self, positions: int) -> None:
@@ -250,11 +364,7 @@ class BatchSampler:
 
     def __call__(self, logits_BV: Tensor, position_B: Tensor) -> Tensor:
         """The token [B] that stands at `position_B`; on equal logits the lowest id."""
-        if self.code.penalised:
-            assert self.seen_BV is not None
-            logits_BV, penalty_B1 = logits_BV.float(), self.penalty_B[:, None]
-            lowered_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-            logits_BV = torch.where(self.seen_BV, lowered_BV, logits_BV)
+        logits_BV = self.edited(logits_BV)
         if not self.code.drawn:
             return logits_BV.argmax(-1) if self.kernels is None else self.kernels.likeliest(logits_BV)
         if self.ahead_BSL is not None:
@@ -263,11 +373,35 @@ class BatchSampler:
             u_B = uniform(self.key_B2, position_B)
         return self.draw(self.probabilities(logits_BV), u_B)
 
+    def edited(self, logits_BV: Tensor) -> Tensor:
+        """The logits with each row's bias, penalties and grammar; a row without them has its own, to the bit."""
+        code = self.code
+        if code.biased:
+            assert self.bias_BV is not None
+            logits_BV = logits_BV.float() + self.bias_BV
+        if code.penalised:
+            assert self.seen_BV is not None
+            logits_BV, penalty_B1 = logits_BV.float(), self.penalty_B[:, None]
+            lowered_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+            logits_BV = torch.where(self.seen_BV, lowered_BV, logits_BV)
+        if code.counted:
+            assert self.count_BV is not None
+            lowered_BV = self.frequency_B[:, None] * self.count_BV + self.presence_B[:, None] * (self.count_BV > 0)
+            logits_BV = logits_BV.float() - lowered_BV
+        if code.masked:
+            assert self.allowed is not None
+            allowed_BV = unpacked(self.allowed(self.first, len(logits_BV)), logits_BV.shape[1])
+            logits_BV = logits_BV.float().masked_fill(~allowed_BV, -torch.inf)
+        return logits_BV
+
     def note(self, token_B: Tensor) -> None:
         """The token that each row now also holds. Apart from choosing, so that no compiled graph writes to its inputs."""
         if self.code.penalised:
             assert self.seen_BV is not None
             self.seen_BV.scatter_(1, token_B[:, None], True)
+        if self.code.counted:
+            assert self.count_BV is not None
+            self.count_BV.scatter_add_(1, token_B[:, None], torch.ones_like(self.frequency_B)[:, None])
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distributions that tokens are drawn from, float32 of the logits' shape: [B, V], or [B, T, V].
@@ -313,6 +447,12 @@ def seen(written: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
     for row, ids in zip(seen_BV, written, strict=True):
         row[list(ids)] = True
     return seen_BV
+
+
+def unpacked(words_BW: Tensor, width: int) -> Tensor:
+    """Bits of int32 words as booleans [B, width], the lowest bit first: ([[5]], 3) -> [[T, F, T]]."""
+    bits_BW32 = (words_BW[..., None] >> torch.arange(32, dtype=torch.int32, device=words_BW.device)) & 1
+    return bits_BW32.flatten(1)[:, :width] == 1
 
 
 def hashed(key_B2: Tensor, position_BN: Tensor, stream_N: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class PlainSteps:
         self.choose = runner.prepared(sampler, length + 1)
         self.unheard = runner.greedy(1)
         """Chooses behind a part of a prompt, where no token is wanted."""
+        self.choose.allowed = self.allowed
         self.token_B1 = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(B, dtype=torch.int64, device=device)
         self.onward_B = torch.zeros(B, dtype=torch.int64, device=device)
@@ -81,7 +82,8 @@ class PlainSteps:
         last = all(row.read + len(new) == len(row.ids) for row, new in zip(rows, news, strict=True))
         assert last or len(rows) == 1
         if last:
-            self.choose.set_rows(first, [row.request.sampling for row in rows], [row.ids for row in rows])
+            answered = [row.ids[len(row.request.ids) :] for row in rows]
+            self.choose.set_rows(first, [row.request.sampling for row in rows], [row.ids for row in rows], answered)
         cache = self.cache if whole else self.cache.rows(first, len(rows))
         choose = self.choose if whole else self.choose.rows(first, len(rows))
         tokens_BT, length_B = pad(news, self.runner.device)
@@ -104,7 +106,9 @@ class PlainSteps:
 
     def is_due(self) -> bool:
         wanted = any(row is not None and row.due for row in self.slots)
-        return wanted and len(self.under_way) <= self.readback.depth
+        # what a grammar allows next depends on the token before, which the host must have read
+        guided = any(row is not None and row.guide is not None for row in self.slots)
+        return wanted and len(self.under_way) <= (0 if guided else self.readback.depth)
 
     def launch(self) -> None:
         for slot in self.left:
@@ -120,6 +124,17 @@ class PlainSteps:
         self.token_B1.copy_(token_B[:, None])  # a CUDA graph overwrites its outputs at the next replay
         self.choose.note(self.token_B1[:, 0])
         self._report(self.token_B1, logits_BTV[:, -1], self.slots)
+
+    def allowed(self, first: int, count: int) -> Tensor:
+        """Which tokens the grammars of some slots allow next, int32 [count, V / 32]; all, where there is none.
+
+        Called when a step's logits are on their way: on a GPU the host does this while they are computed.
+        """
+        words_NW = torch.full((count, -(-self.runner.config.vocab_size // 32)), -1, dtype=torch.int32)
+        for row, words_W in zip(self.slots[first : first + count], words_NW, strict=True):
+            if row is not None and row.guide is not None:
+                row.guide.allow(words_W)
+        return upload(words_NW, self.runner.device)
 
     def _report(self, token_B1: Tensor, logits_BV: Tensor, rows: Sequence[Row | None]) -> None:
         """Send to the host what was chosen for these rows."""

@@ -21,6 +21,7 @@ from llama_fast.devices import default_dtype, where
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.text import stop_strings
+from llama_fast.grammars.asked import Grammar, JsonSchema, Regex
 from llama_fast.ladder import jobs
 from llama_fast.ladder.report import Summary
 from llama_fast.llama import Llama, Output
@@ -78,6 +79,16 @@ def generate(
         float, typer.Option(help="Draw among those at least this times as likely as the likeliest.")
     ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: what stands in the text gets less likely.")] = 1.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Above 0: a token gets less likely each time it is generated.")
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Above 0: a token gets less likely once it is generated.")
+    ] = 0.0,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="The text is a JSON value of the schema in this file.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The text matches this regular expression, as a whole.")] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="Into the JSON: each token's log-probability, and of so many others.", min=0)
     ] = None,
@@ -105,11 +116,12 @@ def generate(
     """Continue a prompt; print the text, the speed, the bandwidth and the memory."""
     writable(json_file, profile)
     whole("max_new_tokens", max_new_tokens, 1)
-    Sampling(
-        temperature, top_k, top_p, seed, min_p, repetition_penalty
-    )  # what is wrong is said before a model is sought
+    # what is wrong is said before a model is sought
+    Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty, frequency_penalty, presence_penalty)
+    grammar = grammar_asked(json_schema, regex)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options |= {"stop": stop_strings(stop), "min_p": min_p, "repetition_penalty": repetition_penalty}
+    options |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
     member = ranks.join(where(device))
     to, kind = member.device, dtype_named(dtype, member.device)
     found = ranks.one_after_another(lambda: resolve(model))
@@ -121,6 +133,7 @@ def generate(
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer())
     options |= {"draft": proposer, "logprobs": logprobs}
+    options |= {"grammar": None if grammar is None else llama.constraint(grammar)}
     if compile or fused:
         warm_up(llama, prompt, max_new_tokens, options)
     if to.type == "cuda":
@@ -145,6 +158,20 @@ def generate(
     if profile is not None:
         write_trace(profile, lambda: llama.generate(prompt, min(max_new_tokens, TRACED_TOKENS), seed=seed, **options))
     member.leave()
+
+
+def grammar_asked(json_schema: Path | None, regex: str | None) -> Grammar | None:
+    """The grammar of a text that two flags ask for; ValueError for both, or for a file that holds no JSON."""
+    if json_schema is not None and regex is not None:
+        raise ValueError("--json-schema and --regex both say what the text is: choose one")
+    if json_schema is None:
+        return None if regex is None else Regex(regex)
+    try:
+        schema = JsonSchema(json_schema.read_text(encoding="utf-8"))
+        schema.document()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--json-schema {json_schema}: {error}") from None
+    return schema
 
 
 def continued(llama: Llama, prompt: str, stream: bool, max_new_tokens: int, options: dict[str, Any]) -> Output:

@@ -14,6 +14,7 @@ from llama_fast.engine.request import LENGTH, Event
 from llama_fast.serve.engine_thread import Group
 from llama_fast.serve.errors import ApiError
 from llama_fast.serve.spelling import CompletionLogprobs, Spelling, chat_logprobs
+from llama_fast.serve.tools import Offered, Reader
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ class ChatForm:
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
-    def __init__(self, spelling: Spelling, logprobs: int | None):
-        self._spelling, self._top = spelling, logprobs
+    def __init__(self, spelling: Spelling, logprobs: int | None, tools: Offered | None = None):
+        """`tools`: those that an answer may call."""
+        self._spelling, self._top, self._tools = spelling, logprobs, tools
+        self._readers: dict[int, Reader] = {}
 
     def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
         if self._top is None:
@@ -99,8 +102,11 @@ class ChatForm:
         return {"content": [chat_logprobs(self._spelling, one, self._top) for one in told], "refusal": None}
 
     def whole(self, index: int, prompt: Prompt, events: Sequence[Event]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(event.text for event in events), "refusal": None}
-        ended = events[-1].finish_reason
+        said = Reader(self._tools).read("".join(event.text for event in events), events[-1].finish_reason)
+        message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+        if said.calls:
+            message |= {"content": None, "tool_calls": [call.as_json() for call in said.calls]}
+        ended = said.finish_reason
         return {"index": index, "message": message, "logprobs": self._logprobs(events), "finish_reason": ended}
 
     def first(self, index: int, prompt: Prompt) -> dict[str, Any] | None:
@@ -108,11 +114,14 @@ class ChatForm:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def piece(self, index: int, event: Event) -> dict[str, Any] | None:
-        if not event.text and event.logprob is None and event.finish_reason is None:
+        said = self._readers.setdefault(index, Reader(self._tools)).read(event.text, event.finish_reason)
+        if not said.text and event.logprob is None and said.finish_reason is None:
             return None
-        delta = {"content": event.text} if event.text else {}
+        delta: dict[str, Any] = {"content": said.text} if said.text else {}
+        if said.calls:
+            delta["tool_calls"] = [{"index": i, **call.as_json()} for i, call in enumerate(said.calls)]
         logprobs = self._logprobs([event])
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": said.finish_reason}
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ def add_generation(app: FastAPI, served: Served) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         body.check()
         served.check_model(body.model)
+        constraint = await asyncio.to_thread(served.constraint, body)
         ids = await asyncio.to_thread(served.prompts, body)
         wanted = 16 if body.max_tokens is None else body.max_tokens
         rows = [(one, served.new_tokens("prompt", one, wanted)) for one in ids]
@@ -119,20 +120,21 @@ def add_generation(app: FastAPI, served: Served) -> None:
         answer = Answer(form, served.name, prompts, body.candidates, body.choices)
         compares = body.candidates > body.choices
         logprobs = 0 if body.logprobs is None and compares else body.logprobs
-        group = served.thread.answer(served.rows(body, rows, body.candidates, logprobs)) if wanted else None
+        made = served.rows(body, rows, body.candidates, logprobs, constraint) if wanted else []
+        group = served.thread.answer(made) if wanted else None
         return await answered(request, body, answer, group)
 
     @app.post("/v1/chat/completions", responses=GENERATES)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         body.check()
         served.check_model(body.model)
-        tools = body.tools if body.tool_choice != "none" else None
-        ids = await asyncio.to_thread(served.conversation, body.messages, tools)
+        constraint = await asyncio.to_thread(served.constraint, body)
+        ids = await asyncio.to_thread(served.conversation, body.messages, body.offered)
         wanted = served.new_tokens("messages", ids, chat_wanted(body))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        form = ChatForm(served.spelling, logprobs)
+        form = ChatForm(served.spelling, logprobs, served.offered(body))
         answer = Answer(form, served.name, [Prompt(ids)], body.choices, body.choices)
-        group = served.thread.answer(served.rows(body, [(ids, wanted)], body.choices, logprobs))
+        group = served.thread.answer(served.rows(body, [(ids, wanted)], body.choices, logprobs, constraint))
         return await answered(request, body, answer, group)
 
     @app.get("/v1/models")

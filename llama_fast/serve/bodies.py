@@ -6,14 +6,17 @@ Fields that change no text (`user`, `metadata`, `store`, ...) are taken and not 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from llama_fast.engine.sampling import Sampling
+from llama_fast.grammars.asked import ANY_OBJECT, Choice, Grammar, JsonSchema, Lark, Regex
 from llama_fast.serve.errors import refused
 
 MOST_CHOICES = 128
+MOST_TOOLS = 128
 
 
 def well_formed(text: str) -> str:
@@ -41,6 +44,11 @@ Prompts = (
     | Ids
     | Annotated[list[Ids], Field(min_length=1, max_length=MOST_CHOICES)]
 )
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),
+]
+"""By token ids, which JSON spells as text."""
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -50,6 +58,69 @@ class StreamOptions(BaseModel):
     """A last chunk without choices tells the usage."""
     continuous_usage_stats: bool | None = None
     """Every chunk tells the usage until then."""
+
+
+class TextFormat(BaseModel):
+    model_config = STRICT
+    type: Literal["text"]
+
+
+class JsonFormat(BaseModel):
+    """Any JSON object."""
+
+    model_config = STRICT
+    type: Literal["json_object"]
+
+
+class NamedSchema(BaseModel):
+    model_config = STRICT
+    name: Annotated[Text, Field(min_length=1, max_length=64)]
+    of: dict[str, Any] | bool = Field(alias="schema")
+    description: Text | None = None
+    strict: bool | None = None
+    """Taken and not used: a schema is always kept."""
+
+
+class SchemaFormat(BaseModel):
+    """A JSON value of a schema."""
+
+    model_config = STRICT
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class StructuredOutputs(BaseModel):
+    """What the answer must be, in vLLM's words: one of the first five."""
+
+    model_config = STRICT
+    json_: dict[str, Any] | bool | Text | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Annotated[list[StopText], Field(min_length=1, max_length=1024)] | None = None
+    grammar: Text | None = None
+    """In llguidance's dialect of Lark."""
+    disable_any_whitespace: bool | None = None
+    """Of JSON: no white space between its tokens."""
+
+    def asked(self) -> Grammar:
+        """The one grammar that is asked for."""
+        spaced = not self.disable_any_whitespace
+        kinds: list[Grammar] = []
+        if self.json_ is not None:
+            kinds.append(JsonSchema(self.json_, spaced))
+        if self.json_object:
+            kinds.append(JsonSchema(ANY_OBJECT.schema, spaced))
+        if self.regex is not None:
+            kinds.append(Regex(self.regex))
+        if self.choice is not None:
+            kinds.append(Choice(self.choice))
+        if self.grammar is not None:
+            kinds.append(Lark(self.grammar))
+        if len(kinds) != 1:
+            raise refused(
+                "structured_outputs", "exactly one of json, json_object, regex, choice and grammar is asked for"
+            )
+        return kinds[0]
 
 
 class Generating(BaseModel):
@@ -72,11 +143,11 @@ class Generating(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    # what this server cannot do: only values that ask for nothing
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Biases | None = None
+    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     # what changes no text
     user: Text | None = None
@@ -103,15 +174,25 @@ class Generating(BaseModel):
             seed=(drawn_seed if self.seed is None else self.seed) % 2**64,
             min_p=0.0 if self.min_p is None else self.min_p,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
         )
+
+    def grammar(self) -> tuple[str, Grammar] | None:
+        """What the answer must be, and the field that says so; None for free text."""
+        form = self.response_format
+        if form is not None and not isinstance(form, TextFormat):
+            if self.structured_outputs is not None:
+                raise refused("structured_outputs", "response_format asks for a form already")
+            schema = form.json_schema.of if isinstance(form, SchemaFormat) else None
+            return "response_format", ANY_OBJECT if schema is None else JsonSchema(schema)
+        if self.structured_outputs is not None:
+            return "structured_outputs", self.structured_outputs.asked()
+        return None
 
     def check(self) -> None:
         """Refuse what cannot be done, by its field's name."""
-        for field in ("frequency_penalty", "presence_penalty", "logit_bias"):
-            if getattr(self, field):
-                raise refused(field, "this server does not have it; repetition_penalty is the penalty it has")
-        if self.response_format is not None and self.response_format != {"type": "text"}:
-            raise refused("response_format", "this server generates free text only")
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options", "it belongs to a request with stream=true")
 
@@ -150,6 +231,61 @@ class ContentPart(BaseModel):
     text: Text
 
 
+class CalledFunction(BaseModel):
+    model_config = STRICT
+    name: Text
+    arguments: Text | dict[str, Any]
+
+
+class Called(BaseModel):
+    """A call that the assistant made."""
+
+    model_config = STRICT
+    type: Literal["function"] = "function"
+    id: Text | None = None
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """As a template takes it: the arguments, which OpenAI spells as text, are an object."""
+        arguments = self.function.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = ""
+        if not isinstance(arguments, dict):
+            raise refused("messages", "the arguments of a tool call are no JSON object")
+        named = {} if self.id is None else {"id": self.id}
+        return {**named, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class Function(BaseModel):
+    model_config = STRICT
+    name: Annotated[Text, Field(min_length=1, max_length=256)]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of an object; None takes none."""
+    strict: bool | None = None
+    """Taken and not used: the parameters of a call by force are always kept."""
+
+
+class Tool(BaseModel):
+    model_config = STRICT
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    model_config = STRICT
+    name: Text
+
+
+class ToolByName(BaseModel):
+    model_config = STRICT
+    type: Literal["function"]
+    function: FunctionName
+
+
 class Message(BaseModel):
     """A message of a conversation. What a template may know beside role and content is handed to it."""
 
@@ -157,14 +293,15 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[ContentPart] | None = None
     name: Text | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[Called], Field(max_length=MOST_TOOLS)] | None = None
     tool_call_id: Text | None = None
 
     def plain(self) -> dict[str, Any]:
         """As a template takes it: parts joined, and "developer" by its older name "system"."""
         parts, role = self.content, "system" if self.role == "developer" else self.role
         content = "".join(part.text for part in parts) if isinstance(parts, list) else parts
-        more = {"name": self.name, "tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
+        calls = None if self.tool_calls is None else [call.plain() for call in self.tool_calls]
+        more = {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}
         return {"role": role, "content": content, **{key: value for key, value in more.items() if value is not None}}
 
 
@@ -180,9 +317,23 @@ class ChatBody(Generating):
     """The newer name of `max_tokens`; without either, what room there is."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolByName | None = None
     parallel_tool_calls: bool | None = None
+    """False: of several calls the first is told."""
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def forced(self) -> list[Tool]:
+        """The tools of which the answer must call one."""
+        if isinstance(self.tool_choice, ToolByName):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.offered if tool.function.name == name]
+        return self.offered if self.tool_choice == "required" else []
 
     def check(self) -> None:
         super().check()
@@ -190,8 +341,13 @@ class ChatBody(Generating):
             raise refused("top_logprobs", "it belongs to a request with logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise refused("max_tokens", "it contradicts max_completion_tokens")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise refused("tool_choice", 'this server calls no tool by force: "auto" or "none"')
+        if self.tool_choice not in (None, "auto", "none") and not self.forced:
+            raise refused("tool_choice", "there is no such tool")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise refused("tools", "two of them have one name")
+        if self.offered and (asked := self.grammar()) is not None:
+            raise refused(asked[0], 'it cannot be had with tools that may be called: tool_choice="none"')
 
 
 class TokenizeBody(BaseModel):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llama_fast.engine.engine import Engine
-from llama_fast.engine.request import Event, Request, Writer
+from llama_fast.engine.request import FAILED, Event, Request, Writer
 from llama_fast.serve.errors import ApiError
 from llama_fast.serve.metrics import Metrics
 
@@ -293,7 +293,10 @@ class EngineThread:
             ticket.told, ticket.tokens = now, ticket.tokens + 1
             if event.finish_reason is not None:
                 del self._tickets[event.id]
-            news.append((ticket, event))
+            failed = event.finish_reason == FAILED
+            news.append(
+                (ticket, ApiError(400, f"the grammar: {event.failure}", code="grammar_failed") if failed else event)
+            )
         if news:
             self.metrics.generated_tokens.inc(len(news))
             self._tell(self._deliver, news)

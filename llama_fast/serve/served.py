@@ -6,16 +6,18 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from llama_fast.engine.request import Request, Writer
+from llama_fast.engine.guides import Constraint
+from llama_fast.engine.request import Request, Writer, check_bias
 from llama_fast.llama import Llama
-from llama_fast.serve.bodies import ChatBody, CompletionBody, Generating, Message
+from llama_fast.serve.bodies import ChatBody, CompletionBody, Generating, Message, Tool
 from llama_fast.serve.engine_thread import EngineThread
 from llama_fast.serve.errors import ApiError, refused
 from llama_fast.serve.following import LeadingEngine
 from llama_fast.serve.metrics import Metrics
 from llama_fast.serve.spelling import EndingWriter, Spelling
+from llama_fast.serve.tools import Offered, ToolForm, by_force, form_of
 from llama_ref.tokenizers.chat import chat_text, may_go_on
 from llama_ref.tokenizers.chat_templates import BUILT_IN, template_named
 
@@ -63,7 +65,41 @@ class Served:
             self.check_ids("prompt", ids)
         return found
 
-    def conversation(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def constraint(self, body: Generating) -> Constraint | None:
+        """What the answer must be; 400 by its field for a grammar that is refused, and for what would cut its texts."""
+        asked = body.grammar()
+        if asked is None and isinstance(body, ChatBody) and body.forced:
+            form = self.tool_form()
+            if form is None:
+                raise refused("tool_choice", "how this chat template spells a call is not known here")
+            try:
+                asked = "tool_choice", by_force(form, body.forced)
+            except ValueError as error:
+                raise refused("tools", str(error)) from None
+        if asked is None:
+            return None
+        field, grammar = asked
+        if body.stops or body.stop_token_ids:
+            cuts = "stop" if body.stops else "stop_token_ids"
+            raise refused(cuts, f"it would cut an answer that {field} makes whole: leave one of them out")
+        try:
+            return self.llama.constraint(grammar)
+        except ValueError as error:
+            raise refused(field, str(error).removeprefix("grammar: ")) from None
+
+    def tool_form(self) -> ToolForm | None:
+        """How the chat template has calls of tools spelled; None if that is not known."""
+        return form_of(template_named(self.llama.tokenizer, self.llama.chat_template))
+
+    def offered(self, body: ChatBody) -> Offered | None:
+        """The tools that an answer may call, if it can be told when it does."""
+        form = self.tool_form() if body.offered else None
+        if form is None:
+            return None
+        names = frozenset(tool.function.name for tool in body.offered)
+        return Offered(form, names, body.parallel_tool_calls is not False)
+
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The ids of a conversation, up to where the reply starts; last words of the assistant are gone on with."""
         tokenizer, name = self.llama.tokenizer, self.llama.chat_template
         plain = [message.plain() for message in messages]
@@ -72,7 +108,7 @@ class Served:
             if tools and (template in BUILT_IN or "tools" not in template):
                 raise refused("tools", "the model's chat template takes no tools")
             goes_on = may_go_on(plain)
-            more = {"tools": tools} if tools else {}
+            more = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]} if tools else {}
             text = chat_text(tokenizer, plain, not goes_on, goes_on, name, **more)
             ids = tokenizer.encode(text, bos=False)
         except (ValueError, RecursionError) as error:
@@ -110,12 +146,21 @@ class Served:
         return room if wanted is None else wanted
 
     def rows(
-        self, body: Generating, prompts: Sequence[tuple[list[int], int]], each: int, logprobs: int | None
+        self,
+        body: Generating,
+        prompts: Sequence[tuple[list[int], int]],
+        each: int,
+        logprobs: int | None,
+        constraint: Constraint | None = None,
     ) -> list[tuple[Request, Writer]]:
         """`each` rows for every prompt and its number of new tokens; row r of all draws with seed + r."""
         eos, stop_ids = self.llama.runner.config.eos_ids, body.stop_token_ids or []
         ends = {*(() if body.ignore_eos else eos), *stop_ids}
-        first = body.sampling(secrets.randbelow(2**53))
+        first = replace(body.sampling(secrets.randbelow(2**53)), grammar=constraint)
+        try:
+            check_bias(self.llama.runner.config, first)
+        except ValueError as error:
+            raise ApiError(400, str(error), "logit_bias") from None
         seeds = first.seeds(len(prompts) * each)
         found: list[tuple[Request, Writer]] = []
         for ids, wanted in prompts:

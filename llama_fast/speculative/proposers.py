@@ -94,8 +94,7 @@ class Proposer(ABC):
         for request in requests:
             if request.logprobs is not None:
                 raise ValueError("logprobs are not told with a draft: score() the text afterwards")
-            if request.sampling.repetition_penalty != 1:
-                raise ValueError("repetition_penalty looks at the tokens before each; it cannot be had with a draft")
+            request.sampling.check_without_history()
             if self.aligned and request.sampling.temperature and not self.blind:
                 raise ValueError("aligned checks are for temperature 0: they promise bits, not a distribution")
         return room

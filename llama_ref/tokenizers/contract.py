@@ -45,6 +45,12 @@ class Tokenizer(Protocol):
         """The text of some ids, without the text of special tokens unless that is asked for."""
         ...
 
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each id adds to a text in which something stands before it; None for ids that are no text, as
+        special tokens. Joined, they are the UTF-8 of the text. TokenizerError where this cannot be said.
+        """
+        ...
+
     def save(self, directory: Path) -> None:
         """Write the files from which load_tokenizer(directory) gives an equal tokenizer."""
         ...

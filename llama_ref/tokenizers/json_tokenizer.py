@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,24 @@ class JsonTokenizer:
         with _in_our_words(self._where, "the tokenizers library cannot decode these ids"):
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_bytes(self) -> list[bytes | None]:
+        """Of every id up to the largest; raises TokenizerError, by name, for decoders that no single token can be put through."""
+        from llama_ref.tokenizers.token_bytes import piece_decoder
+
+        decoder = json.loads(self._backend.to_str()).get("decoder")
+        try:
+            decoded = piece_decoder(decoder)
+        except ValueError as error:
+            raise TokenizerError(f"{self._where}: {error}") from None
+        silent = {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        silent |= {index for name in self.special_tokens if (index := self._id_of(name)) is not None}
+        pieces = {index: piece for piece, index in self._backend.get_vocab(with_added_tokens=True).items()}
+        found: list[bytes | None] = [None] * (1 + max(pieces, default=-1))
+        for index, piece in pieces.items():
+            if index not in silent:
+                found[index] = decoded(piece.encode())
+        return found
 
     def save(self, directory: Path) -> None:
         for name, text in self._files.items():

@@ -91,6 +91,17 @@ class SentencePieceTokenizer:
         text = "".join([*pieces, _utf8(run)])
         return text.removeprefix(" ") if self._model.has_prefix else text
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Of every id up to the largest."""
+        unknown = self._ids.get(self.special_tokens.get("unk_token", ""))
+        found: list[bytes | None] = [None] * self.vocab_size
+        for index, text in self._text.items():
+            if index in self._model.bytes:
+                found[index] = bytes([self._model.bytes[index]])
+            elif index not in self._silent and index != unknown:
+                found[index] = text.encode()
+        return found
+
     def save(self, directory: Path) -> None:
         (directory / SENTENCEPIECE_FILE).write_bytes(_content(self._path))
         for name, text in self._files.items():

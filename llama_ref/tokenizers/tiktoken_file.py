@@ -99,7 +99,7 @@ def _backend(ranks: dict[bytes, int]) -> Any:
     """tiktoken joins whichever two neighbours make the token of the lowest rank: so every cut of a token is a merge."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    spelled = {byte: chr(point) for byte, point in _byte_alphabet().items()}
+    spelled = {byte: chr(point) for byte, point in byte_alphabet().items()}
     texts = {token: "".join(spelled[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -115,7 +115,7 @@ def _backend(ranks: dict[bytes, int]) -> Any:
     return backend
 
 
-def _byte_alphabet() -> dict[int, int]:
+def byte_alphabet() -> dict[int, int]:
     """Byte-level vocabularies spell a byte as itself where that is a visible character, else from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]

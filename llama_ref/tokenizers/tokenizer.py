@@ -48,6 +48,9 @@ class RandomTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return " ".join(str(int(token)) for token in ids)
 
+    def token_bytes(self) -> list[bytes | None]:
+        raise TokenizerError("a model with random weights has no language: its tokens stand for no text")
+
     def save(self, directory: Path) -> None:
         data = {"vocab_size": self.vocab_size, "bos_id": self.bos_id, "eos_ids": list(self.eos_ids)}
         (directory / RANDOM_FILE).write_text(json.dumps(data) + "\n")

@@ -20,9 +20,11 @@ from llama_fast.chat import Chat
 from llama_fast.engine.sampling import Sampling
 from llama_fast.llama import Llama
 from llama_fast.plan import Plan
+from oracle.questions.edits import adjusted_tokens, allowed_tokens
 from oracle.questions.pages import with_short_pages
 from oracle.questions.survival import survived
-from oracle.statistics.compare import Check, Verdict
+from oracle.questions.tally import Tally
+from oracle.statistics.compare import Verdict
 from oracle.subjects.adapters import RefSubject, Weights
 from oracle.subjects.walkers import MARKERS, Letters, walk, walker
 
@@ -66,27 +68,13 @@ def judge_face(plan: Plan, device: torch.device) -> Verdict:
         "score": _scores,
         "log-probabilities": _log_probabilities,
         "penalties": _penalties,
+        "edits": _edits,
+        "allowed tokens": _allowed,
         "chat": _chats,
         "a reply cut and continued": _continues,
         "the open turn": _open_turns,
     }
     return sum((survived(name, partial(_answer, name, ask, faces)) for name, ask in questions.items()), Verdict())
-
-
-class Tally:
-    """What a question compared: events that could have shown a fault, and what came out otherwise."""
-
-    def __init__(self, events: str):
-        self.events, self.count, self.wrong = events, 0, list[str]()
-
-    def see(self, what: str, said: object, wanted: object, events: int = 1) -> None:
-        self.count += events
-        if said != wanted:
-            self.wrong.append(f"{what}: {said!r:.60} instead of {wanted!r:.60}")
-
-    def check(self, name: str) -> Check:
-        where = self.wrong[0] if self.wrong else ("" if self.count else f"no {self.events}")
-        return Check(f"{name}: answers that are others", len(self.wrong), 0, where, self.count or len(self.wrong))
 
 
 def _answer(name: str, ask: Callable[[Faces], Tally], faces: Faces) -> Verdict:
@@ -279,6 +267,16 @@ def _penalties(faces: Faces) -> Tally:
                     moved = int(law_V.argmax()) != int(plain_V.argmax())
                     tally.see(f"{prompt[-4:]!r}, token {i}", token, int(law_V.argmax()), moved)
     return tally
+
+
+def _edits(faces: Faces) -> Tally:
+    """See `oracle.questions.edits`; two prompts hold the tokens that are counted, which must not count there."""
+    held = [*ids_of("D "), *[10, 20] * 5, 11, 12, 30]
+    return adjusted_tokens(faces.llama(), faces.truth(), [held, ids_of(PROMPTS[0]), held[:-6]])
+
+
+def _allowed(faces: Faces) -> Tally:
+    return allowed_tokens(faces.llama(), faces.truth(), [ids_of(prompt) for prompt in PROMPTS[:3]])
 
 
 def chat_wanted(messages: Sequence[tuple[str, str]], count: int, marker: int) -> str:

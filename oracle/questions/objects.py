@@ -22,8 +22,9 @@ from llama_fast.llama import Llama
 from llama_fast.plan import Plan
 from llama_fast.weights import named_tensors
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from oracle.questions.face import PROMPTS, SHORT, Faces, Tally, ids_of
+from oracle.questions.face import PROMPTS, SHORT, Faces, ids_of
 from oracle.questions.survival import survived
+from oracle.questions.tally import Tally
 from oracle.statistics.compare import Verdict
 from oracle.subjects.walkers import MARKERS, WALKED, Letters, following, walker
 

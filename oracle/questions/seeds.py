@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llama_fast.llama import Llama
-from oracle.questions.face import Faces, Tally, ids_of
+from oracle.questions.face import Faces, ids_of
 from oracle.questions.generation import chi_square
+from oracle.questions.tally import Tally
 from oracle.statistics.compare import Check, Verdict, empty
 from oracle.subjects.walkers import following
 

@@ -138,5 +138,8 @@ class Letters:
         words = [*("" if skip_special_tokens else word for word in SPECIAL), *LETTERS, *"#" * VOCABULARY]
         return "".join(words[token] for token in ids)
 
+    def token_bytes(self) -> list[bytes | None]:
+        return [*[None for _ in SPECIAL], *(letter.encode() for letter in LETTERS)]
+
     def save(self, directory: Path) -> None:
         raise NotImplementedError("the oracle's alphabet has no files")

@@ -698,6 +698,76 @@ def penalty_of_row_0(choose: Any, self: Any, logits_BV: Tensor, position_B: Tens
     return choose(self, logits_BV, position_B)  # type: ignore[no-any-return]
 
 
+def counts_of_row_0(edited: Any, self: Any, logits_BV: Tensor) -> Tensor:
+    if self.count_BV is not None:
+        self.count_BV.copy_(self.count_BV[:1].clone().expand_as(self.count_BV))
+    return edited(self, logits_BV)  # type: ignore[no-any-return]
+
+
+def prompts_count(set_rows: Any, self: Any, first: int, settings: Any, written: Any = None) -> None:
+    set_rows(self, first, settings, written)
+    for row, ids in enumerate(written or (), first):
+        if self.count_BV is not None:
+            self.count_BV[row] += torch.bincount(torch.tensor(ids), minlength=self.vocab_size)
+
+
+def once_is_enough(note: Any, self: Any, token_B: Tensor) -> None:
+    note(self, token_B)
+    if self.count_BV is not None:
+        self.count_BV.clamp_(max=1)
+
+
+def bias_of_the_next_id(edited: Any, self: Any, logits_BV: Tensor) -> Tensor:
+    kept = self.bias_BV
+    self.bias_BV = None if kept is None else kept.roll(1, -1)
+    try:
+        return edited(self, logits_BV)  # type: ignore[no-any-return]
+    finally:
+        self.bias_BV = kept
+
+
+def keeps_old_biases(set_rows: Any, self: Any, first: int, settings: Any, *rest: Any) -> None:
+    """A slot's bias stays when another row, without one, comes."""
+    before = None if self.bias_BV is None else self.bias_BV.clone()
+    set_rows(self, first, settings, *rest)
+    for row, one in enumerate(settings, first):
+        if before is not None and not one.logit_bias:
+            self.bias_BV[row] = before[row]
+
+
+def penalty_added(edited: Any, self: Any, logits_BV: Tensor) -> Tensor:
+    kept = self.frequency_B
+    self.frequency_B = -kept
+    try:
+        return edited(self, logits_BV)  # type: ignore[no-any-return]
+    finally:
+        self.frequency_B = kept
+
+
+def presence_by_count(edited: Any, self: Any, logits_BV: Tensor) -> Tensor:
+    kept, presence_B = self.frequency_B, self.presence_B
+    self.frequency_B, self.presence_B = kept + presence_B, torch.zeros_like(presence_B)
+    try:
+        return edited(self, logits_BV)  # type: ignore[no-any-return]
+    finally:
+        self.frequency_B, self.presence_B = kept, presence_B
+
+
+def of_the_first_slots(allowed: Any, self: Any, first: int, count: int) -> Tensor:
+    return allowed(self, 0, count)  # type: ignore[no-any-return]
+
+
+def last_steps_mask(allowed: Any, self: Any, first: int, count: int) -> Tensor:
+    words = allowed(self, first, count)
+    told = getattr(self, "told_before", None)
+    self.told_before = words
+    return words if told is None or told.shape != words.shape else told  # type: ignore[no-any-return]
+
+
+def soft_mask(edited: Any, self: Any, logits_BV: Tensor) -> Tensor:
+    return edited(self, logits_BV).clamp(min=-3.0)  # type: ignore[no-any-return]
+
+
 def last_words_alone(chat_text: Any, self: Any, messages: Any) -> str:
     """The last word of each message."""
     return chat_text(self, [{**one, "content": one["content"][-1:]} for one in messages])  # type: ignore[no-any-return]
@@ -1055,6 +1125,18 @@ FACE_FAULTS = [
     f("a penalty that forgets what was said", "penalties", around(BatchSampler, "note", lambda note, self, token: None), "penalties", trial="face"),
     f("row 0's tokens penalised in all", "penalties", around(BatchSampler, "__call__", penalty_of_row_0), "penalties", trial="face"),
     f("a penalty for greedy text alone", "penalties", chosen_with(lambda one: replace(one, repetition_penalty=1.0) if one.temperature else one), "penalties", trial="face"),
+    f("counts of row 0 for all", "edits", around(BatchSampler, "edited", counts_of_row_0), "edits", trial="face"),
+    f("the prompt is counted", "edits", around(BatchSampler, "set_rows", prompts_count), "edits", trial="face"),
+    f("a second time is not counted", "edits", around(BatchSampler, "note", once_is_enough), "edits", trial="face"),
+    f("a presence penalty by count", "edits", around(BatchSampler, "edited", presence_by_count), "edits", trial="face"),
+    f("a frequency penalty added", "edits", around(BatchSampler, "edited", penalty_added), "edits", trial="face"),
+    f("a bias one id late", "edits", around(BatchSampler, "edited", bias_of_the_next_id), "edits", trial="face"),
+    f("a bias stays with its slot", "edits", around(BatchSampler, "set_rows", keeps_old_biases), "edits", trial="face"),
+    f("a bias for greedy text alone", "edits", chosen_with(lambda one: replace(one, logit_bias=()) if one.temperature else one), "edits", trial="face"),
+    f("the mask of the first slots", "grammar", around(steps.PlainSteps, "allowed", of_the_first_slots), "allowed tokens", trial="face"),
+    f("the mask of the step before", "grammar", around(steps.PlainSteps, "allowed", last_steps_mask), "allowed tokens", trial="face"),
+    f("what is not allowed is only unlikely", "grammar", around(BatchSampler, "edited", soft_mask), "allowed tokens", trial="face"),
+    f("tokens chosen ahead of the grammar", "grammar", around(request.Row, "take", lambda take, self, token, *rest: take(self, token, *rest) if self.guide is None or token % 2 else (self.guide.take(token), take(self, token, *rest))[1]), "allowed tokens", trial="face"),
     f("one token more held than is known", "chat", around(chat, "common", lambda common, one, other: common(one, other) + bool(other)), "chat", trial="face"),
     f("a reply that is cut is closed", "chat", around(chat, "with_reply", lambda reply, messages, words, said: reply(messages, words, said.rstrip("0123456789abcdefg"))), "cut and continued", trial="face"),
     f("no open turn", "chat", around(Llama, "chat_text", lambda spell, self, messages: spell(self, messages).removesuffix("<a>")), "open turn", trial="face"),

@@ -15,9 +15,10 @@ from conftest import TINY
 from llama_fast.build import build
 from llama_ref.checkpoint import Checkpoint, random_checkpoint
 from oracle.questions.checkpoints import judge_window, references
-from oracle.questions.face import PROMPTS, Tally, ids_of
+from oracle.questions.face import PROMPTS, ids_of
 from oracle.questions.generation import judge_stopping
 from oracle.questions.survival import survived
+from oracle.questions.tally import Tally
 from oracle.statistics.compare import Outcome, Unjudgeable, Verdict, empty
 from oracle.statistics.orders import Order
 from oracle.subjects.fast import FastSubject

@@ -14,7 +14,14 @@ from tests.serve.conftest import Running, Serve, until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "a"}]
-FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+def form(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+FORMAT = form({"type": "object"})
 
 MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {}, "prompt"),
@@ -52,9 +59,30 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": "a", "stream": "yes"}, "stream"),
     (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
     (COMPLETIONS, {"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options"),
-    (COMPLETIONS, {"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty"),
-    (COMPLETIONS, {"prompt": "a", "presence_penalty": -1}, "presence_penalty"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "frequency_penalty": 2.1}, "frequency_penalty"),
+    (COMPLETIONS, {"prompt": "a", "presence_penalty": -2.1}, "presence_penalty"),
+    (COMPLETIONS, {"prompt": "a", "presence_penalty": "1"}, "presence_penalty"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 100.1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"five": 1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"-5": 1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"99999": 1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": [5]}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "guided_regex": "a"}, "guided_regex"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "a\\1"}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"choice": []}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"grammar": "start: x"}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"json": "{"}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "structured_outputs": {"regex": "a"}, "response_format": FORMAT},
+        "structured_outputs",
+    ),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "a"}, "stop": "b"}, "stop"),
+    (COMPLETIONS, {"prompt": "a", "response_format": FORMAT, "stop_token_ids": [5]}, "stop_token_ids"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix"),
     (COMPLETIONS, {"prompt": "a", "temprature": 1}, "temprature"),
     (COMPLETIONS, {"prompt": "a", "messages": MESSAGES}, "messages"),
@@ -68,8 +96,26 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": MESSAGES, "logprobs": 2}, "logprobs"),
     (CHAT, {"messages": MESSAGES, "max_tokens": 0}, "max_tokens"),
     (CHAT, {"messages": MESSAGES, "max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
-    (CHAT, {"messages": MESSAGES, "response_format": FORMAT}, "response_format"),
-    (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": "json"}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": {"type": "xml"}}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_schema"}}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": form([])}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": form({"not": {}})}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": form({"type": "array", "uniqueItems": True})}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": form({"oneOf": [{}, {"type": "null"}]})}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": form({"$ref": "#/$defs/a"})}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": form({"$ref": "http://127.0.0.1:1/a"})}, "response_format"),
+    (
+        CHAT,
+        {"messages": MESSAGES, "response_format": form({"type": "integer", "minimum": 2, "maximum": 1})},
+        "response_format",
+    ),
+    (CHAT, {"messages": MESSAGES, "response_format": form({"const": "\ud800"})}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": FORMAT, "tools": [TOOL]}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": MESSAGES, "tool_choice": {"type": "function", "function": {"name": "look"}}}, "tool_choice"),
+    (CHAT, {"messages": MESSAGES, "tools": [TOOL, TOOL]}, "tools"),
+    (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"messages": MESSAGES, "tools": [], "tool_choice": "required"}, "tool_choice"),
     (CHAT, {"messages": MESSAGES, "tools": "hammer"}, "tools"),
     (CHAT, {"messages": [{"role": "user", "content": "mat " * 5000}]}, "messages"),
@@ -146,7 +192,7 @@ def test_unknown_paths_methods_types_and_models_are_told(running: Running) -> No
 def test_openais_client_raises_what_it_should(running: Running) -> None:
     client = running.client()
     with pytest.raises(BadRequestError) as refused:
-        client.completions.create(model="tiny", prompt="a", frequency_penalty=1)
+        client.completions.create(model="tiny", prompt="a", frequency_penalty=3)
     assert refused.value.param == "frequency_penalty"
     with pytest.raises(NotFoundError):
         client.completions.create(model="other", prompt="a")

@@ -82,6 +82,12 @@ def test_compiled_is_eager_and_nothing_recompiles(
                 rtol=1e-3,
             )
         generate(runner, [prompt], 20, Sampling(temperature=1.1, seed=length), cache=cache)
+        edited = Sampling(frequency_penalty=0.4, presence_penalty=0.3, logit_bias={7: 0.5}, repetition_penalty=1.2)
+        once, twice = (
+            generate(one, [prompt], 12, edited, cache=kept) for one, kept in ((runner, cache), (eager, None))
+        )
+        if dtype is torch.float32:  # tokens are chosen behind the compiled step
+            assert once.completions[0].tokens == twice.completions[0].tokens
         greedy = generate(runner, [prompt], 20, cache=runner.allocate(1, 96)).completions[0].tokens
         assert all(token < 50 or token == 100 for token in greedy), "of two equal logits the lower id is taken"
     assert counters["stats"]["unique_graphs"] == warm, "something was compiled again after warm-up"

@@ -61,7 +61,12 @@ def both(checkpoint: Checkpoint, slots: int | None = None) -> tuple[Runner, Runn
     return plain, dataclasses.replace(plain, run_prefill=run_prefill, run_decode=run_decode)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=30, seed=4), Sampling(repetition_penalty=1.4)])
+EDITED = Sampling(0.8, seed=6, frequency_penalty=0.9, presence_penalty=0.4, logit_bias={5: 2.0, 99: -100.0})
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.9, top_k=30, seed=4), Sampling(repetition_penalty=1.4), EDITED]
+)
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_texts_are_those_of_the_phases_as_written(
     checkpoint: Checkpoint, recorded: list[tuple[int, ...]], rows: int, sampling: Sampling

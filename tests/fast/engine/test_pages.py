@@ -93,8 +93,8 @@ def test_the_youngest_row_makes_way_and_goes_on_where_it_was(ahead: int) -> None
     engine.steps.readback.depth = ahead  # type: ignore[attr-defined]
     requests = [
         Request(BEGIN, 24),
-        Request([1, 2], 24, Sampling(0.9, seed=7)),
-        Request([4, 4, 8], 24, Sampling(1.2, top_k=30, repetition_penalty=1.3, seed=1)),
+        Request([1, 2], 24, Sampling(0.9, frequency_penalty=2.0, logit_bias={9: 3.0, 17: 3.0}, seed=7)),
+        Request([4, 4, 8], 24, Sampling(1.2, top_k=30, repetition_penalty=1.3, presence_penalty=1.5, seed=1)),
     ]
     assert said_by(engine, requests, steps_between=3) == [alone(request) for request in requests]
     assert engine.pre_emptions >= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,21 @@ from torch import Tensor
 from llama_fast.arithmetic.pytorch import Operators, PyTorch
 from llama_fast.build import build
 from llama_fast.contracts import Slots
-from llama_fast.engine.sampling import MASK_32, BatchSampler, Sampling, draw, keep_nucleus, philox, uniform
+from llama_fast.engine.sampling import (
+    MASK_32,
+    BatchSampler,
+    Code,
+    Sampling,
+    draw,
+    keep_nucleus,
+    philox,
+    uniform,
+    unpacked,
+)
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 from llama_ref.config import LlamaConfig
+from llama_ref.generate import Adjusted
 
 CPU = torch.device("cpu")
 
@@ -251,3 +263,151 @@ def test_some_rows_of_a_sampler_stay_its_own() -> None:
     assert torch.equal(part(logits[2:], position[2:]), choose(logits, position)[2:])
     part.note(torch.tensor([0, 39]))
     assert choose.seen_BV is not None and choose.seen_BV[3].nonzero()[:, 0].tolist() == [10, 11, 12, 39]
+
+
+ADJUSTED = st.builds(
+    Adjusted,
+    st.sampled_from([1.0, 1.3, 0.8]),
+    st.sampled_from([0.0, 0.7, -1.1]),
+    st.sampled_from([0.0, 1.9, -0.4]),
+    st.dictionaries(st.integers(0, 8), st.sampled_from([-100.0, -1.5, 0.25, 100.0]), max_size=3),
+)
+ROW = st.tuples(ADJUSTED, st.lists(st.integers(0, 8), min_size=1, max_size=6), st.sampled_from([0.0, 0.8]))
+
+
+def sampling_of(wanted: Adjusted, temperature: float, seed: int) -> Sampling:
+    return Sampling(
+        temperature,
+        seed=seed,
+        repetition_penalty=wanted.repetition_penalty,
+        frequency_penalty=wanted.frequency_penalty,
+        presence_penalty=wanted.presence_penalty,
+        logit_bias=wanted.logit_bias,
+    )
+
+
+@given(st.lists(ROW, min_size=2, max_size=4), st.integers(0, 2**30), st.booleans())
+def test_unequal_rows_have_the_references_logits_at_every_step(
+    rows: list[tuple[Adjusted, list[int], float]], seed: int, steady: bool
+) -> None:
+    """Every row with its own bias and penalties; each joins alone, and one leaves and comes again with nothing written."""
+    generator = torch.Generator().manual_seed(seed)
+    choose = BatchSampler.of_free_rows(len(rows), CPU, 9)
+    choose.steady = steady
+    for b, (wanted, prompt, temperature) in enumerate(rows):
+        choose.set_rows(b, [sampling_of(wanted, temperature, b)], [prompt])
+    generated: list[list[int]] = [[] for _ in rows]
+    for step in range(8):
+        if step == 5:
+            choose.free_row(0)
+            choose.narrow()
+            choose.set_rows(0, [sampling_of(rows[0][0], 0.0, 0)], [rows[0][1]])
+            generated[0] = []
+        logits = 4 * torch.randn(len(rows), 9, generator=generator)
+        changed = choose.edited(logits)
+        for b, (wanted, prompt, _) in enumerate(rows):
+            expected = wanted.of(logits[b], prompt, generated[b])
+            torch.testing.assert_close(changed[b].double(), expected, rtol=1e-5, atol=1e-5)
+        tokens = choose(logits, torch.full((len(rows),), step))
+        assert torch.equal(tokens[choose.temperature_B == 0], changed.argmax(-1)[choose.temperature_B == 0])
+        choose.note(tokens)
+        for row, token in zip(generated, tokens.tolist(), strict=True):
+            row.append(token)
+
+
+def test_who_asks_for_nothing_has_nothing_kept_and_its_logits_untouched() -> None:
+    choose = BatchSampler.of_free_rows(2, CPU, 40)
+    choose.set_rows(0, [Sampling(), Sampling(0.7, top_k=3)], [[1], [2]])
+    logits = torch.randn(2, 40, dtype=torch.bfloat16)
+    assert choose.edited(logits) is logits and not choose.code.edited
+    choose.note(torch.tensor([3, 4]))
+    assert choose.count_BV is choose.bias_BV is choose.seen_BV is None
+
+
+def test_a_bias_does_not_outlive_its_row() -> None:
+    """Row 0's is gone when another row stands there, also if that one came while nobody had a bias."""
+    choose = BatchSampler.of_free_rows(2, CPU, 5)
+    choose.set_rows(0, [Sampling(logit_bias={1: 9.0})], [[0]])
+    choose.free_row(0)
+    choose.narrow()
+    choose.set_rows(0, [Sampling()], [[0]])
+    choose.set_rows(1, [Sampling(logit_bias={2: 9.0})], [[0]])
+    assert choose(torch.zeros(2, 5), torch.tensor([1, 1])).tolist() == [0, 2]
+
+
+def test_some_rows_count_in_the_whole_samplers_memory() -> None:
+    choose = BatchSampler.of_free_rows(4, CPU, 6)
+    choose.set_rows(0, [Sampling(frequency_penalty=1.0, logit_bias={b: 0.5}) for b in range(4)], [[0]] * 4)
+    part = choose.rows(2, 2)
+    part.note(torch.tensor([5, 5]))
+    part.note(torch.tensor([5, 1]))
+    assert choose.count_BV is not None and choose.count_BV.nonzero().tolist() == [[2, 5], [3, 1], [3, 5]]
+    logits = torch.zeros(4, 6)
+    assert torch.equal(part.edited(logits[2:]), choose.edited(logits)[2:])
+    assert float(choose.edited(logits)[2, 5]) == -2.0
+
+
+class Allowing:
+    """A constraint that is only looked at."""
+
+    eos_ids = (0,)
+
+    def begin(self) -> Any:
+        raise AssertionError("a sampler begins no row")
+
+
+def test_a_mask_leaves_what_it_allows_and_no_other_row_is_changed() -> None:
+    allowed = torch.tensor([[True, False] * 35, [True] * 70, [False] * 69 + [True]])
+    bits = (torch.nn.functional.pad(allowed, (0, 26)).view(3, 3, 32).long() << torch.arange(32)).sum(-1)
+    words = (bits - (bits >= 2**31).long() * 2**32).to(torch.int32)
+    assert torch.equal(unpacked(words, 70), allowed)
+    choose = BatchSampler.of_free_rows(3, CPU, 70)
+    choose.allowed = lambda first, count: words[first : first + count]
+    settings = [
+        Sampling(0.9, top_k=40, seed=1, grammar=Allowing()),
+        Sampling(1.1, seed=2),
+        Sampling(grammar=Allowing()),
+    ]
+    choose.set_rows(0, settings, [[1], [2], [3]])
+    plain = BatchSampler(Sampling(1.1), [2], CPU)
+    for step in range(30):
+        logits, at = torch.randn(3, 70), torch.full((3,), step)
+        tokens = choose(logits, at)
+        assert tokens[0] % 2 == 0 and tokens[1] == plain(logits[1:2], at[1:2])[0] and tokens[2] == 69
+        assert choose.rows(1, 2)(logits[1:], at[1:]).tolist() == tokens[1:].tolist()
+
+
+def test_code_that_was_compiled_is_kept_while_edits_come_and_go() -> None:
+    """They are made behind the compiled step, which then is the one of greedy rows: no settings compile another program."""
+    choose = BatchSampler.of_free_rows(2, CPU, 40)
+    choose.steady = True
+    choose.set_rows(0, [Sampling(0.7)], [[1]])
+    drawn = choose.code
+    for one in (
+        Sampling(0.7, frequency_penalty=0.5),
+        Sampling(0.7, logit_bias={3: 1}),
+        Sampling(0.7, grammar=Allowing()),
+    ):
+        choose.set_rows(1, [one], [[1]])
+        assert choose.is_apart and choose.code.with_edits_of(Code()) == drawn
+        choose.free_row(1)
+        choose.narrow()
+        assert not choose.is_apart and choose.code == drawn
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
+        ({"presence_penalty": float("inf")}, "presence_penalty=inf"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias: a token id=-1"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias: a token id='5'"),
+        ({"logit_bias": {5: "1"}}, r"logit_bias\[5\]='1'"),
+        ({"logit_bias": {5: float("inf")}}, r"logit_bias\[5\]=inf"),
+        ({"logit_bias": [5]}, r"logit_bias=\[5\]"),
+        ({"grammar": "a+"}, "grammar='a\\+'"),
+    ],
+)
+def test_impossible_edits_fail_at_construction(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Sampling(**wrong)

@@ -240,3 +240,38 @@ def test_our_own_bugs_are_one_line_too(run: Run, model: Path, monkeypatch: pytes
 def test_cuda_asked_for_and_absent(run: Run, model: Path) -> None:
     code, _, err = run("generate", "--model", model, "--device", "cuda")
     assert code == 2 and "sees no CUDA device" in err
+
+
+def test_a_text_of_a_grammar_is_generated(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    schema, file = tmp_path / "schema.json", tmp_path / "out.json"
+    schema.write_text('{"const": 4277}')
+    asked = ("generate", "--model", model, "--max-new-tokens", 5, "--num-samples", 2, "--json", file)
+    monkeypatch.setattr(RandomTokenizer, "token_bytes", lambda self: [bytes([i]) for i in range(self.vocab_size)])
+    for words, wanted in ((("--regex", "[AB]{3}"), {65, 66}), (("--json-schema", schema), set(b"4277"))):
+        code, _, error = run(*asked, *words, "--frequency-penalty", 1.5, "--presence-penalty", 0.5)
+        assert code == 0, error
+        for sample in json.loads(file.read_text())["samples"]:
+            assert sample["finish_reason"] == "stop" and set(sample["tokens"]) <= wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--regex", "a", "--json-schema", "s.json"), "choose one"),
+        (("--json-schema", "none.json"), "none.json"),
+        (("--json-schema", "broken.json"), "no JSON"),
+        (("--regex", "a"), "no language"),
+        (("--frequency-penalty", "nan"), "frequency_penalty=nan"),
+    ],
+)
+def test_a_grammar_that_cannot_be_had_is_told_in_one_line(
+    run: Run, model: Path, tmp_path: Path, words: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    code, _, error = run("generate", "--model", model, "--max-new-tokens", 5, *words)
+    assert code == 2 and told in error and len(error.splitlines()) == 1
