@@ -57,7 +57,7 @@ class Constrained:
 
     def __init__(self, grammar: Grammar, tokens: Tokens):
         """Raises ValueError, with the library's reason, for a grammar that is wrong, too large, or not supported."""
-        self.eos_ids = tokens.eos_ids
+        self.grammar, self.eos_ids = grammar, tokens.eos_ids
         made_by, written = library(), grammar.written()
         is_wrong, messages = made_by.LLMatcher.validate_grammar_with_warnings(written, tokens.tokenizer)
         if is_wrong or messages:

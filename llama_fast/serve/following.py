@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Event, Request, Writer
+from llama_fast.grammars.asked import Grammar
+from llama_fast.grammars.guided import Constrained
 from llama_fast.llama import Llama
 
 T = TypeVar("T")
@@ -153,7 +155,8 @@ def error_of(job: Callable[[], Any]) -> str | None:
 
 
 class Letters:
-    """Messages as bytes. What every rank has by itself (the model, its runner, its tokenizer) goes by its name."""
+    """Messages as bytes. What every rank has by itself (the model, its runner, its tokenizer) goes by its name, and a grammar that
+    was made ready for the model as what was asked."""
 
     def __init__(self, llama: Llama):
         self._own: dict[str, Any] = {"llama": llama, "runner": llama.runner, "tokenizer": llama.tokenizer}
@@ -175,8 +178,8 @@ class Writing(pickle.Pickler):
         super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
         self._names = {id(value): name for name, value in own.items()}
 
-    def persistent_id(self, value: Any) -> str | None:
-        return self._names.get(id(value))
+    def persistent_id(self, value: Any) -> str | Grammar | None:
+        return value.grammar if isinstance(value, Constrained) else self._names.get(id(value))
 
 
 class Reading(pickle.Unpickler):
@@ -184,5 +187,5 @@ class Reading(pickle.Unpickler):
         super().__init__(buffer)
         self._own = own
 
-    def persistent_load(self, name: str) -> Any:
-        return self._own[name]
+    def persistent_load(self, name: str | Grammar) -> Any:
+        return self._own[name] if isinstance(name, str) else self._own["llama"].constraint(name)

@@ -16,6 +16,7 @@ from llama_fast.caches.growing import Growing
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request, Row
 from llama_fast.engine.sampling import Sampling
+from llama_fast.grammars.asked import JsonSchema, Regex
 from llama_fast.plan import Plan
 from llama_fast.serve.following import LeadingEngine, follow
 from llama_fast.serve.scoring import prompt_logprobs
@@ -23,6 +24,7 @@ from llama_fast.serve.spelling import EndingWriter
 from llama_ref.checkpoint import random_checkpoint
 
 ROWS, LENGTH = 3, 96
+GRAMMARS = (JsonSchema({"type": "object", "properties": {"a": {"type": "integer"}}}), Regex("(a|the)+"))
 
 
 class Wire:
@@ -61,7 +63,8 @@ def lead(llama: Llama, seed: int) -> tuple[Wire, list[Any], int]:
             writer: Any = llama.writer(ids, chance.choice([(), ("a", "on"), ("sat",)]))
             if chance.random() < 0.3:
                 writer = EndingWriter(writer, [5])
-            sampling = Sampling(chance.choice([0.0, 0.9]), seed=chance.randrange(99))
+            grammar = llama.constraint(chance.choice(GRAMMARS)) if chance.random() < 0.3 else None
+            sampling = Sampling(chance.choice([0.0, 0.9]), grammar=grammar, seed=chance.randrange(99))
             running.append(engine.add(Request(ids, chance.randint(1, 30), sampling, (1,)), writer))
         if running and chance.random() < 0.1:
             engine.cancel(chance.choice(running))
@@ -75,7 +78,7 @@ def lead(llama: Llama, seed: int) -> tuple[Wire, list[Any], int]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_following_engine_has_the_same_rows_in_the_same_slots_at_every_step(llama: Llama, seed: int) -> None:
-    """Ends by stop strings and stop ids included: the writers travel."""
+    """Ends by stop strings and stop ids included, and by grammars: the writers travel, and what was asked."""
     wire, seen, stopped = lead(llama, seed)
     engine = Watched(llama.runner, ROWS, LENGTH)
     follow(engine, wire, llama)
