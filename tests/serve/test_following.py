@@ -65,7 +65,7 @@ def lead(llama: Llama, seed: int) -> tuple[Wire, list[Any], int]:
                 writer = EndingWriter(writer, [5])
             grammar = llama.constraint(chance.choice(GRAMMARS)) if chance.random() < 0.3 else None
             sampling = Sampling(chance.choice([0.0, 0.9]), grammar=grammar, seed=chance.randrange(99))
-            running.append(engine.add(Request(ids, chance.randint(1, 30), sampling, (1,)), writer))
+            running.append(engine.add(Request(ids, chance.randint(1, 30), sampling, () if grammar else (1,)), writer))
         if running and chance.random() < 0.1:
             engine.cancel(chance.choice(running))
         if chance.random() < 0.05:
