@@ -72,6 +72,7 @@ class FirstUse:
     ):
         self.found, self.stopwatch, self.ranks = found, stopwatch, ranks
         self.spent_seconds = 0.0
+        self._left_to_the_rule: set[Product] = set()
 
     def choose(self, run: Pass) -> dict[Product, Tile]:
         """Tiles for what `run` multiplies and nobody has tiles for; they are kept. `run` may be called often, and with any tiles."""
@@ -79,13 +80,15 @@ class FirstUse:
             return {}
         with self.found.asked() as unknown, compiled_together():
             run()
-        several = {product: tiles for product in unknown if len(tiles := candidates(product)) > 1}
+        new = [product for product in unknown if product not in self._left_to_the_rule]
+        several = {product: tiles for product in new if len(tiles := candidates(product)) > 1}
         alike = self.ranks.alike(zlib.crc32(repr(list(several.values())).encode()))
         if not several:
             return {}
         products = ", ".join(dict.fromkeys(f"{p.epilogue} {p.out} x {p.columns} {p.storage}" for p in several))
         rows = max(product.rows for product in several)
         what = f"on {self.found.gpu} for {f'up to {rows} rows' if rows > 1 else '1 row'}: {products}"
+        self._left_to_the_rule |= several.keys()  # said once; what is chosen now is known from then on
         if not alike:
             say(f"general tiles {what}: the ranks have tiles of different shapes to choose")
             return {}

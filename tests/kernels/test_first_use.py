@@ -128,6 +128,7 @@ def test_what_is_spent_is_not_spent_again(monkeypatch: pytest.MonkeyPatch, capsy
     choosing.spent_seconds = first_use.BUDGET_SECONDS + 1
     assert choosing.choose(step.run) == {} and step.timed == 0
     assert "general tiles on NVIDIA H200" in capsys.readouterr().err
+    assert choosing.choose(step.run) == {} and capsys.readouterr().err == "", "it is said once"
     monkeypatch.setattr(first_use, "COMPILING_SECONDS", -1.0)  # the first few alone are compiled
     step = Step(found, {A: 5, B: 2})
     chosen = FirstUse(found, step.stopwatch, Ranks()).choose(step.run)
