@@ -27,11 +27,11 @@ class Tokens:
         made_by = library()
         if not eos_ids:
             raise ValueError("a grammar needs an end: the model's config names no EOS id")
-        self.eos_ids = tuple(sorted(eos_ids))
+        self.ends = tuple(sorted(eos_ids))
         known = [*tokenizer.token_bytes()[:vocab_size]]
         known += [None] * (vocab_size - len(known))  # a model's table may be padded
-        wrapped = made_by.TokenizerWrapper(_Wrapped(tokenizer, known, self.eos_ids))
-        self.tokenizer = made_by.LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=list(self.eos_ids))
+        wrapped = made_by.TokenizerWrapper(_Wrapped(tokenizer, known, self.ends))
+        self.tokenizer = made_by.LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=list(self.ends))
 
 
 class _Wrapped:
@@ -57,7 +57,7 @@ class Constrained:
 
     def __init__(self, grammar: Grammar, tokens: Tokens):
         """Raises ValueError, with the library's reason, for a grammar that is wrong, too large, or not supported."""
-        self.grammar, self.eos_ids = grammar, tokens.eos_ids
+        self.grammar, self._tokens = grammar, tokens
         made_by, written = library(), grammar.written()
         is_wrong, messages = made_by.LLMatcher.validate_grammar_with_warnings(written, tokens.tokenizer)
         if is_wrong or messages:
@@ -65,6 +65,10 @@ class Constrained:
         self._matcher = made_by.LLMatcher(tokens.tokenizer, written, log_level=0)
         if self._matcher.is_error():
             raise ValueError(one_line(self._matcher.get_error()))
+
+    @property
+    def eos_ids(self) -> Collection[int]:
+        return self._tokens.ends
 
     def begin(self) -> Guide:
         return Guided(self._matcher.deep_copy())
