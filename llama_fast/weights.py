@@ -105,8 +105,8 @@ def encode_one(
 
 def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
     """The checkpoint with its matrices as the file holds them, if the plan keeps them so and the file has others than floats."""
-    keeps = plan.encoding.name == "stored" and checkpoint.stored is not None
-    return checkpoint.stored if keeps and checkpoint.stored is not None else checkpoint
+    stored = checkpoint.stored if plan.encoding.name == "stored" else None
+    return checkpoint if stored is None else stored
 
 
 def encoding_of(checkpoint: Checkpoint, stem: str, encoding: Encoding) -> Encoding:
@@ -126,8 +126,9 @@ def held_as(checkpoint: Checkpoint, stem: str, plan: Plan, dtype: torch.dtype | 
     kind, of_file = parts["weight"].dtype, checkpoint.encoding == "stored" and stem in checkpoint.encodings
     if is_stored_encoded(parts) or (of_file and kind is not (dtype or kind)):
         return encoding, True
-    is_dense = checkpoint.encoding != "dense" or encoding.name == "stored" or not is_encoded(stem, checkpoint.config)
-    return Dense() if is_dense else encoding, False
+    if checkpoint.encoding == "dense" and is_encoded(stem, checkpoint.config) and encoding.name != "stored":
+        return encoding, False
+    return Dense(), False
 
 
 def parts_of(checkpoint: Checkpoint, stem: str) -> dict[str, TensorSource]:

@@ -48,18 +48,15 @@ def recorded_phases(prefill: Phase, decode: Phase, model: Llama) -> tuple[Phase,
     """The two phases by way of recordings."""
     choose_likeliest = Likeliest(model.operations.sampling_kernels)
 
-    def prompt(model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        return prefill(model, tokens_BT, (None, lengths_B), cache, choose_likeliest)
-
-    def turn(
-        model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor, start_B: Tensor
+    def prompt(
+        model: Llama, cache: KVCache, tokens_BT: Tensor, lengths_B: Tensor, start_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return prefill(model, tokens_BT, (start_B, lengths_B), cache, choose_likeliest)
 
     def one_step(model: Llama, cache: KVCache, tokens_BT: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
         return decode(model, tokens_BT, start_B, cache, choose_likeliest)
 
-    prompts, turns, steps = (Recordings(model, function) for function in (prompt, turn, one_step))
+    prompts, steps = Recordings(model, prompt), Recordings(model, one_step)
     longest = model.config.max_context
 
     def graphed_prefill(
@@ -74,10 +71,8 @@ def recorded_phases(prefill: Phase, decode: Phase, model: Llama) -> tuple[Phase,
         if lengths_B is None or width is None or end_of(start_B, width) > min(cache.length, longest):
             return prefill(model, tokens_BT, where, cache, choose)
         padded_BT = F.pad(tokens_BT, (0, width - tokens_BT.shape[1]))
-        if start_B is None:
-            token_B, logits_BV = prompts(cache, padded_BT, lengths_B)
-        else:
-            token_B, logits_BV = turns(cache, padded_BT, lengths_B, start_B)
+        behind = () if start_B is None else (start_B,)
+        token_B, logits_BV = prompts(cache, padded_BT, lengths_B, *behind)
         if not choose.greedy:
             token_B = choose(logits_BV, lengths_B if start_B is None else start_B + lengths_B)
         return token_B, logits_BV
@@ -116,6 +111,9 @@ class Likeliest:
         return logits_BV.argmax(-1) if self.kernels is None else self.kernels.likeliest(logits_BV)
 
 
+Shapes = tuple[torch.Size, ...]
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A CUDA graph, and the tensors that it reads and writes."""
@@ -128,25 +126,25 @@ class Recorded:
 class Recordings:
     """A function of a model, a cache and tensors: run once as it is, which compiles its kernels, then recorded, then replayed.
 
-    A graph belongs to a cache (it holds the cache's addresses) and to the shape [B, T] of the tokens, and is dropped with the
-    cache. What a call returns is overwritten by the next one of its shape.
+    A graph belongs to a cache (it holds the cache's addresses) and to the shapes of the tensors, the first of them the tokens
+    [B, T], and is dropped with the cache. What a call returns is overwritten by the next one of its shapes.
     """
 
     def __init__(self, model: Llama, function: Callable[..., tuple[Tensor, Tensor]]):
         self.model, self.function = model, function
-        self.known: weakref.WeakKeyDictionary[KVCache, dict[torch.Size, Recorded]] = weakref.WeakKeyDictionary()
+        self.known: weakref.WeakKeyDictionary[KVCache, dict[Shapes, Recorded]] = weakref.WeakKeyDictionary()
 
     def __call__(self, cache: KVCache, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest next token [B] and the logits, float32."""
-        shapes, shape = self.known.setdefault(cache, {}), inputs[0].shape
-        if shape not in shapes:
+        known, shapes = self.known.setdefault(cache, {}), tuple(tensor.shape for tensor in inputs)
+        if shapes not in known:
             self.choose_tiles(cache, inputs)
             one_block = first_block_of(self.model)
-            self.model.operations.compile_ahead(lambda: self.function(one_block, cache, *inputs), shape.numel())
+            self.model.operations.compile_ahead(lambda: self.function(one_block, cache, *inputs), shapes[0].numel())
             results = self.function(self.model, cache, *inputs)
-            shapes[shape] = self.record(cache, inputs)
+            known[shapes] = self.record(cache, inputs)
             return results
-        recorded = shapes[shape]
+        recorded = known[shapes]
         for held, new in zip(recorded.inputs, inputs, strict=True):
             held.copy_(new)
         recorded.graph.replay()
