@@ -27,11 +27,11 @@ class Tokens:
         made_by = library()
         if not eos_ids:
             raise ValueError("a grammar needs an end: the model's config names no EOS id")
-        self.eos_ids = tuple(sorted(eos_ids))
+        self.ends = tuple(sorted(eos_ids))
         known = [*tokenizer.token_bytes()[:vocab_size]]
         known += [None] * (vocab_size - len(known))  # a model's table may be padded
-        wrapped = made_by.TokenizerWrapper(_Wrapped(tokenizer, known, self.eos_ids))
-        self.tokenizer = made_by.LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=list(self.eos_ids))
+        wrapped = made_by.TokenizerWrapper(_Wrapped(tokenizer, known, self.ends))
+        self.tokenizer = made_by.LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=list(self.ends))
 
 
 class _Wrapped:
@@ -39,11 +39,11 @@ class _Wrapped:
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer, known: Sequence[bytes | None], eos_ids: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer, known: Sequence[bytes | None], ends: Sequence[int]):
         self._tokenizer = tokenizer
-        self.eos_token_id = eos_ids[0]
+        self.eos_token_id = ends[0]
         # no text matches a special token, whatever its name
-        self.special_token_ids = [i for i, content in enumerate(known) if content is None or i in eos_ids]
+        self.special_token_ids = [i for i, content in enumerate(known) if content is None or i in ends]
         self.tokens = [content or b"" for content in known]
         for i in self.special_token_ids:
             self.tokens[i] = f"<|special {i}|>".encode()
@@ -57,7 +57,7 @@ class Constrained:
 
     def __init__(self, grammar: Grammar, tokens: Tokens):
         """Raises ValueError, with the library's reason, for a grammar that is wrong, too large, or not supported."""
-        self.eos_ids = tokens.eos_ids
+        self.ends = tokens.ends
         made_by, written = library(), grammar.written()
         is_wrong, messages = made_by.LLMatcher.validate_grammar_with_warnings(written, tokens.tokenizer)
         if is_wrong or messages:

@@ -46,7 +46,7 @@ Prompts = (
 )
 Biases = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=1024),
+    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
 ]
 """By token ids, which JSON spells as text."""
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

@@ -364,7 +364,7 @@ def check_rows_of_their_own() -> int:
 class Allowing:
     """A grammar that is only looked at."""
 
-    eos_ids = ()
+    ends = ()
 
     def begin(self) -> Any:
         raise AssertionError("a sampler begins no row")
