@@ -33,7 +33,7 @@ class Constraint(Protocol):
     """A grammar made ready for the tokens of a model."""
 
     @property
-    def eos_ids(self) -> Collection[int]:
+    def ends(self) -> Collection[int]:
         """The ids that may end a text that is complete."""
 
     def begin(self) -> Guide:

@@ -48,9 +48,11 @@ class Request:
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs={self.logprobs} must not be negative")
         grammar = self.sampling.grammar
-        if grammar is not None and not set(self.eos_ids) <= set(grammar.eos_ids):
-            wrong = min(set(self.eos_ids) - set(grammar.eos_ids))
-            raise ValueError(f"eos_ids: token {wrong} would end a text at any place; the grammar knows no such end")
+        foreign = set(self.eos_ids).difference(grammar.ends if grammar is not None else self.eos_ids)
+        if foreign:
+            raise ValueError(
+                f"eos_ids: token {min(foreign)} would end a text at any place; the grammar knows no such end"
+            )
 
     @property
     def positions(self) -> int:

@@ -46,7 +46,7 @@ Prompts = (
 )
 Biases = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=1024),
+    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
 ]
 """By token ids, which JSON spells as text."""
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -295,6 +295,11 @@ class Message(BaseModel):
     name: Text | None = None
     tool_calls: Annotated[list[Called], Field(max_length=MOST_TOOLS)] | None = None
     tool_call_id: Text | None = None
+    refusal: None = None
+    """OpenAI's client sends an answer back with the nulls that it came with."""
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def plain(self) -> dict[str, Any]:
         """As a template takes it: parts joined, and "developer" by its older name "system"."""

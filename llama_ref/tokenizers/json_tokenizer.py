@@ -108,7 +108,8 @@ class JsonTokenizer:
         """Of every id up to the largest; raises TokenizerError, by name, for decoders that no single token can be put through."""
         from llama_ref.tokenizers.token_bytes import piece_decoder
 
-        decoder = json.loads(self._backend.to_str()).get("decoder")
+        decoder = self._backend.decoder
+        decoder = None if decoder is None else json.loads(decoder.__getstate__())
         try:
             decoded = piece_decoder(decoder)
         except ValueError as error:

@@ -37,7 +37,7 @@ WISHES = (
 class Turns:
     """Of all ids, those that leave this remainder when divided by 3 may come; one more at the next place."""
 
-    eos_ids: Sequence[int] = ()
+    ends: Sequence[int] = ()
     failure: str | None = None
     complete = False
 

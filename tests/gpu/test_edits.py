@@ -28,7 +28,7 @@ TURNS = (5, 999, 40)
 class Turns:
     """A grammar of one text: the three tokens, over and over, twelve in all."""
 
-    eos_ids = (0,)
+    ends = (0,)
     failure = None
 
     def __init__(self) -> None:

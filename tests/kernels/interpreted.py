@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -339,7 +340,7 @@ def check_choosing() -> int:
     broken = torch.tensor([[3.0, 2.0, NAN, 0.5, 0.1]])
     assert ops.distribution(broken, one, three).isnan().all(), "a broken model must not look well"
     assert ops.distribution(broken, one * 0, three).isnan().any(), "nor at temperature 0"
-    n_checked += check_rows_of_their_own()
+    n_checked += check_rows_of_their_own() + check_edited_rows()
     tail = torch.full((60, 300), 1e-8)  # of which float32 sums beside 1 would lose every one
     tail[:, 0] = 1.0
     at = torch.arange(1, 300, 5).double()
@@ -386,6 +387,42 @@ def check_rows_of_their_own() -> int:
                 alone = ops.distribution(logits[part], *(value[None] for value in number))
                 assert torch.equal(law[part], alone), b
     return 2
+
+
+class Allowing:
+    """A grammar that is only looked at."""
+
+    ends = ()
+
+    def begin(self) -> Any:
+        raise AssertionError("a sampler begins no row")
+
+
+def check_edited_rows() -> int:
+    """Rows with biases, penalties and masks, down to a single token: kernels choose from edited logits as PyTorch does."""
+    edits: dict[str, Any] = {"frequency_penalty": 0.7, "presence_penalty": 0.4, "logit_bias": {3: 2.5, 30: -100.0}}
+    words = torch.tensor([[-1, -1], [0b1010, 0], [0, 1], [-1, -1], [1 << 4, 0]], dtype=torch.int32)
+    for cold in (False, True):
+        settings = [
+            Sampling(0.0 if cold else 0.9, seed=1, **edits),
+            Sampling(0.0 if cold else 1.1, top_k=20, seed=2, grammar=Allowing()),
+            Sampling(0.0 if cold else 1.3, seed=3, grammar=Allowing(), **edits),
+            Sampling(0.0 if cold else 0.7, min_p=0.1, seed=4),
+            Sampling(0.0 if cold else 1.0, top_k=3, min_p=0.2, seed=5, grammar=Allowing()),
+        ]
+        plain, kernels = (BatchSampler.of_free_rows(5, torch.device("cpu"), 35) for _ in range(2))
+        kernels.kernels = ops
+        for choose in (plain, kernels):
+            choose.allowed = lambda first, count: words[first : first + count]
+            choose.set_rows(0, settings, [[1], [2], [3], [4], [5]])
+        for step in range(6):
+            logits, at = rand(5, 35, seed=step), torch.full((5,), step)
+            tokens = plain(logits, at)
+            assert torch.equal(kernels(logits, at), tokens), f"step {step}: {tokens}"
+            assert int(tokens[1]) in (1, 3) and tokens[2] == 32 and tokens[4] == 4
+            plain.note(tokens)
+            kernels.note(tokens)
+    return 12
 
 
 CHECKS: dict[str, Callable[[], int]] = {

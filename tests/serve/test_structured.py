@@ -189,7 +189,7 @@ def test_a_prompt_is_echoed_before_what_is_made_to_fit(running: Running) -> None
 class GivesUp:
     """A grammar that cannot go on after two tokens."""
 
-    eos_ids = range(300)
+    ends = range(300)
     complete = False
 
     def __init__(self) -> None:

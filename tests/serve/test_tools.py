@@ -174,6 +174,21 @@ def test_a_conversation_with_calls_reaches_the_template(serve: Serve, llama: Lla
             assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
 
 
+def test_an_answer_goes_back_as_the_client_got_it(calling: Running) -> None:
+    """A call by force, its result, and the next answer: the conversation as OpenAI's client keeps it."""
+    client = calling.client()
+    options: Any = {"model": "tiny", "tools": [CLOCK], "max_tokens": 60, "temperature": 0}
+    first = client.chat.completions.create(messages=MESSAGES, tool_choice="required", **options).choices[0].message
+    assert first.tool_calls is not None
+    result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "noon"}
+    second = client.chat.completions.create(messages=[*MESSAGES, first, result], **options).choices[0].message
+    third = client.chat.completions.create(
+        messages=[*MESSAGES, first, result, second, {"role": "user", "content": "a"}], **options
+    )
+    assert third.choices[0].finish_reason in ("stop", "length", "tool_calls")
+    client.close()
+
+
 def test_forms_are_known_by_their_templates() -> None:
     assert form_of(LLAMA_3_TEMPLATE) is LLAMA_3 and form_of(HERMES_TEMPLATE) is HERMES
     assert (

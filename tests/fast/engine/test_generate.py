@@ -14,7 +14,7 @@ from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import Sampling
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
-from llama_ref.generate import greedy
+from llama_ref.generate import Adjusted, greedy
 from llama_ref.model import Llama as Reference
 
 PROMPTS = [[5, 17, 3], [88], [4, 4, 4, 61, 20, 9, 33], [1, 2]]
@@ -32,6 +32,17 @@ def test_greedy_is_the_references_row_by_row(runner: Runner) -> None:
     assert [c.tokens for c in done.completions] == [greedy(reference, prompt, 20) for prompt in PROMPTS]
     assert [c.prompt_tokens for c in done.completions] == [3, 1, 7, 2]
     assert done.new_tokens == 80 and 0 < done.first_token_seconds <= done.total_seconds
+
+
+def test_greedy_with_biases_and_penalties_is_the_references(runner: Runner) -> None:
+    """The same wish for four unequal rows, whose prompts hold tokens that the two penalties must not count."""
+    reference = Reference(runner.checkpoint.config, runner.reference_weights(), torch.float32)
+    plain = [c.tokens for c in generate(runner, PROMPTS, 20).completions]
+    wish = Adjusted(1.2, 0.8, 0.5, {plain[0][0]: 1.5, 4: 2.0, 61: -100.0})
+    sampling = Sampling(repetition_penalty=1.2, frequency_penalty=0.8, presence_penalty=0.5, logit_bias=wish.logit_bias)
+    found = [c.tokens for c in generate(runner, PROMPTS, 20, sampling).completions]
+    assert found == [greedy(reference, prompt, 20, adjusted=wish) for prompt in PROMPTS]
+    assert found != plain
 
 
 def test_rows_end_at_every_eos_id_and_the_others_go_on(runner: Runner) -> None:

@@ -350,7 +350,7 @@ def test_some_rows_count_in_the_whole_samplers_memory() -> None:
 class Allowing:
     """A constraint that is only looked at."""
 
-    eos_ids = (0,)
+    ends = (0,)
 
     def begin(self) -> Any:
         raise AssertionError("a sampler begins no row")

@@ -175,7 +175,7 @@ def test_it_streams_and_a_sampling_holds_it(llama: Llama) -> None:
 class Failing:
     """A guide that gives up after some tokens, as a grammar that is too complex does."""
 
-    eos_ids = (EOS, OTHER_EOS)
+    ends = (EOS, OTHER_EOS)
     failure: str | None = None
     complete = False
 
