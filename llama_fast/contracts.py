@@ -81,6 +81,8 @@ class Step(NamedTuple):
     """Which slots a token sees; None: those of the T tokens themselves, and causal."""
     cos_sin_BTd2: Tensor | None = None
     """Cosine and sine of each position's angles."""
+    slots_BT: Tensor | None = None
+    """Where each token's keys stand in a pool of pages."""
     show: Show | None = None
     name: str = ""
     """The part of the model that the step is in."""

@@ -45,7 +45,7 @@ class Triton:
         for name, value in asked.items():
             if value:
                 raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
-        if not slots.cache.plain_slots:
+        if not (slots.cache.plain_slots or hasattr(slots.cache, "page")):
             kind = type(slots.cache).__name__
             raise ValueError(f"the fused kernels write no {kind} cache: take Static(), or Compiled() with this one")
         if not slots.fuse_projections:
@@ -102,13 +102,19 @@ class Kernels:
         B, T = tokens_BT.shape
         if self._cos_sin is None:
             self._cos_sin = rope_table[..., 0].contiguous(), rope_table[..., 1].contiguous()
+        table = getattr(
+            cache.layers[0], "table", None
+        )  # of pages; these are found once for all layers, before any kernel of ours
         if start_B is None:
             # made here, not where it is read: a kernel behind `embed` may read it before the kernel ahead has ended
-            return Step(self.zeros(B))
-        if self.attends(B, T):
+            start_B, mask = self.zeros(B), False
+        else:
+            mask = not self.attends(B, T)
+        if not mask and table is None:
             return Step(start_B)
         position_BT = start_B[:, None] + torch.arange(T, device=tokens_BT.device)
-        return Step(start_B, mask_BTS=visible(position_BT, cache.length, None))
+        mask_BTS = visible(position_BT, cache.length, None) if mask else None
+        return Step(start_B, mask_BTS=mask_BTS, slots_BT=None if table is None else table.slots_at(position_BT))
 
     def embed(self, tokens_BT: Tensor, embedding: nn.Module) -> Tensor:
         weight, scale = matrix_of(embedding)
@@ -123,7 +129,9 @@ class Kernels:
         start_B = step.start_B
         assert self._cos_sin is not None and start_B is not None
         gain, eps = gain_of(norm)
-        rope = self.ops.Rope(*self._cos_sin, start_B, layer.k, layer.v, self.config.n_heads)
+        keys, values = layer.tensors
+        at_M = None if step.slots_BT is None else step.slots_BT.flatten()
+        rope = self.ops.Rope(*self._cos_sin, start_B, keys, values, self.config.n_heads, at_M)
         x_MD, (weight, scale) = x_BTD.flatten(0, 1), matrix_of(matrix)
         if self.ops.takes(B * T, weight, x_MD):
             q = self.ops.qkv(x_MD, gain, eps, weight, scale, rope, early=self._embedded_by_kernel)
@@ -144,13 +152,18 @@ class Kernels:
         if self.attends(B, T):
             assert step.start_B is not None
             q_MK, scratch = q_BTHd.flatten(2).flatten(0, 1), self.scratch(B * T)
-            a = self.ops.attention(q_MK, layer.k, layer.v, step.start_B, scratch, early=self._embedded_by_kernel)
+            pages = getattr(layer, "table", None)
+            table = None if pages is None else self.ops.Table(pages.pages_BP, pages.page)
+            keys, values = layer.tensors
+            early = self._embedded_by_kernel
+            a = self.ops.attention(q_MK, keys, values, step.start_B, scratch, early=early, table=table)
             a_BTHd = a.view(q_BTHd.shape)
         else:
-            slots = T if step.mask_BTS is None else layer.k.shape[2]
+            k_BKSd, v_BKSd = layer.k, layer.v
+            slots = T if step.mask_BTS is None else k_BKSd.shape[2]
             mask_B1TS = None if step.mask_BTS is None else step.mask_BTS[:, None]
             a_BTHd = F.scaled_dot_product_attention(
-                q_BTHd.transpose(1, 2), layer.k[:, :, :slots], layer.v[:, :, :slots], mask_B1TS,
+                q_BTHd.transpose(1, 2), k_BKSd[:, :, :slots], v_BKSd[:, :, :slots], mask_B1TS,
                 is_causal=mask_B1TS is None, enable_gqa=self.group != 1,
             ).transpose(1, 2)  # fmt: skip
         step.see(attention=a_BTHd)

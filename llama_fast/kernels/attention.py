@@ -19,12 +19,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _slots(base, lo, first_slot, last_slot, HD: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr):
-    """Keys or values of slots lo .. lo + BS, as far as they lie in first_slot .. last_slot; zeros elsewhere. [BS, DP]."""
+def _slots(
+    base, table, lo, first_slot, last_slot, HKV: tl.constexpr, HD: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of slots lo .. lo + BS, as far as they lie in first_slot .. last_slot; zeros elsewhere. [BS, DP].
+
+    PAGE: slots of a page, which the table tells of each stretch; 0: they stand one behind the other.
+    """
     slot = lo + tl.arange(0, BS)
     d = tl.arange(0, DP)
     inside = ((slot >= first_slot) & (slot < last_slot))[:, None] & (d < HD)[None, :]
-    return tl.load(base + slot[:, None] * HD + d[None, :], mask=inside, other=0)
+    if PAGE:
+        page = tl.load(table + slot // PAGE, mask=(slot >= first_slot) & (slot < last_slot), other=0)
+        at = (page * PAGE + slot % PAGE) * (HKV * HD)
+        return tl.load(base + at[:, None] + d[None, :], mask=inside, other=0)
+    else:
+        return tl.load(base + slot[:, None] * HD + d[None, :], mask=inside, other=0)
 
 
 @triton.jit
@@ -56,9 +67,12 @@ def _attend(
     q, k_cache, v_cache, start, out, part, part_stats, arrived, slots, softmax_scale,
     T: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, DP: tl.constexpr,
     RP: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, E: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr, ROW_PAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * HKV, SPLITS). RP: T * G query rows padded (1, or >= 16 for tensor cores). LEAST: fewest slots worth a program."""
+    """Grid (B * HKV, SPLITS). RP: T * G query rows padded (1, or >= 16 for tensor cores). LEAST: fewest slots worth a program.
+
+    PAGE: slots of a page in pools [N, HKV, HD]; `slots` is then the table [B, ROW_PAGES]. 0: `slots` of each row and head.
+    """
     pair = tl.program_id(0)
     split = tl.program_id(1)
     b = pair // HKV
@@ -72,11 +86,17 @@ def _attend(
     if split < active:
         lo = split * share
         hi = tl.minimum(n, lo + share)
-        k_base = k_cache + pair.to(tl.int64) * slots * HD
-        v_base = v_cache + pair.to(tl.int64) * slots * HD
+        if PAGE:
+            k_base = k_cache + (pair % HKV) * HD
+            v_base = v_cache + (pair % HKV) * HD
+            table = slots + b * ROW_PAGES
+        else:
+            k_base = k_cache + pair.to(tl.int64) * slots * HD
+            v_base = v_cache + pair.to(tl.int64) * slots * HD
+            table = slots
         # Slots of earlier steps do not depend on the kernel ahead: their first tile travels before the wait.
-        k = _slots(k_base, lo, 0, tl.minimum(hi, first), HD, DP, BS)
-        v = _slots(v_base, lo, 0, tl.minimum(hi, first), HD, DP, BS)
+        k = _slots(k_base, table, lo, 0, tl.minimum(hi, first), HKV, HD, DP, BS, PAGE)
+        v = _slots(v_base, table, lo, 0, tl.minimum(hi, first), HKV, HD, DP, BS, PAGE)
         if EARLY:
             wait(PDL)
         r = tl.arange(0, RP)
@@ -89,16 +109,16 @@ def _attend(
         query = tl.load(q + at_out, mask=mask_rows, other=0)
         if hi > first:  # this step's own tokens, where they fall in this program's share
             new = (lo + tl.arange(0, BS) >= first)[:, None]
-            k = tl.where(new, _slots(k_base, lo, first, hi, HD, DP, BS), k)
-            v = tl.where(new, _slots(v_base, lo, first, hi, HD, DP, BS), v)
+            k = tl.where(new, _slots(k_base, table, lo, first, hi, HKV, HD, DP, BS, PAGE), k)
+            v = tl.where(new, _slots(v_base, table, lo, first, hi, HKV, HD, DP, BS, PAGE), v)
         log2_scale = softmax_scale * LOG2_E
         peak = tl.full([RP], HIDDEN, tl.float32)
         total = tl.zeros([RP], tl.float32)
         acc = tl.zeros([RP, DP], tl.float32)
         peak, total, acc = _attend_to(query, k, v, lo, hi, first, row_t, log2_scale, peak, total, acc, DP, RP, BS)
         for tile in tl.range(lo + BS, hi, BS, num_stages=STAGES):
-            k_tile = _slots(k_base, tile, 0, hi, HD, DP, BS)
-            v_tile = _slots(v_base, tile, 0, hi, HD, DP, BS)
+            k_tile = _slots(k_base, table, tile, 0, hi, HKV, HD, DP, BS, PAGE)
+            v_tile = _slots(v_base, table, tile, 0, hi, HKV, HD, DP, BS, PAGE)
             peak, total, acc = _attend_to(
                 query, k_tile, v_tile, tile, hi, first, row_t, log2_scale, peak, total, acc, DP, RP, BS
             )

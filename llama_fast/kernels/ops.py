@@ -108,7 +108,10 @@ def tile_of(gpu: str, epilogue: str, weight: Tensor | Narrow, x: Tensor) -> Tile
 
 
 class Rope(NamedTuple):
-    """What the "rope" epilogue writes to and reads from. cos, sin [at least S, HD / 2] float32; caches [B, HKV, S, HD]; start [B]."""
+    """What the "rope" epilogue writes to and reads from. cos, sin [at least S, HD / 2] float32; caches [B, HKV, S, HD]; start [B].
+
+    Or caches are pools of pages [N, HKV, HD], and `at` [B * T], int64, is the slot of each row of activations.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -116,6 +119,23 @@ class Rope(NamedTuple):
     k_cache: Tensor
     v_cache: Tensor
     heads: int
+    at: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.start) if self.at is not None else self.k_cache.shape[0]
+
+    @property
+    def slots(self) -> int | Tensor:
+        """What tells a kernel where a position stands."""
+        return self.k_cache.shape[2] if self.at is None else self.at
+
+
+class Table(NamedTuple):
+    """Which page of pools [N, HKV, HD] holds each stretch of `page` positions of a row: int64 [B, P]."""
+
+    pages: Tensor
+    page: int
 
 
 def _linear(
@@ -146,12 +166,13 @@ def _linear(
     pdl = facts.pdl if pdl is None else pdl
     tile = tile or tile_of(facts.name, epilogue, weight, x)
     # Absent tensors: any pointer will do, the kernel is compiled without their loads.
-    heads = kv_heads = head_dim = slots = tokens = 1
+    heads = kv_heads = head_dim = tokens = 1
+    slots: int | Tensor = 1
     cos = sin = start = k_cache = v_cache = x
     if rope is not None:
-        cos, sin, start, k_cache, v_cache, heads = rope
-        batch, kv_heads, slots, head_dim = k_cache.shape
-        tokens = m // batch
+        cos, sin, start, k_cache, v_cache, heads, _ = rope
+        kv_heads, head_dim, slots = k_cache.shape[1], k_cache.shape[-1], rope.slots
+        tokens = m // rope.batch
     dots = m > 1 and not tile.vector and not isinstance(weight, Narrow)
     if dots and gain is not None:
         x, gain = rms_norm(x, gain, eps, pdl=pdl), None
@@ -293,7 +314,7 @@ def qkv(
 
     Row m is token m % T of batch row m // T and sits at position start[m // T] + m % T.
     """
-    out = x.new_empty(x.shape[0], rope.heads * rope.k_cache.shape[3])
+    out = x.new_empty(x.shape[0], rope.heads * rope.k_cache.shape[-1])
     return _linear(x, weight, scale, out, "rope", gain=gain, eps=eps, rope=rope, **options)
 
 
@@ -414,11 +435,11 @@ def rotate_and_store(qkv: Wide, rope: Rope, dtype: torch.dtype) -> Tensor:
     Row m is token m % T of batch row m // T and sits at position start[m // T] + m % T.
     """
     rows, columns = qkv.product.shape
-    batch, kv_heads, slots, head_dim = rope.k_cache.shape
+    batch, kv_heads, head_dim = rope.batch, rope.k_cache.shape[1], rope.k_cache.shape[-1]
     out = torch.empty(rows, rope.heads * head_dim, dtype=dtype, device=qkv.product.device)
     scale = out if qkv.columns is None else qkv.columns
     launch(_rotate_and_store, (rows, triton.cdiv(columns, 1024)))(
-        qkv.product, scale, rope.cos, rope.sin, rope.start, out, rope.k_cache, rope.v_cache, slots, rows // batch,
+        qkv.product, scale, rope.cos, rope.sin, rope.start, out, rope.k_cache, rope.v_cache, rope.slots, rows // batch,
         SCALED=qkv.columns is not None, H=rope.heads, HKV=kv_heads, HD=head_dim, BN=1024,
     )  # fmt: skip
     return out
@@ -462,12 +483,16 @@ def attention(
     tile: AttentionTile | None = None,
     pdl: bool | None = None,
     early: bool = False,
+    table: Table | None = None,
 ) -> Tensor:
     """Causal attention of q [B * T, H * HD] over slots 0 .. start + t of the caches [B, HKV, S, HD]. -> [B * T, H * HD].
 
+    table: where these slots stand in caches that are pools [N, HKV, HD]; no kernel of the step writes it.
     early: `start` is read before the kernel ahead has ended; right if nothing since `embed` writes it.
     """
-    batch, kv_heads, slots, head_dim = k_cache.shape
+    batch, kv_heads, head_dim = k_cache.shape[0] if table is None else len(start), k_cache.shape[1], k_cache.shape[-1]
+    slots = k_cache.shape[2] if table is None else table.pages.shape[1] * table.page
+    page, row_pages = (0, 0) if table is None else (table.page, table.pages.shape[1])
     heads = q.shape[1] // head_dim
     tokens, group = q.shape[0] // batch, heads // kv_heads
     if tokens * group > MOST_ATTENTION_ROWS:
@@ -482,12 +507,14 @@ def attention(
     out = torch.empty_like(q)
     rows = tokens * group
     launch(_attend, (batch * kv_heads, tile.splits))(
-        q, k_cache, v_cache, start, out, scratch.part, scratch.part_stats, scratch.arrived, slots,
+        q, k_cache, v_cache, start, out, scratch.part, scratch.part_stats, scratch.arrived,
+        slots if table is None else table.pages,
         head_dim**-0.5,
         T=tokens, G=group, HKV=kv_heads, HD=head_dim, DP=max(next_power_of_2(head_dim), 16),
         RP=1 if rows == 1 and tile.vector else max(next_power_of_2(rows), 16), BS=tile.slots, SPLITS=tile.splits,
         SPLITS_P=next_power_of_2(tile.splits), E=min(next_power_of_2(rows * head_dim), 4096 // next_power_of_2(tile.splits)), LEAST=tile.least,
-        STAGES=tile.stages, PDL=pdl, EARLY=early, num_warps=tile.warps, **launch_options(pdl),
+        STAGES=tile.stages, PDL=pdl, EARLY=early, PAGE=page, ROW_PAGES=row_pages, num_warps=tile.warps,
+        **launch_options(pdl),
     )  # fmt: skip
     return out
 

@@ -34,7 +34,10 @@ def _rotate_and_store(
     result = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BN]).to(q_out.dtype.element_ty)
     head = n // HD
     kv_head = tl.where(head < H + HKV, head - H, head - H - HKV)
-    at_cache = (((m // T) * HKV + kv_head) * slots + position) * HD + n % HD
+    if slots.dtype.is_ptr():  # of a pool of pages [N, HKV, HD]: the slot of each row
+        at_cache = (tl.load(slots + m) * HKV + kv_head) * HD + n % HD
+    else:
+        at_cache = (((m // T) * HKV + kv_head) * slots + position) * HD + n % HD
     tl.store(q_out + m * (H * HD) + n, result, mask=head < H)
     tl.store(k_cache + at_cache, result, mask=(head >= H) & (head < H + HKV))
     tl.store(v_cache + at_cache, result, mask=(head >= H + HKV) & (n < N))

@@ -214,6 +214,23 @@ def check_narrow() -> int:
     return n_checked
 
 
+def in_pages(cache: Tensor, page: int, seed: int) -> tuple[Tensor, ops.Table]:
+    """A cache [B, HKV, S, HD] as pages of a pool [N, HKV, HD] in any order, NaN where no row's page is; and their table."""
+    b, hkv, slots, hd = cache.shape
+    row_pages = -(-slots // page)
+    order = torch.randperm(b * row_pages + 2, generator=torch.Generator().manual_seed(seed))[: b * row_pages].view(
+        b, -1
+    )
+    pool = torch.full(((b * row_pages + 2) * page, hkv, hd), NAN, dtype=cache.dtype)
+    at = slots_in(order, torch.arange(slots).expand(b, -1), page)
+    pool[at] = cache.transpose(1, 2)
+    return pool, ops.Table(order, page)
+
+
+def slots_in(pages: Tensor, position: Tensor, page: int) -> Tensor:
+    return torch.stack([row[of // page] * page + of % page for row, of in zip(pages, position)])
+
+
 def check_qkv() -> int:
     n_checked = 0
     shapes = ((2, 1, 8, 1, 1), (4, 2, 10, 1, 1), (6, 2, 16, 2, 3), (3, 3, 4, 2, 1), (2, 1, 8, 2, 4))  # H, HKV, HD, B, T
@@ -241,6 +258,19 @@ def check_qkv() -> int:
                     close(f"{name} {what}", cache[row][:, at[row]], want[row].transpose(0, 1), dtype)
                 assert cache.isnan().sum() == b * hkv * (slots - t) * hd, f"{name} {what}: wrote other slots"
             n_checked += 3
+            (k_pool, table), (v_pool, _) = (in_pages(torch.full_like(cache, NAN), 2, seed=8) for cache in caches)
+            places = slots_in(table.pages, at, 2)
+            in_pool = rope._replace(k_cache=k_pool, v_cache=v_pool, at=places.flatten())
+            assert torch.equal(ops.qkv(x, gain, 1e-5, stored, scale, in_pool, tile=tile), q), f"q {what} in pages"
+            for name, pool, cache in (("k", k_pool, caches[0]), ("v", v_pool, caches[1])):
+                for row in range(b):
+                    assert torch.equal(pool[places[row]], cache[row][:, at[row]].transpose(0, 1)), (
+                        f"{name} {what} in pages"
+                    )
+                assert pool.isnan().sum() == pool.numel() - m * hkv * hd, (
+                    f"{name} {what}: wrote other slots of the pool"
+                )
+            n_checked += 2
     return n_checked
 
 
@@ -291,6 +321,14 @@ def check_attention() -> int:
             )
             assert not scratch.arrived.any(), "counters must be left at zero"
             n_checked += 1
+            if first in tuple(firsts)[:: len(firsts) // 2]:
+                page = 4 if first % 2 else 32
+                (k_pool, table), (v_pool, _) = in_pages(k, page, seed=first), in_pages(v, page, seed=first)
+                paged = ops.attention(q, k_pool, v_pool, start, scratch, tile=tile, table=table)
+                assert torch.equal(paged, got), (
+                    f"attention of pages of {page} {(h, hkv, hd, b, t)} {tile} {start.tolist()}"
+                )
+                n_checked += 1
     return n_checked
 
 

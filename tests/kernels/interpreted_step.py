@@ -6,13 +6,17 @@ import torch
 
 from llama_fast.arithmetic.triton import MOST_PROMPT_ROWS
 from llama_fast.build import build, rebuild
+from llama_fast.caches.paged import Paged
 from llama_fast.compilers.compiled import Compiled
 from llama_fast.compilers.eager import Eager
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
+from llama_fast.engine.engine import Engine
+from llama_fast.engine.generate import generate
+from llama_fast.engine.request import Event, Request
 from llama_fast.engine.runner import Runner
 from llama_fast.kernels import ops
-from llama_fast.recipes import encoding_named, fused
+from llama_fast.recipes import encoding_named, fused, paged
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.model import Llama as Reference
@@ -64,6 +68,23 @@ def mixed_heads() -> int:
     return 2
 
 
+def served(runner: Runner) -> int:
+    """Rows that share pages, make way and are read by chunks say what they say in slots of their own."""
+    tight = dataclasses.replace(runner.plan, cache=Paged(tokens=28, page=4))
+    engine = Engine(rebuild(runner, tight), 2, 24, chunk=5)
+    begin = [3, 9, 27, 11, 33, 29]
+    requests = [Request([*begin, 1], 11), Request([*begin, 2, 3], 9), Request([8, 7], 9)]
+    ids = [engine.add(request) for request in requests]
+    events: list[Event] = []
+    while engine.busy:
+        events += engine.step()
+    assert engine.pre_emptions and engine.reused_tokens
+    for id, request in zip(ids, requests, strict=True):
+        alone = generate(runner, [request.ids], request.max_new_tokens).completions[0].tokens
+        assert [event.token for event in events if event.id == id] == alone
+    return len(requests)
+
+
 def main() -> None:
     """B rows at unequal positions, T tokens a step, through a cache whose later slots hold garbage."""
     checked = 0
@@ -76,8 +97,8 @@ def main() -> None:
             wanted_BLV = exact(tokens_BL)
             cache = runner.allocate(B, 20)
             for layer in cache.layers:
-                layer.k.fill_(torch.nan)
-                layer.v.fill_(torch.nan)
+                for stored in layer.tensors:
+                    stored.fill_(torch.nan)
             rows_B1 = torch.arange(B)[:, None]
             for slot in range(3):  # columns of a larger tensor: a view with gaps
                 runner.decode(tokens_BL[:, slot : slot + 1], torch.full((B,), slot), cache)
@@ -89,6 +110,9 @@ def main() -> None:
                 assert torch.equal(token_B, logits_BTV[:, -1].argmax(-1))
                 checked += 1
         checked += prompts(runner, exact)
+        if encoding == Dense():
+            checked += prompts(rebuild(runner, paged(runner.plan)), exact)
+            checked += served(runner)
         try:
             rebuild(runner, dataclasses.replace(runner.plan, compiler=Compiled()))
             raise AssertionError("kernels of our own are nothing that a compiler can read")
