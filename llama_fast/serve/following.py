@@ -39,14 +39,13 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True)
 class Add:
-    """A request, as number `id`; the writer has seen no token yet."""
+    """A request, as number `id`; `letter` is the request and its writer, which has seen no token yet."""
 
     id: int
-    request: Request
-    writer: Writer | None
+    letter: bytes
 
-    def obey(self, engine: Engine) -> None:
-        found = engine.add(self.request, self.writer)
+    def obey(self, engine: Engine, letters: Letters) -> None:
+        found = engine.add(*letters.read(self.letter))
         if found != self.id:
             raise RuntimeError(f"the ranks differ: request {self.id} of the first is request {found} here")
 
@@ -57,7 +56,7 @@ class Cancel:
 
     id: int
 
-    def obey(self, engine: Engine) -> None:
+    def obey(self, engine: Engine, letters: Letters) -> None:
         engine.cancel(self.id)
 
 
@@ -85,8 +84,12 @@ class LeadingEngine(Engine):
         self._closed = False
 
     def add(self, request: Request, writer: Writer | None = None) -> int:
+        try:
+            letter = self._letters.written((request, writer))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise ValueError(f"the other ranks cannot be told of this request: {error}") from None
         id = super().add(request, writer)
-        self._orders.append(Add(id, request, writer))
+        self._orders.append(Add(id, letter))
         return id
 
     def cancel(self, id: int) -> bool:
@@ -134,7 +137,7 @@ def follow(engine: Engine, receiver: Receiver, llama: Llama) -> None:
         if message.before != outcome:
             raise RuntimeError(f"the ranks differ: the first has {message.before!r:.200}, this one {outcome!r:.200}")
         for order in message.orders:
-            order.obey(engine)
+            order.obey(engine, letters)
         if message.last:
             return
         outcome = told(engine.step()) if message.job is None else error_of(message.job)
@@ -161,16 +164,15 @@ class Letters:
     def __init__(self, llama: Llama):
         self._own: dict[str, Any] = {"llama": llama, "runner": llama.runner, "tokenizer": llama.tokenizer}
 
-    def written(self, message: Message) -> bytes:
-        """The message as bytes. TypeError or PicklingError for what cannot travel, as an open file."""
+    def written(self, message: Any) -> bytes:
+        """The message as bytes. TypeError, AttributeError or PicklingError for what cannot travel, as an open file."""
         buffer = io.BytesIO()
         Writing(buffer, self._own).dump(message)
         return buffer.getvalue()
 
-    def read(self, letter: bytes) -> Message:
+    def read(self, letter: bytes) -> Any:
         """A message of the first rank, with this rank's own model in it."""
-        found: Message = Reading(io.BytesIO(letter), self._own).load()
-        return found
+        return Reading(io.BytesIO(letter), self._own).load()
 
 
 class Writing(pickle.Pickler):

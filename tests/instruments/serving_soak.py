@@ -70,6 +70,8 @@ def soak(requests: int, trace: bool) -> list[float]:
             print(f"{(number + 1) * EVERY:6} requests: {resident[-1]:.1f} MB, {counts}{held}", flush=True)
             if trace and number + 1 == WARM:
                 before = tracemalloc.take_snapshot()
+        engine = loaded.served.thread.engine
+        assert not engine.busy and engine.free == len(engine.slots), "rows are left"
         if before is not None:
             for line in tracemalloc.take_snapshot().compare_to(before, "lineno")[:12]:
                 print(line)

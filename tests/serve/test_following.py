@@ -114,3 +114,16 @@ NEXT: list[bool] = []
 def work() -> None:
     if NEXT.pop(0):
         raise ZeroDivisionError
+
+
+def test_a_request_that_cannot_travel_is_refused_and_leaves_no_gap(llama: Llama) -> None:
+    wire = Wire()
+    engine = LeadingEngine(wire, llama, ROWS, LENGTH)
+    unknown: Any = lambda: None  # noqa: E731 - what pickle cannot name
+    with pytest.raises(ValueError, match="the other ranks cannot be told of this request"):
+        engine.add(Request([1, 2], 2), unknown)
+    assert not engine.busy and engine.add(Request([1, 2], 2)) == 0
+    while engine.busy:
+        engine.step()
+    engine.close()
+    follow(Engine(llama.runner, ROWS, LENGTH), wire, llama)
