@@ -51,6 +51,7 @@ from oracle.questions.objects import judge_objects
 from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
 from oracle.questions.seeds import judge_seeds
+from oracle.questions.slots import judge_slots
 from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.tokens import Encode
 from oracle.questions.witnesses import of_words
@@ -147,7 +148,7 @@ def _verify_loops(certificate: Certificate, plan: Plan, device: torch.device, pr
     Their shapes would be compiled, and tuned, for these questions alone: asked are the plan's encoding and cache, with
     PyTorch's operators. Kernels that choose tokens are asked by themselves.
     """
-    progress("sampling, the library's face, seeds, objects")
+    progress("sampling, the library's face, seeds, objects, slots")
     kernels = (
         plan.arithmetic.sampling_kernels if device.type == "cuda" else None
     )  # elsewhere such a plan cannot be built
@@ -158,6 +159,7 @@ def _verify_loops(certificate: Certificate, plan: Plan, device: torch.device, pr
     certificate.ask("face", lambda: judge_face(plain, device))
     certificate.ask("seeds", lambda: judge_seeds(Faces(plain, device)))
     certificate.ask("objects", lambda: judge_objects(Faces(plain, device)))
+    certificate.ask("rows that come and go", lambda: judge_slots(Faces(plain, device)))
     certificate.ask("loop", lambda: judge_loop(plain, device))
 
 
