@@ -23,7 +23,7 @@ from llama_fast import chat, weights
 from llama_fast.arithmetic import pytorch
 from llama_fast.caches import growing as growing_cache
 from llama_fast.caches import static as static_cache
-from llama_fast.encodings import dense, fp8, int4, int8, sparse24
+from llama_fast.encodings import dense, fp8, int8, sparse24, tiled
 from llama_fast.engine import engine, generate, logprobs, request, runner, sampling, steps, text, transfer
 from llama_fast.engine.caches import Caches
 from llama_fast.engine.sampling import BatchSampler, Sampling
@@ -541,14 +541,19 @@ def kept_of(change: Callable[..., Any]) -> Callable[[Patch], None]:
     return around(engine.Engine, "kept", change)
 
 
-def rolled_groups(part: str) -> Callable[..., Tensor]:
+def of_rows(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Patch], None]:
+    """The parts of rows that are taken out of tiles for a product, changed."""
+    return around(tiled.Tiled, "rows_of", lambda rows_of, self, *args: change(rows_of(self, *args)))
+
+
+def rolled_groups(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """Each group of columns is scaled as the group beside it."""
-    return lambda product, self, x, parts: product(self, x, {**parts, part: parts[part].roll(1, -1)})
+    return lambda parts: {**parts, part: parts[part].roll(1, -1)}
 
 
-def first_groups_alone(product: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+def first_groups_alone(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each row is scaled by its first group: right where a row has one."""
-    return product(self, x, {**parts, "scale": parts["scale"][:, :1].expand_as(parts["scale"]).contiguous()})  # type: ignore[no-any-return]
+    return {**parts, "scale": parts["scale"][:, :1].expand_as(parts["scale"]).contiguous()}
 
 
 def last_rows_twice(tile: int) -> Callable[..., Tensor]:
@@ -1146,13 +1151,13 @@ ENGINE_FAULTS = [
     f("a joined row's prompt to its last token but one", "slots", around(steps, "pad", lambda pad, rows, *rest: pad([row[:-1] if len(rows) == 1 and len(row) > 1 else row for row in rows], *rest)), "together", trial="slots"),
     f("rows of the readback turned", "slots", around(transfer.Readback, "push", lambda push, self, value: push(self, value.roll(1, 0) if len(value) == 3 else value)), "together", trial="slots"),
     f("a cancelled row says one token more", "slots", around(engine.Engine, "cancel", lambda cancel, self, id: cancel(self, id) if len(self._rows[id].tokens) > 4 else False), "together", trial="slots"),
-    f("scales of the group beside", "groups", around(int4.Int4, "product", rolled_groups("scale")), "seven rows", trial="requests", plan=G32),
-    f("scales of the first group", "groups", around(int4.Int4, "product", first_groups_alone), "seven rows", trial="requests", plan=G32),
-    f("zero points of the group beside", "groups", around(int4.Int4, "product", rolled_groups("zero")), "seven rows", trial="requests", plan=G32_ZERO),
+    f("scales of the group beside", "groups", of_rows(rolled_groups("scale")), "seven rows", trial="requests", plan=G32),
+    f("scales of the first group", "groups", of_rows(first_groups_alone), "seven rows", trial="requests", plan=G32),
+    f("zero points of the group beside", "groups", of_rows(rolled_groups("zero")), "seven rows", trial="requests", plan=G32_ZERO),
     f("fp8: scale of the next row", "groups", around(fp8.Fp8, "product", lambda product, self, x, parts: product(self, x, {**parts, "scale": parts["scale"].roll(1, 0)})), "seven rows", trial="requests", plan=FP8),
     f("2:4: places of the next row", "groups", around(sparse24.Sparse24, "product", lambda product, self, x, parts: product(self, x, {**parts, "places": parts["places"].roll(1, 0)})), "seven rows", trial="requests", plan=SPARSE),
     f("int8: the last outputs of a tile of 64", "tiles", around(int8.Int8, "product", last_rows_twice(64)), "seven rows", trial="requests", plan=INT8),
-    f("dense: the last outputs of a tile of 128", "tiles", around(dense.Dense, "product", last_rows_twice(128)), "layers.0.q"),
+    f("dense: the last outputs of a tile of 40", "tiles", around(dense.Dense, "product", last_rows_twice(40)), "layers.0.v"),
     f("eight rows: the last is the first", "tiles", around(dense.Dense, "product", in_batches_of(8, lambda y: torch.cat([y.view(8, -1)[:7], y.view(8, -1)[:1]]).view_as(y))), "eight rows", trial="requests"),
     f("nine rows: the ninth forgotten", "tiles", around(dense.Dense, "product", in_batches_of(9, lambda y: torch.cat([y.view(9, -1)[:8], 0 * y.view(9, -1)[:1]]).view_as(y))), "nine rows", trial="requests"),
     f("seventeen rows: the last two turned", "tiles", around(dense.Dense, "product", in_batches_of(17, lambda y: torch.cat([y.view(17, -1)[:15], y.view(17, -1)[15:].flip(0)]).view_as(y))), "seventeen rows", trial="requests"),
