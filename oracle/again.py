@@ -44,7 +44,9 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokenizer = found.tokenizer() if found.has_tokenizer else None
-            told = ask_witnesses(found.path, checkpoint, tokenizer)
+            of_file = found.open(device, dtype) if asked.adapter else checkpoint  # whose numbers an adapter changes
+            told = ask_witnesses(found.path, of_file, tokenizer)
+            told.without += ["the adapter's numbers: they are read by one reader"] if asked.adapter else []
     except Exception as error:  # whatever a witness or its files raise, the tokens were told
         first = (str(error).strip().splitlines() or [""])[0]
         told = Told(

@@ -51,6 +51,7 @@ from oracle.questions.objects import judge_objects
 from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
 from oracle.questions.seeds import judge_seeds
+from oracle.questions.slots import judge_slots
 from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.tokens import Encode
 from oracle.questions.witnesses import of_words
@@ -150,13 +151,14 @@ def _verify_loops(certificate: Certificate, plan: Plan, device: torch.device, pr
     Their shapes would be compiled, and tuned, for these questions alone: asked are the plan's encoding and cache, with
     PyTorch's operators. Kernels that choose tokens are asked by themselves, when the model is built.
     """
-    progress("the library's face, seeds, objects")
+    progress("the library's face, seeds, objects, slots")
     plain = replace(plan, compiler=Eager(), arithmetic=PyTorch())
     plain, told = for_small_models(plain, device, [walker(), random_checkpoint(TINY)])
     certificate.notes += told
     certificate.ask("face", lambda: judge_face(plain, device))
     certificate.ask("seeds", lambda: judge_seeds(Faces(plain, device)))
     certificate.ask("objects", lambda: judge_objects(Faces(plain, device)))
+    certificate.ask("rows that come and go", lambda: judge_slots(Faces(plain, device)))
     certificate.ask("loop", lambda: judge_loop(plain, device))
 
 

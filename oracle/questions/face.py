@@ -197,7 +197,7 @@ def _scores(faces: Faces) -> Tally:
         law_TV = logits_TV.log_softmax(-1)
         true = [float(law_TV[i, token]) for i, token in enumerate(row[1:])]
         for told in (score.logprobs, again):
-            tally.see("score", _close(told, true), True, len(true))
+            tally.see("score", close(told, true), True, len(true))
         best = [int(logits_TV[i].argmax()) == token for i, token in enumerate(row[1:])]
         tops = logits_TV[: len(true)].topk(2).values
         sure = [float(one - two) > EXACT for one, two in tops]
@@ -206,7 +206,7 @@ def _scores(faces: Faces) -> Tally:
     return tally
 
 
-def _close(told: Sequence[float], true: Sequence[float]) -> bool | str:
+def close(told: Sequence[float], true: Sequence[float]) -> bool | str:
     """True, or what is furthest off."""
     if len(told) != len(true):
         return f"{len(told)} numbers instead of {len(true)}"
@@ -232,10 +232,10 @@ def _log_probabilities(faces: Faces) -> Tally:
             told = out.logprobs or []
             tally.see("tokens", [one.token for one in told], out.tokens)
             true = law_TV.gather(1, torch.tensor(out.tokens, device=law_TV.device)[:, None])[:, 0].tolist()
-            tally.see(f"{options}", _close([one.logprob for one in told], true), True, len(told))
+            tally.see(f"{options}", close([one.logprob for one in told], true), True, len(told))
             best = law_TV.topk(2).values.flatten().tolist()
             top = [value for one in told for value in sorted(one.top.values(), reverse=True)]
-            tally.see(f"likeliest, {options}", _close(top, best), True)
+            tally.see(f"likeliest, {options}", close(top, best), True)
     return tally
 
 

@@ -40,6 +40,7 @@ from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.rope_scaling import RopeScaling
 from tests.fast.test_stored_gguf import model as gguf_model
+from tests.ref.lora_files import write_adapter
 from tests.ref.quantised_files import write as write_quantised
 
 ROOT = Path(__file__).parents[2]
@@ -53,10 +54,13 @@ INT8 = "--model tiny --dtype bfloat16 --encoding int8"
 RANKS = "--model tiny --ranks 2"
 DRAFT = "--model tiny --draft ngram"
 BLOCKS = "--model blocks.gguf --dtype bfloat16"
+ADAPTER = "--model tiny --encoding int8 --adapter lora"
 ORDER = "--model order --dtype bfloat16"
 COMPILED = "--model tiny --encoding int4 --compile"
 ENGINE_TESTS = "tests/fast/engine tests/fast/test_api.py tests/fast/speculative/test_speculative.py"
-ENCODING_TESTS = "tests/fast/encodings tests/leaves tests/fast/test_stored_gguf.py tests/fast/test_build.py"
+ENCODING_TESTS = (
+    "tests/fast/encodings tests/fast/calibration tests/leaves tests/fast/test_stored_gguf.py tests/fast/test_build.py"
+)
 MODEL_TESTS = "tests/fast/model tests/fast/test_llama.py tests/fast/test_build.py tests/fast/test_adapter.py"
 
 
@@ -68,6 +72,7 @@ SCOPE: dict[str, tuple[list[str], str]] = {
     "model/rope.py": ([DENSE, "--model llama3", "--model yarn"], f"{MODEL_TESTS} tests/ref/test_rope_fields.py"),
     "model/matvec.py": ([DENSE, BLOCKS, COMPILED], f"{MODEL_TESTS} tests/fast/compilers/test_compiled.py"),
     "model/tiles.py": ([COMPILED], MODEL_TESTS),
+    "model/matrices.py": ([DENSE, GROWING, INT8, ADAPTER], MODEL_TESTS),
     "model/": ([DENSE, GROWING, INT8], MODEL_TESTS),
     "engine/sampling.py": ([DENSE], ENGINE_TESTS),
     "engine/request.py": ([DENSE, DRAFT], ENGINE_TESTS),
@@ -171,11 +176,14 @@ def write_models(folder: Path) -> None:
         config = replace(SHAPE, rope_scaling=scaling)
         tensors = dict(named_tensors(random_checkpoint(config, 1), Plan(), None, torch.device("cpu")))
         save_checkpoint(folder / name, config, tensors, "dense")
-    others = {"attn_v": "q6_k", "ffn_down": "q5_k", "ffn_up": "q4_0", "attn_q": "q4_1"}
-    mixed = {f"blk.0.{name}": kind for name, kind in others.items()}
-    mixed |= {"output": "q8_0", "blk.1.ffn_down": "f16", "blk.1.attn_q": "q5_0", "blk.1.attn_k": "q3_k"}
+    first = {"attn_q": "q4_1", "attn_k": "iq4_nl", "attn_v": "q6_k", "attn_output": "iq4_xs"}
+    first |= {"ffn_gate": "mxfp4", "ffn_up": "q4_0", "ffn_down": "q5_k"}
+    second = {"attn_q": "q5_0", "attn_k": "q3_k", "attn_v": "q2_k", "attn_output": "q5_1", "ffn_down": "f16"}
+    mixed = {f"blk.{i}.{name}": kind for i, kinds in enumerate((first, second)) for name, kind in kinds.items()}
+    mixed |= {"output": "q8_0"}
     gguf_model(folder / "blocks.gguf", "q4_k", mixed)
     write_quantised(folder / "order", "gptq-order")
+    write_adapter(folder / "lora", SHAPE)
 
 
 def ended(words: Sequence[str], tree: Path, seconds: float) -> tuple[int | None, str]:

@@ -7,6 +7,7 @@ in the second row, only in bfloat16, only where a step has several tokens, only 
 
 from __future__ import annotations
 
+import copy
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from llama_fast.arithmetic import pytorch
 from llama_fast.caches import growing as growing_cache
 from llama_fast.caches import paged as paged_cache
 from llama_fast.caches import static as static_cache
-from llama_fast.encodings import dense, int8
-from llama_fast.engine import engine, generate, logprobs, pages, request, room, runner, sampling, steps, text
+from llama_fast.encodings import dense, fp8, int8, sparse24, tiled
+from llama_fast.engine import engine, generate, logprobs, pages, request, room, runner, sampling, steps, text, transfer
 from llama_fast.engine.caches import Caches
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.llama import Llama
@@ -522,6 +523,115 @@ def highest_id(choose: Any, self: Any, logits_BV: Tensor, position_B: Tensor) ->
 def not_renormalised(keep: Any, p_BV: Tensor, top_p: Tensor) -> Tensor:
     kept: Tensor = keep(p_BV, top_p)
     return torch.where(kept > 0, p_BV, 0.0)
+
+
+# --- rows that come and go
+
+
+def after_start(change: Callable[[Any, int, int], None]) -> Callable[[Patch], None]:
+    """change(steps, first slot, rows) once rows have joined others that decode."""
+
+    def start(original: Any, self: Any, first: int, rows: Any) -> None:
+        original(self, first, rows)
+        if len(rows) < len(self.slots):
+            change(self, first, len(rows))
+
+    return around(steps.PlainSteps, "start", start)
+
+
+def of_the_row_before(*names: str) -> Callable[[Patch], None]:
+    """These tensors of the sampler stay what they were when a row joins."""
+
+    def set_rows(original: Any, self: Any, first: int, settings: Any, *rest: Any) -> None:
+        kept = {name: getattr(self, name).clone() for name in names}
+        original(self, first, settings, *rest)
+        if any(one is not None for i, one in enumerate(self.settings) if i != first):
+            for name, value in kept.items():
+                getattr(self, name)[first] = value[first]
+
+    return around(BatchSampler, "set_rows", set_rows)
+
+
+def with_tokens_of_the_row_before(set_rows: Any, self: Any, first: int, settings: Any, *rest: Any) -> None:
+    before = None if self.seen_BV is None else self.seen_BV.clone()
+    set_rows(self, first, settings, *rest)
+    if before is not None and self.seen_BV is not None:
+        self.seen_BV |= before
+
+
+def never_stepping(name: str) -> Callable[[Any, int, int], None]:
+    def change(self: Any, first: int, count: int) -> None:
+        value = getattr(self, name)
+        value[first : first + count] = value.max()
+
+    return change
+
+
+def ends_of_all_rows(take: Any, self: Any, *args: Any) -> Any:
+    """A row ends where any row of its slot did."""
+    kept = ends_of_all_rows.kept.setdefault(self.slot, set())  # type: ignore[attr-defined]
+    kept |= set(self.request.eos_ids)
+    self.request = replace(self.request, eos_ids=tuple(kept))
+    return take(self, *args)
+
+
+ends_of_all_rows.kept = {}  # type: ignore[attr-defined]
+
+
+def for_who_stands_there(take: Any, self: Any) -> Any:
+    if self.under_way:
+        self.under_way[0] = list(self.slots)
+    return take(self)
+
+
+def into_a_copy(rows: Any, self: Any, first: int, count: int) -> Any:
+    part = copy.deepcopy(self)
+    return rows(part, first, count)
+
+
+def late_behind_prefixes(forward: Any, self: Any, tokens: Tensor, start: Tensor | None, *rest: Any, **more: Any) -> Any:
+    moved = start is not None and tokens.shape[1] > 1 and len(tokens) == 1
+    return forward(self, tokens, start + 1 if moved else start, *rest, **more)  # type: ignore[operator]
+
+
+def kept_of(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    return around(engine.Engine, "kept", change)
+
+
+def of_rows(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Patch], None]:
+    """The parts of rows that are taken out of tiles for a product, changed."""
+    return around(tiled.Tiled, "rows_of", lambda rows_of, self, *args: change(rows_of(self, *args)))
+
+
+def rolled_groups(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Each group of columns is scaled as the group beside it."""
+    return lambda parts: {**parts, part: parts[part].roll(1, -1)}
+
+
+def first_groups_alone(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each row is scaled by its first group: right where a row has one."""
+    return {**parts, "scale": parts["scale"][:, :1].expand_as(parts["scale"]).contiguous()}
+
+
+def last_rows_twice(tile: int) -> Callable[..., Tensor]:
+    """A last tile that is not full begins too early: its outputs are those of the rows before."""
+
+    def product(original: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+        y: Tensor = original(self, x, parts)
+        over = y.shape[-1] % tile
+        return torch.cat([y[..., : y.shape[-1] - over], y[..., -2 * over : -over]], -1) if over else y
+
+    return product
+
+
+def in_batches_of(rows: int, change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Another product where so many rows are multiplied at once."""
+
+    def product(original: Any, self: Any, x: Tensor, parts: Any) -> Tensor:
+        y: Tensor = original(self, x, parts)
+        return change(y) if x.numel() // x.shape[-1] == rows else y
+
+    return product
 
 
 # --- speculation
@@ -1164,4 +1274,43 @@ FACE_FAULTS = [
     f("q and k in halves, by another reader", "checkpoint", around(huggingface, "interleave", lambda interleave, rows, head_dim: rows), "reads otherwise", trial="numbers"),
     f("k's heads in another order", "checkpoint", around(huggingface, "interleave", lambda interleave, rows, head_dim: interleave(rows, head_dim).flip(0) if len(rows) == 24 else interleave(rows, head_dim)), "reads otherwise", trial="numbers"),
 ]  # fmt: skip
-FAULTS = MODEL_FAULTS + PAGE_FAULTS + LOOP_FAULTS + FACE_FAULTS
+G32, G32_ZERO = optimised(encoding_named("int4-g32")), optimised(encoding_named("int4-g32-zero"))
+SPARSE, FP8 = optimised(encoding_named("sparse24-int8")), optimised(encoding_named("fp8"))
+ENGINE_FAULTS = [
+    f("a joined row at the longest row's position", "slots", after_start(never_stepping("position_B")), "one by one", trial="slots"),
+    f("a joined row stands still", "slots", after_start(lambda self, first, count: self.onward_B[first : first + count].zero_()), "one by one", trial="slots"),
+    f("tokens handed to the slot beside", "slots", after_start(lambda self, first, count: self.token_B1.copy_(self.token_B1.roll(1, 0))), "together", trial="slots"),
+    f("a joined row moves its neighbour", "slots", after_start(lambda self, first, count: self.position_B[first - 1].add_(1)), "together", trial="slots"),
+    f("temperature of the row before", "slots", of_the_row_before("temperature_B"), "together", trial="slots"),
+    f("top-k of the row before", "slots", of_the_row_before("top_k_B"), "together", trial="slots"),
+    f("penalty of the row before", "slots", of_the_row_before("penalty_B"), "together", trial="slots"),
+    f("penalised tokens of the row before", "slots", around(BatchSampler, "set_rows", with_tokens_of_the_row_before), "together", trial="slots"),
+    f("uniforms of the row before", "slots", around(BatchSampler, "_hash_ahead", lambda ahead, self, part: ahead(self, part) if self.ahead_BSL is None else None), "together", trial="slots"),
+    f("all rows' settings by the first slot", "slots", around(BatchSampler, "set_rows", lambda set_rows, self, first, settings, *rest: set_rows(self, 0, settings, *rest)), "together", trial="slots"),
+    f("end ids of the row before", "slots", around(request.Row, "take", ends_of_all_rows), "together", trial="slots"),
+    f("tokens for the row that stands there now", "slots", around(steps.PlainSteps, "take", for_who_stands_there), "still busy", trial="slots"),
+    f("a prompt read into the slot beside", "slots", around(static_cache.StaticCache, "rows", lambda rows, self, first, count: rows(self, (first + 1) % self.batch if count == 1 else first, count)), "together", trial="slots"),
+    f("a prompt read into a copy", "slots", around(static_cache.StaticCache, "rows", into_a_copy), "together", trial="slots"),
+    f("growing: a prompt read into a copy", "slots", around(growing_cache.GrowingCache, "rows", into_a_copy), "together", trial="slots", plan=GROWING),
+    f("growing: rows of a part are not renewed", "slots", around(growing_cache.RowsOfLayer, "__init__", lambda init, self, layer, part: init(self, growing_cache.GrowingLayer(tuple(layer.k.shape), layer.k.dtype, layer.k.device), part)), "together", trial="slots", plan=GROWING),
+    f("log-probabilities of the slot beside", "slots", around(logprobs, "columns", lambda columns, token, logits, top: columns(token, logits.roll(1, 0), top)), "log-probabilities", trial="slots"),
+    f("as many likeliest as any row wants", "slots", around(logprobs, "told", lambda told, columns, top: told(columns, (len(columns) - 2) // 2 if len(columns) > 2 else top)), "log-probabilities", trial="slots"),
+    f("a prefix one token too long", "slots", around(engine.Engine, "_in_common", lambda common, self, slot, row: min(common(self, slot, row) + 1, len(row.request.ids) - 1)), "prefixes", trial="slots"),
+    f("the prefix of the slot beside", "slots", kept_of(lambda kept, self, slot: kept(self, (slot + 1) % len(self.slots))), "prefixes", trial="slots"),
+    f("angles late behind a prefix", "slots", around(fast.Llama, "forward", late_behind_prefixes), "prefixes", trial="slots"),
+    f("all rows see as far as the longest", "slots", rows_masked(lambda mask: mask.any(0, keepdim=True).expand_as(mask), lambda B, T: B == 3 and T == 1), "together", trial="slots"),
+    f("a joined row's prompt to its last token but one", "slots", around(steps, "pad", lambda pad, rows, *rest: pad([row[:-1] if len(rows) == 1 and len(row) > 1 else row for row in rows], *rest)), "together", trial="slots"),
+    f("rows of the readback turned", "slots", around(transfer.Readback, "push", lambda push, self, value: push(self, value.roll(1, 0) if len(value) == 3 else value)), "together", trial="slots"),
+    f("a cancelled row says one token more", "slots", around(engine.Engine, "cancel", lambda cancel, self, id: cancel(self, id) if len(self._rows[id].tokens) > 4 else False), "together", trial="slots"),
+    f("scales of the group beside", "groups", of_rows(rolled_groups("scale")), "seven rows", trial="requests", plan=G32),
+    f("scales of the first group", "groups", of_rows(first_groups_alone), "seven rows", trial="requests", plan=G32),
+    f("zero points of the group beside", "groups", of_rows(rolled_groups("zero")), "seven rows", trial="requests", plan=G32_ZERO),
+    f("fp8: scale of the next row", "groups", around(fp8.Fp8, "product", lambda product, self, x, parts: product(self, x, {**parts, "scale": parts["scale"].roll(1, 0)})), "seven rows", trial="requests", plan=FP8),
+    f("2:4: places of the next row", "groups", around(sparse24.Sparse24, "product", lambda product, self, x, parts: product(self, x, {**parts, "places": parts["places"].roll(1, 0)})), "seven rows", trial="requests", plan=SPARSE),
+    f("int8: the last outputs of a tile of 64", "tiles", around(int8.Int8, "product", last_rows_twice(64)), "seven rows", trial="requests", plan=INT8),
+    f("dense: the last outputs of a tile of 40", "tiles", around(dense.Dense, "product", last_rows_twice(40)), "layers.0.v"),
+    f("eight rows: the last is the first", "tiles", around(dense.Dense, "product", in_batches_of(8, lambda y: torch.cat([y.view(8, -1)[:7], y.view(8, -1)[:1]]).view_as(y))), "eight rows", trial="requests"),
+    f("nine rows: the ninth forgotten", "tiles", around(dense.Dense, "product", in_batches_of(9, lambda y: torch.cat([y.view(9, -1)[:8], 0 * y.view(9, -1)[:1]]).view_as(y))), "nine rows", trial="requests"),
+    f("seventeen rows: the last two turned", "tiles", around(dense.Dense, "product", in_batches_of(17, lambda y: torch.cat([y.view(17, -1)[:15], y.view(17, -1)[15:].flip(0)]).view_as(y))), "seventeen rows", trial="requests"),
+]  # fmt: skip
+FAULTS = MODEL_FAULTS + PAGE_FAULTS + LOOP_FAULTS + FACE_FAULTS + ENGINE_FAULTS

@@ -16,7 +16,7 @@ from llama_fast.encodings.int8 import Int8
 from llama_fast.recipes import encoding_named, optimised
 from llama_ref.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
-from oracle import cli
+from oracle import again, cli
 from oracle.questions import witnesses
 from oracle.questions.witnesses import Told
 from oracle.report.certificate import SCHEMA, Certificate
@@ -25,6 +25,7 @@ from oracle.subjects.adapters import RefSubject
 from oracle.verify import _round_trip, _verify_encoding, judge_runner, references, verify
 from oracle.verify_ranks import CORNERS
 from tests.fast.test_stored_gguf import model as gguf_model
+from tests.ref.lora_files import write_adapter
 from tests.ref.quantised_files import write as write_quantised
 
 CPU = torch.device("cpu")
@@ -311,3 +312,17 @@ def test_a_narrow_encoding_is_wired_right_and_its_weights_are_compared_if_that_m
     assert certificate.outcome is Outcome.AGREE, certificate.to_text()
     told = "weights not compared one by one: sparse24-int8 drops some, whatever their size" in certificate.notes
     assert (told, "weights" in certificate.parts) == ((True, False) if name == "sparse24-int8" else (False, True))
+
+
+def test_the_witness_of_a_file_is_not_asked_of_what_an_adapter_made_of_it(
+    saved: str, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(tmp_path / "lora", tiny.config)
+    question = json.dumps({"prompts": [], "new_tokens": 0})
+    words = ["--model", saved, "--device", "cpu", "--dtype", "float32", "--plan", "{}", "--cache-length", "8"]
+    monkeypatch.setattr(sys, "argv", ["again", *words, "--ask", question, "--adapter", str(adapter)])
+    again.main()
+    told = json.loads(capsys.readouterr().out)["witnesses"]
+    assert told["compared"]["tensors that a witness reads otherwise"] == len(tiny.weights)
+    assert told["wrong"]["tensors that a witness reads otherwise"] == []
+    assert "the adapter's numbers: they are read by one reader" in told["without"]

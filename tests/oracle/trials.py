@@ -28,6 +28,7 @@ from oracle.questions.objects import judge_objects
 from oracle.questions.requests import judge_requests
 from oracle.questions.sampling import judge_sampling
 from oracle.questions.seeds import judge_seeds
+from oracle.questions.slots import judge_slots
 from oracle.questions.speculation import judge_acceptance, judge_speculation
 from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.survival import survived
@@ -123,6 +124,10 @@ def seeds(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1)
 
 def objects(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
     return Found({"objects": judge_objects(Faces(plan, CPU))})
+
+
+def slots(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
+    return Found({"slots": judge_slots(Faces(plan, CPU))})
 
 
 def corners(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1) -> Found:
@@ -246,6 +251,7 @@ TRIALS = {
     "face": face,
     "seeds": seeds,
     "objects": objects,
+    "slots": slots,
     "corners": corners,
     "witnesses": witnesses,
 }

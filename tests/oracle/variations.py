@@ -32,6 +32,7 @@ from oracle.questions.localise import judge_stages, summary
 from oracle.questions.objects import judge_objects
 from oracle.questions.requests import judge_requests
 from oracle.questions.seeds import judge_seeds
+from oracle.questions.slots import judge_slots
 from oracle.questions.stored import judge_stored, rounded_reference
 from oracle.questions.threads import RankedSubject
 from oracle.statistics.compare import unit_roundoff
@@ -126,7 +127,7 @@ class Variation:
             if dtype is torch.float32:
                 faces = Faces(self.plan, trials.CPU)
                 parts |= {"face": judge_face(self.plan, trials.CPU), "objects": judge_objects(faces)}
-                parts["seeds"] = judge_seeds(faces)
+                parts |= {"seeds": judge_seeds(faces), "slots": judge_slots(faces)}
         return trials.Found(parts)
 
 

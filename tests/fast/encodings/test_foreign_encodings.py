@@ -97,3 +97,10 @@ def test_an_impossible_size_is_refused_with_it() -> None:
         encoding_named("int4-g48")
     with pytest.raises(ValueError, match="int8-g48 has groups of 48 columns, which 64 columns are not: take int8"):
         encoding_named("int8-g48").layout((2, 64))
+
+
+@pytest.mark.parametrize("inner", [Int4(), Int4(128, True), Int4(64), Int4(32, True), *GROUPED], ids=name_of)
+def test_a_name_with_sizes_in_it_stands_for_the_encoding_that_bears_it(inner: Encoding) -> None:
+    """Also where the size is the usual one and is not said, as in "int4-order", of which no plan has heard."""
+    assert encoding_named(inner.name) == inner
+    assert encoding_named(Ordered(inner).name) == Ordered(inner)
