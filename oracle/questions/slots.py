@@ -16,8 +16,9 @@ from llama_fast.engine.engine import Engine
 from llama_fast.engine.logprobs import TokenLogprob
 from llama_fast.engine.request import Request
 from llama_fast.engine.sampling import Sampling
-from oracle.questions.face import PENALTY, PROMPTS, Faces, Tally, close, ids_of, shown, wanted
+from oracle.questions.face import PENALTY, PROMPTS, Faces, close, ids_of, shown, wanted
 from oracle.questions.survival import survived
+from oracle.questions.tally import Tally
 from oracle.statistics.compare import Verdict
 
 SLOTS, LENGTH, LONG = 3, 96, 24

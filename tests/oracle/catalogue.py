@@ -595,7 +595,7 @@ def late_behind_prefixes(forward: Any, self: Any, tokens: Tensor, start: Tensor 
 
 
 def kept_of(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    return around(engine.Engine, "kept", change)
+    return around(room.OwnSlots, "kept", change)
 
 
 def of_rows(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Patch], None]:
@@ -1295,8 +1295,8 @@ ENGINE_FAULTS = [
     f("growing: rows of a part are not renewed", "slots", around(growing_cache.RowsOfLayer, "__init__", lambda init, self, layer, part: init(self, growing_cache.GrowingLayer(tuple(layer.k.shape), layer.k.dtype, layer.k.device), part)), "together", trial="slots", plan=GROWING),
     f("log-probabilities of the slot beside", "slots", around(logprobs, "columns", lambda columns, token, logits, top: columns(token, logits.roll(1, 0), top)), "log-probabilities", trial="slots"),
     f("as many likeliest as any row wants", "slots", around(logprobs, "told", lambda told, columns, top: told(columns, (len(columns) - 2) // 2 if len(columns) > 2 else top)), "log-probabilities", trial="slots"),
-    f("a prefix one token too long", "slots", around(engine.Engine, "_in_common", lambda common, self, slot, row: min(common(self, slot, row) + 1, len(row.request.ids) - 1)), "prefixes", trial="slots"),
-    f("the prefix of the slot beside", "slots", kept_of(lambda kept, self, slot: kept(self, (slot + 1) % len(self.slots))), "prefixes", trial="slots"),
+    f("a prefix one token too long", "slots", around(room, "common", lambda common, one, other: common(one, other) + 1), "prefixes", trial="slots"),
+    f("the prefix of the slot beside", "slots", kept_of(lambda kept, self, slot: kept(self, (slot + 1) % len(self.before))), "prefixes", trial="slots"),
     f("angles late behind a prefix", "slots", around(fast.Llama, "forward", late_behind_prefixes), "prefixes", trial="slots"),
     f("all rows see as far as the longest", "slots", rows_masked(lambda mask: mask.any(0, keepdim=True).expand_as(mask), lambda B, T: B == 3 and T == 1), "together", trial="slots"),
     f("a joined row's prompt to its last token but one", "slots", around(steps, "pad", lambda pad, rows, *rest: pad([row[:-1] if len(rows) == 1 and len(row) > 1 else row for row in rows], *rest)), "together", trial="slots"),
