@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, overload
 
 import torch
@@ -48,9 +47,6 @@ Prompt = str | Sequence[int] | Sequence[Message] | Tensor
 
 A conversation that ends with words of the assistant is continued in them.
 """
-
-
-NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ class Llama:
         repetition_penalty: float = 1.0,
         frequency_penalty: float = 0.0,
         presence_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] = NO_BIAS,
+        logit_bias: Mapping[int, float] | None = None,
         grammar: Grammar | Constraint | None = None,
         seed: int | Sequence[int] = 0,
         stop: str | Iterable[str] | None = (),
@@ -226,7 +222,7 @@ class Llama:
         repetition_penalty: float = 1.0,
         frequency_penalty: float = 0.0,
         presence_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] = NO_BIAS,
+        logit_bias: Mapping[int, float] | None = None,
         grammar: Grammar | Constraint | None = None,
         seed: int = 0,
         stop: str | Iterable[str] | None = (),

@@ -47,7 +47,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     """Kept as pairs, in the order of ids."""
     grammar: Constraint | None = None
 
@@ -81,7 +81,7 @@ class Sampling:
     @property
     def bias(self) -> dict[int, float]:
         """What is added to the logits of some tokens."""
-        return dict(self.logit_bias)
+        return dict(self.logit_bias or ())
 
     @property
     def counts(self) -> bool:
@@ -120,6 +120,8 @@ def seed_or_seeds(given: int | Sequence[int]) -> int | tuple[int, ...]:
 
 def biases(given: object) -> tuple[tuple[int, float], ...]:
     """The pairs of a logit bias: {7: 1, 3: -2.5} -> ((3, -2.5), (7, 1.0)); TypeError or ValueError that names it."""
+    if given is None:
+        return ()
     if not isinstance(given, (Mapping, tuple)):
         raise TypeError(f"logit_bias={shown(given)} must be a mapping of token ids to numbers")
     pairs = {}

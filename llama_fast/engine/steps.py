@@ -54,6 +54,24 @@ class Stepper(Protocol):
         """No row is left: what is still under way is not waited for."""
 
 
+class Allowed:
+    """Which tokens the grammars of slots allow next. It knows nothing of caches, which are to go with their steps."""
+
+    def __init__(self, slots: Sequence[Row | None], vocab_size: int, device: torch.device):
+        self.slots, self.vocab_size, self.device = slots, vocab_size, device
+
+    def __call__(self, first: int, count: int) -> Tensor:
+        """For `count` slots from the `first` on: a bit for each token, int32 [count, V / 32]; all, where there is no grammar.
+
+        Called when a step's logits are on their way: on a GPU the host does this while they are computed.
+        """
+        words_NW = torch.full((count, -(-self.vocab_size // 32)), -1, dtype=torch.int32)
+        for row, words_W in zip(self.slots[first : first + count], words_NW, strict=True):
+            if row is not None and row.guide is not None:
+                row.guide.allow(words_W)
+        return upload(words_NW, self.device)
+
+
 class PlainSteps:
     """One token for every row in each step."""
 
@@ -65,7 +83,7 @@ class PlainSteps:
         self.choose = runner.prepared(sampler, length + 1)
         self.unheard = runner.greedy(1)
         """Chooses behind a part of a prompt, where no token is wanted."""
-        self.choose.allowed = self.allowed
+        self.choose.allowed = Allowed(slots, runner.config.vocab_size, device)
         self.token_B1 = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(B, dtype=torch.int64, device=device)
         self.onward_B = torch.zeros(B, dtype=torch.int64, device=device)
@@ -124,17 +142,6 @@ class PlainSteps:
         self.token_B1.copy_(token_B[:, None])  # a CUDA graph overwrites its outputs at the next replay
         self.choose.note(self.token_B1[:, 0])
         self._report(self.token_B1, logits_BTV[:, -1], self.slots)
-
-    def allowed(self, first: int, count: int) -> Tensor:
-        """Which tokens the grammars of some slots allow next, int32 [count, V / 32]; all, where there is none.
-
-        Called when a step's logits are on their way: on a GPU the host does this while they are computed.
-        """
-        words_NW = torch.full((count, -(-self.runner.config.vocab_size // 32)), -1, dtype=torch.int32)
-        for row, words_W in zip(self.slots[first : first + count], words_NW, strict=True):
-            if row is not None and row.guide is not None:
-                row.guide.allow(words_W)
-        return upload(words_NW, self.runner.device)
 
     def _report(self, token_B1: Tensor, logits_BV: Tensor, rows: Sequence[Row | None]) -> None:
         """Send to the host what was chosen for these rows."""

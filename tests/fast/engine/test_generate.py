@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from llama_fast.build import build
 from llama_fast.caches.static import Static
+from llama_fast.contracts import KVCache
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.generate import generate, stream
 from llama_fast.engine.request import requests_of
@@ -43,6 +46,29 @@ def test_greedy_with_biases_and_penalties_is_the_references(runner: Runner) -> N
     found = [c.tokens for c in generate(runner, PROMPTS, 20, sampling).completions]
     assert found == [greedy(reference, prompt, 20, adjusted=wish) for prompt in PROMPTS]
     assert found != plain
+
+
+def test_a_cache_goes_with_its_engine(runner: Runner) -> None:
+    """At once, and not when Python looks for circles: on a GPU it is gigabytes."""
+    import gc
+    import weakref
+
+    caches: list[weakref.ref[object]] = []
+
+    def allocated(batch: int, length: int) -> KVCache:
+        cache = Runner.allocate(runner, batch, length)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    watched = dataclasses.replace(runner)
+    object.__setattr__(watched, "allocate", allocated)
+    gc.collect()
+    gc.disable()
+    try:
+        generate(watched, PROMPTS, 4, Sampling(frequency_penalty=1.0))
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_rows_end_at_every_eos_id_and_the_others_go_on(runner: Runner) -> None:
