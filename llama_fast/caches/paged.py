@@ -97,8 +97,9 @@ class PagedLayer:
 
 
 class PagedCache:
-    """Rows whose pages an engine assigns. Where nobody does, each row has pages of its own: all, or, where the pool is too small for
-    that, as they are reserved.
+    """Rows whose pages an engine assigns.
+
+    Where nobody does, each row has pages of its own: all of them, or, where the pool is too small for that, as they are reserved.
     """
 
     def __init__(self, layers: Sequence[PagedLayer], pages: int):

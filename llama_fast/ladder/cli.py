@@ -261,7 +261,9 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions of all rows together in a paged cache; by default --rows x --length.")
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens of prompts that are read between two steps of others.", min=1)] = 256,
+    chunk: Annotated[
+        int, typer.Option(help="Tokens of prompts that are read between two steps of others.", min=1)
+    ] = 256,
     api_key: Annotated[
         str | None, typer.Option(help="What clients must send as Authorization: Bearer.", envvar="LLAMA_FAST_API_KEY")
     ] = None,

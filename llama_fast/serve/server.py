@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
 def make_served(
     llama: Llama, name: str, rows: int, length: int, limits: Limits = Limits(), chunk: int | None = None
 ) -> Served:
-    """A model with an engine of so many rows, each of `length` positions; it reads `chunk` tokens of prompts between two steps."""
+    """A model with an engine of so many rows, each of `length` positions, that reads `chunk` tokens of prompts a step."""
     metrics = Metrics()
     engine = Engine(llama.runner, rows, length, chunk=chunk)
     return Served(llama, name, EngineThread(engine, metrics, limits.max_queue, limits.timeout), metrics)

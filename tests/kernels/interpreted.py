@@ -189,7 +189,9 @@ def in_pages(cache: Tensor, page: int, seed: int) -> tuple[Tensor, ops.Table]:
     """A cache [B, HKV, S, HD] as pages of a pool [N, HKV, HD] in any order, NaN where no row's page is; and their table."""
     b, hkv, slots, hd = cache.shape
     row_pages = -(-slots // page)
-    order = torch.randperm(b * row_pages + 2, generator=torch.Generator().manual_seed(seed))[: b * row_pages].view(b, -1)
+    order = torch.randperm(b * row_pages + 2, generator=torch.Generator().manual_seed(seed))[: b * row_pages].view(
+        b, -1
+    )
     pool = torch.full(((b * row_pages + 2) * page, hkv, hd), NAN, dtype=cache.dtype)
     at = slots_in(order, torch.arange(slots).expand(b, -1), page)
     pool[at] = cache.transpose(1, 2)
@@ -233,8 +235,12 @@ def check_qkv() -> int:
             assert torch.equal(ops.qkv(x, gain, 1e-5, stored, scale, in_pool, tile=tile), q), f"q {what} in pages"
             for name, pool, cache in (("k", k_pool, caches[0]), ("v", v_pool, caches[1])):
                 for row in range(b):
-                    assert torch.equal(pool[places[row]], cache[row][:, at[row]].transpose(0, 1)), f"{name} {what} in pages"
-                assert pool.isnan().sum() == pool.numel() - m * hkv * hd, f"{name} {what}: wrote other slots of the pool"
+                    assert torch.equal(pool[places[row]], cache[row][:, at[row]].transpose(0, 1)), (
+                        f"{name} {what} in pages"
+                    )
+                assert pool.isnan().sum() == pool.numel() - m * hkv * hd, (
+                    f"{name} {what}: wrote other slots of the pool"
+                )
             n_checked += 2
     return n_checked
 
@@ -290,7 +296,9 @@ def check_attention() -> int:
                 page = 4 if first % 2 else 32
                 (k_pool, table), (v_pool, _) = in_pages(k, page, seed=first), in_pages(v, page, seed=first)
                 paged = ops.attention(q, k_pool, v_pool, start, scratch, tile=tile, table=table)
-                assert torch.equal(paged, got), f"attention of pages of {page} {(h, hkv, hd, b, t)} {tile} {start.tolist()}"
+                assert torch.equal(paged, got), (
+                    f"attention of pages of {page} {(h, hkv, hd, b, t)} {tile} {start.tolist()}"
+                )
                 n_checked += 1
     return n_checked
 

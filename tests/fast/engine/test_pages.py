@@ -104,7 +104,9 @@ def test_the_youngest_row_makes_way_and_goes_on_where_it_was(ahead: int) -> None
 def test_a_request_that_could_never_fit_is_refused_with_numbers() -> None:
     engine = Engine(paged(tokens=20), 2, 40)
     engine.add(Request(BEGIN, 12))
-    with pytest.raises(ValueError, match="a prompt of 9 tokens and 13 new ones need 6 pages of 4 positions; the cache has 5"):
+    with pytest.raises(
+        ValueError, match="a prompt of 9 tokens and 13 new ones need 6 pages of 4 positions; the cache has 5"
+    ):
         engine.add(Request(BEGIN, 13))
     while engine.busy:
         engine.step()
@@ -132,17 +134,23 @@ def test_cancelled_rows_give_their_pages_back_whatever_they_were_doing() -> None
     pages = pages_of(engine)
     assert not engine.busy and pages.available == pages.count and sum(pages.holders) == 0
     told = Request([7] * 31, 5)
-    assert said_by(engine, [told]) == [alone(told)] and engine.reused_tokens == 4, "one page of the cancelled prompt was read"
+    assert said_by(engine, [told]) == [alone(told)] and engine.reused_tokens == 4, (
+        "one page of the cancelled prompt was read"
+    )
 
 
 @pytest.mark.parametrize("cache", [Static(multiple=8), Paged(page=4)], ids=["static", "paged"])
-def test_a_long_prompt_is_read_by_chunks_between_the_steps_of_others(cache: Static | Paged, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_is_read_by_chunks_between_the_steps_of_others(
+    cache: Static | Paged, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While it is read every step brings the running rows their tokens, and reads no more of a prompt than a chunk."""
     runner = rebuild(APART, dataclasses.replace(APART.plan, cache=cache))
     engine, read = Engine(runner, 3, 80, chunk=16), []
     start, extend = Runner.start, Runner.extend
     monkeypatch.setattr(Runner, "start", lambda self, ids, *rest: read.append(ids.shape[1]) or start(self, ids, *rest))
-    monkeypatch.setattr(Runner, "extend", lambda self, ids, *rest: read.append(ids.shape[1]) or extend(self, ids, *rest))
+    monkeypatch.setattr(
+        Runner, "extend", lambda self, ids, *rest: read.append(ids.shape[1]) or extend(self, ids, *rest)
+    )
     requests = [Request([1, 2], 40, Sampling(1.0, seed=2)), Request([3], 30), Request([n % 101 for n in range(70)], 4)]
     said: list[list[int]] = [[], [], []]
     for request in requests[:2]:
@@ -185,7 +193,9 @@ def test_a_cache_without_an_engine_gives_pages_as_they_are_asked_for() -> None:
     tokens_BT = torch.tensor([[5, 6, 7, 8, 9], [1, 2, 0, 0, 0]])
     lengths_B = torch.tensor([5, 2])
     assert torch.allclose(
-        runner.prefill(tokens_BT, lengths_B, cache), APART.prefill(tokens_BT, lengths_B, APART.allocate(2, 20)), atol=1e-5
+        runner.prefill(tokens_BT, lengths_B, cache),
+        APART.prefill(tokens_BT, lengths_B, APART.allocate(2, 20)),
+        atol=1e-5,
     )
     with pytest.raises(ValueError, match="2 rows of 20 positions do not fit the 6 pages of 4"):
         runner.score(torch.randint(0, 101, (2, 20)))
@@ -221,7 +231,9 @@ def test_attention_reads_what_was_put_in_order_whichever_pages_hold_it() -> None
     position_BT = torch.arange(8).expand(2, 8)
     layer = cache.layers[1]
     layer.put(k_BTKd, v_BTKd, position_BT)
-    assert torch.equal(layer.k[:, :, :8], k_BTKd.transpose(1, 2)) and torch.equal(layer.v[:, :, :8], v_BTKd.transpose(1, 2))
+    assert torch.equal(layer.k[:, :, :8], k_BTKd.transpose(1, 2)) and torch.equal(
+        layer.v[:, :, :8], v_BTKd.transpose(1, 2)
+    )
     cache.see(2)
     assert layer.k.shape == (2, 2, 8, 10) and cache.length == 8
     rows = [(part, k, v) for part, k, v in layer.parts()]
@@ -229,7 +241,9 @@ def test_attention_reads_what_was_put_in_order_whichever_pages_hold_it() -> None
     part = cache.rows(1, 1)
     cache.assign(1, [6], first=1)
     part.layers[1].put(k_BTKd[1:, :1], v_BTKd[1:, :1], position_BT[1:, 7:])
-    assert torch.equal(cache.layers[1].k[1, :, 7], k_BTKd[1, 0]), "a part's table is that of the whole, also when it changes"
+    assert torch.equal(cache.layers[1].k[1, :, 7], k_BTKd[1, 0]), (
+        "a part's table is that of the whole, also when it changes"
+    )
     assert torch.equal(cache.layers[1].k[0], k_BTKd[0].transpose(0, 1)), "and the other row's keys stay"
 
 
@@ -238,7 +252,9 @@ tokens = st.lists(st.integers(0, 1), min_size=0, max_size=12)  # few ids: rows b
 
 @settings(max_examples=150)
 @given(st.lists(tokens, min_size=1, max_size=30), st.integers(3, 9), st.randoms(use_true_random=False))
-def test_a_page_that_is_found_holds_these_tokens_behind_exactly_those(rows: list[list[int]], count: int, random: object) -> None:
+def test_a_page_that_is_found_holds_these_tokens_behind_exactly_those(
+    rows: list[list[int]], count: int, random: object
+) -> None:
     """A pool beside a model of it: what each page really holds, and behind what."""
     pages = Pages(count, 2)
     holds: dict[int, tuple[int, ...]] = {}  # by page: all tokens up to its end
