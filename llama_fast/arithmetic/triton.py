@@ -102,9 +102,7 @@ class Kernels:
         B, T = tokens_BT.shape
         if self._cos_sin is None:
             self._cos_sin = rope_table[..., 0].contiguous(), rope_table[..., 1].contiguous()
-        table = getattr(
-            cache.layers[0], "table", None
-        )  # of pages; these are found once for all layers, before any kernel of ours
+        table = getattr(cache.layers[0], "table", None)  # of pages: slots are found once for all layers
         if start_B is None:
             # made here, not where it is read: a kernel behind `embed` may read it before the kernel ahead has ended
             start_B, mask = self.zeros(B), False

@@ -97,8 +97,9 @@ class PagedLayer:
 
 
 class PagedCache:
-    """Rows whose pages an engine assigns. Where nobody does, each row has pages of its own: all, or, where the pool is too small for
-    that, as they are reserved.
+    """Rows whose pages an engine assigns.
+
+    Where nobody does, each row has pages of its own: all of them, or, where the pool is too small for that, as they are reserved.
     """
 
     def __init__(self, layers: Sequence[PagedLayer], pages: int):
@@ -111,6 +112,8 @@ class PagedCache:
         self._parts: dict[tuple[int, int], PagedCache] = {}
         self._of: tuple[PagedCache, int] | None = None
         self._reserved: list[int] | None = None
+        self._assigned: list[int] | None = None
+        """How many pages each row was given by an engine."""
 
     @property
     def length(self) -> int:
@@ -141,6 +144,8 @@ class PagedCache:
             self._reserve(0, start_B, T)
 
     def _reserve(self, first: int, start_B: Tensor, T: int) -> None:
+        if self._assigned is not None and not any(self._assigned[first : first + len(start_B)]):
+            raise ValueError("cache: an engine assigns its pages, and these rows have none: take a cache of its own")
         if self._reserved is None:
             return
         for row, start in enumerate(start_B.tolist(), first):
@@ -167,6 +172,9 @@ class PagedCache:
     def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
         """These are a row's pages from its `first` on; behind them it has none. From now on somebody else counts them."""
         self._reserved = None
+        if self._assigned is None:
+            self._assigned = [0] * self.batch
+        self._assigned[row] = first + len(pages)
         given = torch.tensor([*pages, *[NOBODYS] * (self.row_pages - first - len(pages))])
         if self.table.pages_BP.is_cuda:
             given = given.pin_memory()  # the copy takes its turn on the device, and the host goes on

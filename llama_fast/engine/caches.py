@@ -19,17 +19,22 @@ class Caches:
     def take(self, rows: int, length: int) -> KVCache:
         """A cache with room for `length` positions; a new one if none is kept that is long enough."""
         kept = self.kept.pop(rows, None)
-        return kept if kept is not None and kept.length >= length else self.runner.allocate(rows, length)
+        return kept if kept is not None and room_of(kept) >= length else self.runner.allocate(rows, length)
 
     def put_back(self, cache: KVCache) -> None:
         """Keep a cache for the next generation, if it is of a kind that is worth it and no longer one is there."""
-        if self.runner.plan.cache.fixed_addresses and cache.length > (self.length(cache.batch) or 0):
+        if self.runner.plan.cache.fixed_addresses and room_of(cache) > (self.length(cache.batch) or 0):
             self.kept[cache.batch] = cache
 
     def length(self, rows: int) -> int | None:
-        """Slots of the cache that is kept for so many rows; None if there is none, or a generation is using it."""
-        return self.kept[rows].length if rows in self.kept else None
+        """Positions of a row of the cache that is kept for so many rows; None if there is none, or a generation is using it."""
+        return room_of(self.kept[rows]) if rows in self.kept else None
 
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self.kept.values())
+
+
+def room_of(cache: KVCache) -> int:
+    """Positions that a row may have, of which attention may look at fewer just now."""
+    return cache.capacity or cache.length

@@ -189,7 +189,7 @@ class Engine:
         return joined
 
     def _make_room(self) -> bool:
-        """Room for the next token of each row; where there is none the youngest makes way. False if no row is left that is due."""
+        """Room for the next token of each row; where there is none, the youngest makes way. False if no row is left to step."""
         for row in sorted((row for row in self.slots if row is not None and row.due), key=lambda row: row.id):
             while row.slot is not None and not self.room.grow(row):
                 self._pre_empt(max((other for other in self.slots if other is not None), key=lambda other: other.id))

@@ -201,7 +201,7 @@ class Row:
 
     @property
     def stored(self) -> list[int]:
-        """The ids, of those that the host knows, whose keys and values are written. The last token was chosen, and not yet read."""
+        """The ids that the host knows to be in the cache. The last token was chosen, and not yet read."""
         return list(self.ids[: self.read]) if self.reading else [*self.request.ids, *self.tokens[:-1]]
 
     def make_way(self) -> None:

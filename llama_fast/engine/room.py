@@ -114,9 +114,10 @@ class SharedPages:
 
     def check(self, request: Request) -> None:
         if self._most(request) > self.pages.count:
+            tokens = f"a prompt of {len(request.ids)} tokens and {request.max_new_tokens} new ones"
             raise ValueError(
-                f"a prompt of {len(request.ids)} tokens and {request.max_new_tokens} new ones need {self._most(request)} "
-                f"pages of {self.pages.size} positions; the cache has {self.pages.count} (max_new_tokens={request.max_new_tokens})"
+                f"{tokens} need {self._most(request)} pages of {self.pages.size} positions; the cache has {self.pages.count} "
+                f"(max_new_tokens={request.max_new_tokens})"
             )
 
     def take(self, slot: int, row: Row, beside: Sequence[Row]) -> bool:

@@ -81,8 +81,6 @@ class PlainSteps:
         self.runner, self.slots, self.cache, self.keeps_prefixes = runner, slots, cache, keeps_prefixes
         sampler = BatchSampler.of_free_rows(B, device, runner.config.vocab_size)
         self.choose = runner.prepared(sampler, length + 1)
-        self.unheard = runner.greedy(1)
-        """Chooses behind a part of a prompt, where no token is wanted."""
         self.choose.allowed = Allowed(slots, runner.config.vocab_size, device)
         self.token_B1 = torch.zeros(B, 1, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(B, dtype=torch.int64, device=device)
@@ -104,15 +102,15 @@ class PlainSteps:
             self.choose.set_rows(first, [row.request.sampling for row in rows], [row.ids for row in rows], answered)
         cache = self.cache if whole else self.cache.rows(first, len(rows))
         choose = self.choose if whole else self.choose.rows(first, len(rows))
+        if not last:
+            choose = self.runner.greedy(1)  # behind a part of a prompt no token is wanted
         tokens_BT, length_B = pad(news, self.runner.device)
         if any(starts):
             start_B = upload(starts, self.runner.device)
-            token_B, logits_BV = self.runner.extend(
-                tokens_BT, start_B, length_B, cache, choose if last else self.unheard
-            )
+            token_B, logits_BV = self.runner.extend(tokens_BT, start_B, length_B, cache, choose)
             length_B = start_B + length_B
         else:
-            token_B, logits_BV = self.runner.start(tokens_BT, length_B, cache, choose if last else self.unheard)
+            token_B, logits_BV = self.runner.start(tokens_BT, length_B, cache, choose)
         for row, new in zip(rows, news, strict=True):
             row.read += len(new)
         self.position_B[part] = length_B  # where others take steps before a prompt is read on, it is written again

@@ -121,7 +121,9 @@ def _finish(
         is_q, is_v = (head < H)[:, None], (head >= H + HKV)[:, None]
         at_q = (m * (H * HD))[None, :] + n[:, None]
         kv_head = tl.where(head < H + HKV, head - H, head - H - HKV)
-        if slots.dtype.is_ptr():  # of a pool of pages [N, HKV, HD]: the slot of each row of activations
+        if (
+            not isinstance(slots, int) and slots.dtype.is_ptr()
+        ):  # of a pool of pages [N, HKV, HD]: the slot of each row of activations
             slot = tl.load(slots + m, mask=m < M, other=0)[None, :] * HKV + kv_head[:, None]
         else:
             slot = ((m // T).to(tl.int64)[None, :] * HKV + kv_head[:, None]) * slots + position[None, :]

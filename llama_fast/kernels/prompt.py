@@ -34,7 +34,7 @@ def _rotate_and_store(
     result = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BN]).to(q_out.dtype.element_ty)
     head = n // HD
     kv_head = tl.where(head < H + HKV, head - H, head - H - HKV)
-    if slots.dtype.is_ptr():  # of a pool of pages [N, HKV, HD]: the slot of each row
+    if not isinstance(slots, int) and slots.dtype.is_ptr():  # of a pool of pages [N, HKV, HD]: the slot of each row
         at_cache = (tl.load(slots + m) * HKV + kv_head) * HD + n % HD
     else:
         at_cache = (((m // T) * HKV + kv_head) * slots + position) * HD + n % HD

@@ -72,7 +72,7 @@ def pages_check(runner: Runner) -> list[Check]:
     for asked in ASKED:
         tokens = longest + PAGE if asked.tight else 10 * longest
         engine = Engine(rebuild(runner, with_short_pages(runner.plan, tokens)), ROWS, longest, chunk=asked.chunk)
-        prompts = firsts
+        prompts: list[Sequence[int]] = [*firsts]
         for which in ("first", "onward", "again"):
             made = requests(prompts, asked.sampling)
             true = [generate(apart, [one.ids], one.max_new_tokens, one.sampling).completions[0].tokens for one in made]
@@ -84,8 +84,8 @@ def pages_check(runner: Runner) -> list[Check]:
             unlike += len(wrong)
             where = where or (f"{asked.name}, {which}: row {wrong[0]}" if wrong else "")
             onward = [[*row, *new, 2] for row, new in zip(prompts, true, strict=True)]
-            prompts = onward[1:4] if which == "first" else firsts
-        if asked.tight and not engine.pre_emptions or not engine.reused_tokens:
+            prompts = [*onward[1:4]] if which == "first" else [*firsts]
+        if (asked.tight and not engine.pre_emptions) or not engine.reused_tokens:
             told = f"{asked.name}: {engine.pre_emptions} made way, {engine.reused_tokens} tokens were shared"
             return [Check(name, 1, 0, told, 1)]
     return [Check(name, unlike, 0, where, rows)]
@@ -98,7 +98,7 @@ def requests(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reque
 
 
 def ending_early(request: Request, tokens: list[int]) -> tuple[Request, list[int]]:
-    """The request with an end id, and what is left of its answer: with the last token, which is not read, a page would be full."""
+    """The request with an end id, and its answer: with the last token, which is not read, a page would be full."""
     for i, token in enumerate(tokens[:-1]):
         if token not in tokens[:i] and (len(request.ids) + i + 1) % PAGE == 0:
             return replace(request, eos_ids=[token]), tokens[: i + 1]

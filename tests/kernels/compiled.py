@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from llama_fast.arithmetic import triton as arithmetic
 from llama_fast.build import build
+from llama_fast.caches.paged import Paged
 from llama_fast.compilers.eager import Eager
 from llama_fast.compilers.graphed import first_block_of
 from llama_fast.encodings.dense import Dense
@@ -26,6 +27,7 @@ from llama_fast.kernels import narrow as narrow_kernels
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.packets import Mailbox
 from llama_fast.kernels.stored import LOADERS
+from llama_fast.model.llama import Llama
 from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
@@ -96,6 +98,14 @@ def over_ranks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> No
         for sent in (False, True):
             one.sum(part, part.bfloat16(), sent)
         one.gather(torch.zeros(3, 1000 * 2 // size - 1000 // size), 1000)
+
+
+def in_pages(block: Llama) -> None:
+    """A step, a check and a prompt whose keys stand in pages."""
+    cache = Paged().allocate(CONFIG, 2, 256, torch.bfloat16, torch.device("cpu"))
+    start_B = torch.zeros(2, dtype=torch.int64)
+    for T in (1, 4, 16):
+        block(torch.ones(2, T, dtype=torch.int64), start_B, cache)
 
 
 def of_words() -> None:
@@ -170,6 +180,7 @@ def main() -> None:
                 torch.bfloat16,
             )
             ops.gate(ops.Wide(torch.randn(24, 384).bfloat16()), torch.bfloat16)
+            in_pages(block)
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
             for rows, (n, k) in itertools.product((9, 32, 64, 128), ((96, 128), (16384, 256))):

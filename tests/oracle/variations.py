@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trials
-from catalogue import DENSE, GROWING, INT8, around, attention, norm
+from catalogue import DENSE, GROWING, INT8, PAGED, around, attention, norm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -215,6 +215,7 @@ def backend(kind: SDPBackend) -> Callable[[int], Any]:
 VARIATIONS = [
     Variation("as it stands"),
     Variation("cache that grows, projections apart", GROWING, cache=None),
+    Variation("cache of pages", PAGED),
     Variation("static cache, projections apart", replace(DENSE, fuse_projections=False)),
     Variation("int8", INT8),
     Variation("int8, cache that grows", replace(INT8, cache=Plan().cache), cache=None),

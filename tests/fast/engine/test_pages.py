@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llama_fast.build import build, rebuild
 from llama_fast.caches.paged import Paged, PagedCache, slots_at
 from llama_fast.caches.static import Static
+from llama_fast.engine.caches import Caches
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.generate import generate
 from llama_fast.engine.pages import Pages
@@ -24,6 +25,9 @@ from llama_fast.plan import Plan
 from llama_fast.speculative.proposers import Ngram
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
+from oracle.questions.judge import Bench
+from oracle.questions.threads import judge_ranks
+from oracle.verify import references
 
 CONFIG = LlamaConfig(48, 2, 6, 2, 10, 72, 101, 96)
 APART = build(random_checkpoint(CONFIG, 3), Plan(cache=Static(multiple=8), fuse_projections=True), "cpu")
@@ -199,6 +203,34 @@ def test_a_cache_without_an_engine_gives_pages_as_they_are_asked_for() -> None:
     )
     with pytest.raises(ValueError, match="2 rows of 20 positions do not fit the 6 pages of 4"):
         runner.score(torch.randint(0, 101, (2, 20)))
+
+
+def test_a_cache_whose_pages_an_engine_assigns_is_written_by_nobody_else() -> None:
+    runner = paged()
+    cache = runner.allocate(1, 20)
+    assert generate(runner, [[5, 6, 7]], 4, cache=cache).completions[0].tokens == alone(Request([5, 6, 7], 4))
+    assert generate(runner, [[5, 6]], 4, cache=cache).completions[0].tokens == alone(Request([5, 6], 4)), (
+        "by the next engine"
+    )
+    with pytest.raises(ValueError, match="an engine assigns its pages, and these rows have none"):
+        runner.prefill(torch.tensor([[5, 6, 7]]), torch.tensor([3]), cache)
+
+
+def test_a_cache_of_pages_is_kept_for_the_next_generation() -> None:
+    caches = Caches(paged())
+    cache = caches.take(2, 40)
+    engine = Engine(caches.runner, 2, 40, cache)
+    said_by(engine, [Request(BEGIN, 3)])
+    assert cache.length < 40, "attention looks at what there is"
+    caches.put_back(cache)
+    assert caches.take(2, 40) is cache
+
+
+def test_two_ranks_hold_their_heads_keys_in_pages() -> None:
+    checkpoint = random_checkpoint(CONFIG, 5)
+    plan = dataclasses.replace(APART.plan, cache=Paged(page=4))
+    bench = Bench(*references(build(checkpoint, plan, "cpu"), checkpoint))
+    assert judge_ranks(checkpoint, plan, torch.float32, bench).outcome.value == "AGREE"
 
 
 @pytest.mark.parametrize(
