@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -191,13 +191,6 @@ class LayerCache(Protocol):
         """Store the new keys and values at their positions."""
 
 
-class GatheredLayer(LayerCache, Protocol):
-    """A layer whose `k` and `v` are copies: a `LayerCache` with this member besides."""
-
-    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some rows, their keys and their values, and then the next ones: copies that are small enough to be read at once."""
-
-
 class KVCache(Protocol):
     """The keys and values of a batch. Positions are arguments: writing one again replaces it, so nothing is ever reset."""
 
@@ -227,30 +220,6 @@ class KVCache(Protocol):
 
         It is the same object every time, so that what was recorded for it is found again.
         """
-
-
-class PagedKVCache(KVCache, Protocol):
-    """A cache whose rows have pages of a common pool, where an engine says which: a `KVCache` with these members besides."""
-
-    @property
-    def page(self) -> int:
-        """Positions of a page."""
-
-    @property
-    def pages(self) -> int:
-        """Pages that rows can have, numbered from 1 on. Page 0 is written by whoever has none, and read by nobody."""
-
-    @property
-    def row_pages(self) -> int:
-        """Pages of the longest row."""
-
-    def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
-        """These are a row's pages from its `first` on, and behind them it has none. Takes its turn on the device."""
-
-    def see(self, pages: int | None) -> None:
-        """Let attention read the first so many pages of every row, None: all."""
-
-    def rows(self, first: int, count: int) -> PagedKVCache: ...
 
 
 class Cache(Protocol):

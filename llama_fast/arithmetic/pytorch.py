@@ -64,6 +64,7 @@ class Operators:
         return q_BTHd
 
     def attend(self, q_BTHd: Tensor, layer: LayerCache, step: Step) -> Tensor:
+        # a layer whose `k` and `v` are copies gives some rows at a time, small enough to be read at once
         if torch.compiler.is_compiling() or not hasattr(layer, "parts"):
             a_BTHd = self._attended(q_BTHd, layer.k, layer.v, step.mask_BTS)
         else:

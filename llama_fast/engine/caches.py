@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llama_fast.contracts import KVCache
 from llama_fast.engine.runner import Runner
+from llama_ref.arguments import made
 
 
 class Caches:
@@ -38,3 +39,13 @@ class Caches:
 def room_of(cache: KVCache) -> int:
     """Positions that a row may have, of which attention may look at fewer just now."""
     return cache.capacity or cache.length
+
+
+def check_cache(cache: KVCache, rows: int, positions: int) -> KVCache:
+    """The cache; TypeError for what is none, ValueError for one that is made for other requests."""
+    made("cache", cache, "a cache, as runner.allocate() makes one", "layers", "length", "reserve")
+    if cache.batch != rows:
+        raise ValueError(f"cache: it is made for {cache.batch} rows, and there are {rows} prompts")
+    if cache.capacity is not None and cache.capacity < positions:
+        raise ValueError(f"cache: it has {cache.capacity} slots, and the request needs {positions}")
+    return cache

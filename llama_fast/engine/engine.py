@@ -19,6 +19,7 @@ import sys
 from collections import deque
 
 from llama_fast.contracts import KVCache
+from llama_fast.engine.caches import check_cache
 from llama_fast.engine.request import Event, Request, Row, Writer, check_bias, check_request
 from llama_fast.engine.room import Room, room_of
 from llama_fast.engine.runner import Runner
@@ -226,13 +227,3 @@ class Engine:
         self.room.leave(row)
         self.slots[row.slot] = None
         self.steps.leave(row.slot)
-
-
-def check_cache(cache: KVCache, rows: int, positions: int) -> KVCache:
-    """The cache; TypeError for what is none, ValueError for one that is made for other requests."""
-    made("cache", cache, "a cache, as runner.allocate() makes one", "layers", "length", "reserve")
-    if cache.batch != rows:
-        raise ValueError(f"cache: it is made for {cache.batch} rows, and there are {rows} prompts")
-    if cache.capacity is not None and cache.capacity < positions:
-        raise ValueError(f"cache: it has {cache.capacity} slots, and the request needs {positions}")
-    return cache

@@ -8,10 +8,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeGuard
 
-from llama_fast.contracts import KVCache, PagedKVCache
+from llama_fast.contracts import KVCache
 from llama_fast.engine.pages import Pages
 from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
+
+
+class PagedKVCache(KVCache, Protocol):
+    """A cache whose rows have pages of a common pool, where an engine says which: a `KVCache` with these members besides."""
+
+    @property
+    def page(self) -> int:
+        """Positions of a page."""
+
+    @property
+    def pages(self) -> int:
+        """Pages that rows can have, numbered from 1 on. Page 0 is written by whoever has none, and read by nobody."""
+
+    @property
+    def row_pages(self) -> int:
+        """Pages of the longest row."""
+
+    def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
+        """These are a row's pages from its `first` on, and behind them it has none. Takes its turn on the device."""
+
+    def see(self, pages: int | None) -> None:
+        """Let attention read the first so many pages of every row, None: all."""
+
+    def rows(self, first: int, count: int) -> PagedKVCache: ...
 
 
 class Room(Protocol):

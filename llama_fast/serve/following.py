@@ -158,8 +158,8 @@ def error_of(job: Callable[[], Any]) -> str | None:
 
 
 class Letters:
-    """Messages as bytes. What every rank has by itself (the model, its runner, its tokenizer) goes by its name, and a grammar that
-    was made ready for the model as what was asked."""
+    """Messages as bytes. What every rank has by itself (the model, its runner, its tokenizer) goes by its name, and a grammar
+    that was made ready for the model as what was asked."""
 
     def __init__(self, llama: Llama):
         self._own: dict[str, Any] = {"llama": llama, "runner": llama.runner, "tokenizer": llama.tokenizer}
