@@ -87,7 +87,8 @@ class PlainSteps:
 
     def start(self, first: int, rows: Sequence[Row]) -> None:
         part, whole = slice(first, first + len(rows)), len(rows) == len(self.slots)
-        self.choose.set_rows(first, [row.request.sampling for row in rows], [row.request.ids for row in rows])
+        settings, tokens = [row.request.sampling for row in rows], [row.tokens for row in rows]
+        self.choose.set_rows(first, settings, [[*row.request.ids, *row.tokens] for row in rows], tokens)
         cache = self.cache if whole else self.cache.rows(first, len(rows))
         choose = self.choose if whole else self.choose.rows(first, len(rows))
         tokens_BT, length_B = pad([row.request.ids[row.held :] for row in rows], self.runner.device)
