@@ -260,7 +260,7 @@ class Llama:
 
         made("grammar", grammar, "a grammar, as JsonSchema({...}) or Regex(...) of llama_fast.grammars", "written")
         try:
-            return Constrained(grammar, self._tokens)
+            return Constrained(grammar, self._tokens, self.constraint)
         except ValueError as error:
             raise ValueError(f"grammar: {error}") from None
 

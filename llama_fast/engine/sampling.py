@@ -258,12 +258,12 @@ class BatchSampler:
         first: int,
         settings: Sequence[Sampling],
         written: Sequence[Sequence[int]] | None = None,
-        answered: Sequence[Sequence[int]] = (),
+        generated: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Rows from the `first` on choose by these settings, one seed each, from now on.
 
-        What changes logits from token to token also needs what is `written` in each row; ValueError without it. `answered`: what
-        of that is no prompt, in rows that made way and go on.
+        What changes logits from token to token also needs what is `written` in each row; ValueError without it. `generated`:
+        what of it is no prompt, where rows go on that had begun elsewhere; None: nothing.
         """
         if written is None:
             for one in settings:
@@ -297,10 +297,7 @@ class BatchSampler:
         if self.code.counted:
             if self.count_BV is None:
                 self.count_BV = torch.zeros(len(self.settings), self.vocab_size, device=device)
-            self.count_BV[part] = 0
-            for count_V, tokens in zip(self.count_BV[part], answered):
-                if tokens:
-                    count_V += torch.bincount(upload(list(tokens), device), minlength=self.vocab_size)
+            self.count_BV[part] = upload(counted(generated or [[] for _ in settings], self.vocab_size), device)
         if self.code.biased and self.bias_BV is None:
             self.bias_BV = torch.zeros(len(self.settings), self.vocab_size, device=device)
         if self.bias_BV is not None:  # also where nobody has one now: who stood there before may have had one
@@ -449,6 +446,12 @@ def seen(written: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
     for row, ids in zip(seen_BV, written, strict=True):
         row[list(ids)] = True
     return seen_BV
+
+
+def counted(generated: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    """How often each row holds each token, float32 [B, V]: ([[2, 0, 2], []], 3) -> [[1, 0, 2], [0, 0, 0]]."""
+    rows = [torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=vocab_size) for ids in generated]
+    return torch.stack(rows).float()
 
 
 def unpacked(words_BW: Tensor, width: int) -> Tensor:

@@ -98,8 +98,8 @@ class PlainSteps:
         last = all(row.read + len(new) == len(row.ids) for row, new in zip(rows, news, strict=True))
         assert last or len(rows) == 1
         if last:
-            answered = [row.ids[len(row.request.ids) :] for row in rows]
-            self.choose.set_rows(first, [row.request.sampling for row in rows], [row.ids for row in rows], answered)
+            settings, tokens = [row.request.sampling for row in rows], [row.tokens for row in rows]
+            self.choose.set_rows(first, settings, [row.ids for row in rows], tokens)
         cache = self.cache if whole else self.cache.rows(first, len(rows))
         choose = self.choose if whole else self.choose.rows(first, len(rows))
         if not last:

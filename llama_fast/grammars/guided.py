@@ -6,12 +6,12 @@ could follow. What the library refuses, or gives up, is told in its own words, i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from llama_fast.engine.guides import Guide
+from llama_fast.engine.guides import Constraint, Guide
 from llama_fast.grammars.asked import Grammar, library
 from llama_ref.tokenizers.contract import Tokenizer
 
@@ -55,9 +55,12 @@ class _Wrapped:
 class Constrained:
     """A grammar over a model's tokens; a `Constraint`."""
 
-    def __init__(self, grammar: Grammar, tokens: Tokens):
-        """Raises ValueError, with the library's reason, for a grammar that is wrong, too large, or not supported."""
-        self.grammar, self.ends = grammar, tokens.ends
+    def __init__(self, grammar: Grammar, tokens: Tokens, again: Callable[[Grammar], Constraint] | None = None):
+        """Raises ValueError, with the library's reason, for a grammar that is wrong, too large, or not supported.
+
+        `again` makes it in another process, where it is pickled as its grammar.
+        """
+        self.ends, self._grammar, self._again = tokens.ends, grammar, again
         made_by, written = library(), grammar.written()
         is_wrong, messages = made_by.LLMatcher.validate_grammar_with_warnings(written, tokens.tokenizer)
         if is_wrong or messages:
@@ -65,6 +68,11 @@ class Constrained:
         self._matcher = made_by.LLMatcher(tokens.tokenizer, written, log_level=0)
         if self._matcher.is_error():
             raise ValueError(one_line(self._matcher.get_error()))
+
+    def __reduce__(self) -> tuple[Callable[[Grammar], Constraint], tuple[Grammar]]:
+        if self._again is None:
+            raise TypeError("a grammar over tokens cannot be pickled unless it is known how to make it again")
+        return self._again, (self._grammar,)
 
     def begin(self) -> Guide:
         return Guided(self._matcher.deep_copy())

@@ -14,8 +14,6 @@ from typing import Any, Protocol, TypeVar
 
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Event, Request, Writer
-from llama_fast.grammars.asked import Grammar
-from llama_fast.grammars.guided import Constrained
 from llama_fast.llama import Llama
 
 T = TypeVar("T")
@@ -158,8 +156,7 @@ def error_of(job: Callable[[], Any]) -> str | None:
 
 
 class Letters:
-    """Messages as bytes. What every rank has by itself (the model, its runner, its tokenizer) goes by its name, and a grammar
-    that was made ready for the model as what was asked."""
+    """Messages as bytes. What every rank has by itself (the model, its runner, its tokenizer) goes by its name."""
 
     def __init__(self, llama: Llama):
         self._own: dict[str, Any] = {"llama": llama, "runner": llama.runner, "tokenizer": llama.tokenizer}
@@ -180,8 +177,8 @@ class Writing(pickle.Pickler):
         super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
         self._names = {id(value): name for name, value in own.items()}
 
-    def persistent_id(self, value: Any) -> str | Grammar | None:
-        return value.grammar if isinstance(value, Constrained) else self._names.get(id(value))
+    def persistent_id(self, value: Any) -> str | None:
+        return self._names.get(id(value))
 
 
 class Reading(pickle.Unpickler):
@@ -189,5 +186,5 @@ class Reading(pickle.Unpickler):
         super().__init__(buffer)
         self._own = own
 
-    def persistent_load(self, name: str | Grammar) -> Any:
-        return self._own[name] if isinstance(name, str) else self._own["llama"].constraint(name)
+    def persistent_load(self, name: str) -> Any:
+        return self._own[name]

@@ -324,6 +324,16 @@ def test_who_asks_for_nothing_has_nothing_kept_and_its_logits_untouched() -> Non
     assert choose.count_BV is choose.bias_BV is choose.seen_BV is None
 
 
+def test_a_row_that_goes_on_elsewhere_keeps_its_counts() -> None:
+    """It comes to another slot with what it has generated; the slot's counts of the row before are gone."""
+    choose = BatchSampler.of_free_rows(2, CPU, 5)
+    settings = [Sampling(frequency_penalty=1.0, presence_penalty=0.5), Sampling(frequency_penalty=2.0)]
+    choose.set_rows(0, settings, [[4], [4]])
+    choose.note(torch.tensor([1, 2]))
+    choose.set_rows(1, settings[:1], [[4, 1, 3, 3]], [[1, 3, 3]])
+    assert choose.edited(torch.zeros(2, 5)).tolist() == [[0, -1.5, 0, 0, 0], [0, -1.5, 0, -2.5, 0]]
+
+
 def test_a_bias_does_not_outlive_its_row() -> None:
     """Row 0's is gone when another row stands there, also if that one came while nobody had a bias."""
     choose = BatchSampler.of_free_rows(2, CPU, 5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import re
 import sys
 from typing import Any
@@ -170,6 +172,23 @@ def test_it_streams_and_a_sampling_holds_it(llama: Llama) -> None:
     assert llama.decode(generate(llama.runner, [ids], 60, sampling, CONFIG.eos_ids).completions[0].tokens) == whole
     chat = Chat(llama, max_new_tokens=60, sampling=Sampling(grammar=llama.constraint(Choice(["true", "12"]))))
     assert "".join(chat.say("a")) in ("true", "12") and "".join(chat.say("b")) in ("true", "12")
+
+
+def test_a_grammar_travels_to_another_process_as_what_was_asked(llama: Llama) -> None:
+    """The model goes by a name there; the grammar is made again over its tokens."""
+    buffer = io.BytesIO()
+    writing = pickle.Pickler(buffer)
+    writing.persistent_id = lambda value: "llama" if value is llama else None  # type: ignore[method-assign]
+    writing.dump(Request([97], 60, Sampling(1.0, seed=4, grammar=llama.constraint(COMPACT)), CONFIG.eos_ids))
+    reading = pickle.Unpickler(io.BytesIO(buffer.getvalue()))
+    reading.persistent_load = lambda name: {"llama": llama}[name]  # type: ignore[method-assign]
+    request = reading.load()
+    assert len(buffer.getvalue()) < 5000
+    done = generate(llama.runner, [request.ids], 60, request.sampling, request.eos_ids)
+    assert (
+        llama.decode(done.completions[0].tokens)
+        == llama.generate("a", 60, temperature=1.0, seed=4, grammar=COMPACT).text
+    )
 
 
 class Failing:
