@@ -156,35 +156,44 @@ def error_of(job: Callable[[], Any]) -> str | None:
 
 
 class Letters:
-    """Messages as bytes. What every rank has by itself (the model, its runner, its tokenizer) goes by its name."""
+    """Messages as bytes. What every rank has by itself, the model and its parts (runner, tokenizer, ...), goes by its name."""
 
     def __init__(self, llama: Llama):
-        self._own: dict[str, Any] = {"llama": llama, "runner": llama.runner, "tokenizer": llama.tokenizer}
+        self._llama = llama
 
     def written(self, message: Any) -> bytes:
         """The message as bytes. TypeError, AttributeError or PicklingError for what cannot travel, as an open file."""
+        parts = {name: value for name, value in vars(self._llama).items() if type(value).__module__ != "builtins"}
         buffer = io.BytesIO()
-        Writing(buffer, self._own).dump(message)
+        Writing(buffer, {id(value): name for name, value in {**parts, WHOLE: self._llama}.items()}).dump(message)
         return buffer.getvalue()
 
     def read(self, letter: bytes) -> Any:
         """A message of the first rank, with this rank's own model in it."""
-        return Reading(io.BytesIO(letter), self._own).load()
+        return Reading(io.BytesIO(letter), self._llama).load()
+
+
+WHOLE = ""
+"""The name of the model itself."""
 
 
 class Writing(pickle.Pickler):
-    def __init__(self, buffer: io.BytesIO, own: Mapping[str, Any]):
+    """Names of some objects, by their ids, stand for them."""
+
+    def __init__(self, buffer: io.BytesIO, names: Mapping[int, str]):
         super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
-        self._names = {id(value): name for name, value in own.items()}
+        self._names = names
 
     def persistent_id(self, value: Any) -> str | None:
         return self._names.get(id(value))
 
 
 class Reading(pickle.Unpickler):
-    def __init__(self, buffer: io.BytesIO, own: Mapping[str, Any]):
+    """A name stands for that part of a model."""
+
+    def __init__(self, buffer: io.BytesIO, llama: Llama):
         super().__init__(buffer)
-        self._own = own
+        self._llama = llama
 
     def persistent_load(self, name: str) -> Any:
-        return self._own[name]
+        return self._llama if name == WHOLE else getattr(self._llama, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections import deque
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from llama_fast.engine.request import Request, Row
 from llama_fast.engine.sampling import Sampling
 from llama_fast.grammars.asked import JsonSchema, Regex
 from llama_fast.plan import Plan
-from llama_fast.serve.following import LeadingEngine, follow
+from llama_fast.serve.following import LeadingEngine, Letters, follow
 from llama_fast.serve.scoring import prompt_logprobs
 from llama_fast.serve.spelling import EndingWriter
 from llama_ref.checkpoint import random_checkpoint
@@ -127,3 +128,15 @@ def test_a_request_that_cannot_travel_is_refused_and_leaves_no_gap(llama: Llama)
         engine.step()
     engine.close()
     follow(Engine(llama.runner, ROWS, LENGTH), wire, llama)
+
+
+def test_parts_of_the_model_travel_by_name(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that it makes when they are first asked for, and that pickle could not copy."""
+    monkeypatch.setattr(llama, "lock", threading.Lock(), raising=False)
+    letters = Letters(llama)
+    sent = (llama, llama.runner, llama.tokenizer, vars(llama)["lock"], llama.tokenizer.decode, None)
+    letter = letters.written(sent)
+    assert all(one is other for one, other in zip(letters.read(letter)[:4], sent))
+    assert letters.read(letter)[4:] == sent[4:] and len(letter) < 300
+    with pytest.raises(TypeError, match="lock"):
+        letters.written(threading.Lock())
