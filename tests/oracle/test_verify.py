@@ -233,7 +233,7 @@ def test_a_round_trip_that_cannot_be_asked_is_empty(tiny: Checkpoint, monkeypatc
 @pytest.mark.parametrize(
     "words, told",
     [
-        (("--cache", "grown"), "unknown cache 'grown' (known: static, growing)"),
+        (("--cache", "grown"), "unknown cache 'grown' (known: static, growing, paged)"),
         (("--projections", "torn"), "unknown projections 'torn' (known: joined, separate)"),
         (("--rung", "baseline", "--compile"), "--rung says what the plan and its draft are"),
         (("--rung", "tp"), "say --ranks 2"),
@@ -281,3 +281,12 @@ def test_a_narrow_encoding_is_wired_right_and_its_weights_are_compared_if_that_m
     assert certificate.outcome is Outcome.AGREE, certificate.to_text()
     told = "weights not compared one by one: sparse24-int8 drops some, whatever their size" in certificate.notes
     assert (told, "weights" in certificate.parts) == ((True, False) if name == "sparse24-int8" else (False, True))
+
+
+def test_a_cache_of_pages_agrees_and_is_asked_to_share_them(
+    saved: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--model", saved, "--device", "cpu", "--dtype", "float32", "--cache", "paged") == 0
+    out = capsys.readouterr().out
+    assert "plan      dense · paged · eager · whole · fused projections\n" in out
+    assert "rows that continue otherwise in shared pages" in out
