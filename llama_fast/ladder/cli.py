@@ -58,6 +58,9 @@ EncodingFlag = Annotated[
 TRACED_TOKENS = 16
 """A trace grows by some thousand events a token."""
 
+CHUNK = 256
+"""Tokens of prompts that a server reads between two steps."""
+
 SERVER_GRACE_SECONDS = 6.0
 """What a signal leaves the ranks of a server to end by themselves; it tells its clients within 5."""
 
@@ -297,8 +300,9 @@ def serve(
         int | None, typer.Option(help="Positions of all rows together in a paged cache; by default --rows x --length.")
     ] = None,
     chunk: Annotated[
-        int, typer.Option(help="Tokens of prompts that are read between two steps of others.", min=1)
-    ] = 256,
+        int | None,
+        typer.Option(help="Tokens of prompts that are read between two steps of others: 256; with a draft all.", min=1),
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="What clients must send as Authorization: Bearer.", envvar="LLAMA_FAST_API_KEY")
     ] = None,
@@ -345,6 +349,8 @@ def serve(
     pages = cache == "paged" if cache else where(device).type == "cpu" and not compile and draft is None
     if cache_tokens is not None and not pages:
         raise ValueError("--cache-tokens is for a paged cache: say --cache paged")
+    if chunk is not None and draft is not None:
+        raise ValueError("--chunk: with a draft all prompts are read at once")
     limits = Limits(max_body, timeout, max_queue)
     bound_prepared_products()
     member = ranks.join(where(device))
@@ -357,9 +363,9 @@ def serve(
         plan = presets.paged(plan, cache_tokens)
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
-    slots = {
-        "rows": rows, "length": length or min(2048, llama.runner.config.max_context), "draft": proposer, "chunk": chunk,
-    }  # fmt: skip
+    room = length or min(2048, llama.runner.config.max_context)
+    read = CHUNK if chunk is None and proposer is None else chunk
+    slots = {"rows": rows, "length": room, "draft": proposer, "chunk": read}
     served = make_served(llama, name or model, engine_of(member, llama, slots), limits)
     if compile or fused:
         warm_up(served.thread.engine)

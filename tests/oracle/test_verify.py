@@ -264,7 +264,7 @@ def test_a_round_trip_that_cannot_be_asked_is_empty(tiny: Checkpoint, monkeypatc
 @pytest.mark.parametrize(
     "words, told",
     [
-        (("--cache", "grown"), "unknown cache 'grown' (known: static, growing)"),
+        (("--cache", "grown"), "unknown cache 'grown' (known: static, growing, paged)"),
         (("--projections", "torn"), "unknown projections 'torn' (known: joined, separate)"),
         (("--rung", "baseline", "--compile"), "--rung says what the plan and its draft are"),
         (("--rung", "tp"), "say --ranks 2"),
@@ -326,3 +326,12 @@ def test_the_witness_of_a_file_is_not_asked_of_what_an_adapter_made_of_it(
     assert told["compared"]["tensors that a witness reads otherwise"] == len(tiny.weights)
     assert told["wrong"]["tensors that a witness reads otherwise"] == []
     assert "the adapter's numbers: they are read by one reader" in told["without"]
+
+
+def test_a_cache_of_pages_agrees_and_is_asked_to_share_them(
+    saved: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--model", saved, "--device", "cpu", "--dtype", "float32", "--cache", "paged") == 0
+    out = capsys.readouterr().out
+    assert "plan      dense · paged · eager · whole · fused projections\n" in out
+    assert "rows that continue otherwise in shared pages" in out

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from llama_fast import Llama
+from llama_fast.ladder import cli
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.tokenizers.tokenizer import RandomTokenizer
@@ -183,3 +184,19 @@ def test_what_cannot_be_served_is_one_line(model: Path) -> None:
         done = subprocess.run(command("--model", str(model), "--port", port), capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: cannot listen at 127.0.0.1:{port}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"cache": "growing"}, "unknown cache 'growing' .known: static, paged."),
+        ({"cache": "static", "cache_tokens": 64}, "--cache-tokens is for a paged cache"),
+        (
+            {"compile": True, "cache_tokens": 64, "device": "cpu"},
+            "--cache-tokens is for a paged cache: say --cache paged",
+        ),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused_before_the_model_is_sought(flags: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        cli.serve(model="no/such/model", **flags)
