@@ -183,7 +183,7 @@ def write_models(folder: Path) -> None:
     mixed |= {"output": "q8_0"}
     gguf_model(folder / "blocks.gguf", "q4_k", mixed)
     write_quantised(folder / "order", "gptq-order")
-    write_adapter(folder / "lora", SHAPE)
+    write_adapter(folder / "lora", SHAPE, ("q_proj", "o_proj", "up_proj"))  # of what is joined, some have none
 
 
 def ended(words: Sequence[str], tree: Path, seconds: float) -> tuple[int | None, str]:
