@@ -85,9 +85,10 @@ class Kernels:
     needs_joined = True
 
     def __init__(self, config: LlamaConfig, all_reduce: AllReduce, device: torch.device):
-        from llama_fast.kernels import first_use, found, launching, ops  # lazy import: Triton is optional
+        from llama_fast.kernels import first_use, found, launching, many_rows, ops  # lazy import: Triton is optional
 
-        self.ops, self.launching, self.first_use, self.found_tiles = ops, launching, first_use, found.found_tiles
+        self.ops, self.many, self.launching = ops, many_rows, launching
+        self.first_use, self.found_tiles = first_use, found.found_tiles
         self._choosing: first_use.FirstUse | None = None
         self.sampling_kernels: SamplingKernels = ops
         self.config, self.all_reduce, self.device = config, all_reduce, device
@@ -137,7 +138,7 @@ class Kernels:
             told = self.ops.widened_at_every_step(B, weight) if T == 1 else ""  # a prompt is read once
             if told:
                 warnings.warn(told, stacklevel=2)
-            q = self.ops.rotate_and_store(self.ops.wide_linear(x_MD, weight, scale, gain, eps), rope, x_MD.dtype)
+            q = self.many.rotate_and_store(self.many.wide_linear(x_MD, weight, scale, gain, eps), rope, x_MD.dtype)
         q_BTHd = q.view(B, T, self.config.n_heads, -1)
         if step.show is not None:
             at = (start_B[:, None] + torch.arange(T, device=x_BTD.device))[:, None, :, None]
@@ -174,9 +175,9 @@ class Kernels:
         elif isinstance(weight, Tensor) and weight.dtype == x_MD.dtype and self.all_reduce.alone:
             x_MD.addmm_(a_MK, weight.t())
         elif self.all_reduce.alone:
-            x_MD = self.ops.add_wide(x_MD, self.ops.wide_linear(a_MK, weight, scale))
+            x_MD = self.many.add_wide(x_MD, self.many.wide_linear(a_MK, weight, scale))
         else:
-            x_MD.add_(self.all_reduce(self.ops.wide_linear(a_MK, weight, scale).value(x_MD.dtype)))
+            x_MD.add_(self.all_reduce(self.many.wide_linear(a_MK, weight, scale).value(x_MD.dtype)))
         return x_MD.view(x_BTD.shape)
 
     def add_product(self, a_MK: Tensor, weight: Any, scale: Tensor | None, x_MD: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class Kernels:
         if self.ops.takes(len(x_MD), weight, x_MD):
             h_MF = self.ops.gated(x_MD, gain, eps, weight, scale)
         else:
-            h_MF = self.ops.gate(self.ops.wide_linear(x_MD, weight, scale, gain, eps), x_MD.dtype)
+            h_MF = self.many.gate(self.many.wide_linear(x_MD, weight, scale, gain, eps), x_MD.dtype)
         h_BTF = h_MF.view(*x_BTD.shape[:2], -1)
         step.see(ffn_hidden=h_BTF)
         return h_BTF
@@ -204,7 +205,7 @@ class Kernels:
         if self.ops.takes(len(x_MD), weight, x_MD):
             logits_MV = self.ops.linear(x_MD, weight, scale, gain=gain, eps=eps, dtype=torch.float32)
         else:
-            logits_MV = self.ops.wide_linear(x_MD, weight, scale, gain, eps).value(torch.float32)
+            logits_MV = self.many.wide_linear(x_MD, weight, scale, gain, eps).value(torch.float32)
         logits_MV = getattr(matrix, "gather", whole)(logits_MV)
         logits_BTV: Tensor = logits_MV.view(*x_BTD.shape[:2], -1)
         step.see(logits=logits_BTV)

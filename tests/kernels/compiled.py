@@ -22,7 +22,19 @@ from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.sparse24 import Sparse24
-from llama_fast.kernels import attention, choosing, exchange, linear, ops, prompt, several, tokens, tuning, widen
+from llama_fast.kernels import (
+    attention,
+    choosing,
+    exchange,
+    linear,
+    many_rows,
+    ops,
+    prompt,
+    several,
+    tokens,
+    tuning,
+    widen,
+)
 from llama_fast.kernels import narrow as narrow_kernels
 from llama_fast.kernels.launching import compiled_together
 from llama_fast.kernels.packets import Mailbox
@@ -119,7 +131,7 @@ def of_words() -> None:
         weight, scale = LOADERS[kind.loader](kind.encode(torch.ones(64, 1024), torch.bfloat16))
         for m in rows:
             ops.linear(torch.ones(m, 1024, dtype=torch.bfloat16), weight, scale)
-        ops.wide_linear(torch.ones(64, 1024, dtype=torch.bfloat16), weight, scale)
+        many_rows.wide_linear(torch.ones(64, 1024, dtype=torch.bfloat16), weight, scale)
 
 
 def general(gpu: str) -> None:
@@ -174,12 +186,12 @@ def main() -> None:
             for T in (1, 2, 8):
                 ops.likeliest(block(torch.ones(1, T, dtype=torch.int64), start_B, cache)[:, -1])
             cos, layer = block.rope_table[..., 0].contiguous(), cache.layers[0]
-            ops.rotate_and_store(
-                ops.Wide(torch.randn(24, 256).bfloat16()),
+            many_rows.rotate_and_store(
+                many_rows.Wide(torch.randn(24, 256).bfloat16()),
                 ops.Rope(cos, cos, start_B, layer.k, layer.v, 4),
                 torch.bfloat16,
             )
-            ops.gate(ops.Wide(torch.randn(24, 384).bfloat16()), torch.bfloat16)
+            many_rows.gate(many_rows.Wide(torch.randn(24, 384).bfloat16()), torch.bfloat16)
             in_pages(block)
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.sparse24 import Sparse24
 from llama_fast.engine.sampling import BatchSampler, Sampling, draw
-from llama_fast.kernels import ops, tuning
+from llama_fast.kernels import many_rows, ops, tuning
 from llama_fast.kernels.stored import LOADERS, Narrow
 from llama_fast.kernels.tuning import AttentionTile, Tile
 
@@ -180,7 +180,7 @@ def check_narrow() -> int:
         got = ops.gated(x, gain, 1e-5, pair, pair_scale, tile=tile)
         close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, torch.float32, bits)
         n_checked += 3
-    ops.WIDENED_NUMBERS = 20 * k  # slices of 20 rows
+    many_rows.WIDENED_NUMBERS = 20 * k  # slices of 20 rows
     for kind, dtype in itertools.product((*NARROW, Int8(), Fp8()), (torch.float32, torch.bfloat16)):
         x, residual, gain = (
             rand(5, k, seed=1, dtype=dtype),
@@ -190,14 +190,14 @@ def check_narrow() -> int:
         x[1] *= 1e4  # beyond fp16
         stored, scale, dense = narrow(kind, 37, k, seed=4)
         what = f"{kind.name} {dtype} wide"
-        added = ops.add_wide(residual.clone(), ops.wide_linear(x, stored, scale))
+        added = many_rows.add_wide(residual.clone(), many_rows.wide_linear(x, stored, scale))
         close(f"add {what}", added[::2], (residual.double() + x.double() @ dense.T)[::2], dtype)
         close(f"add {what}, large", added[1:2], (residual.double() + x.double() @ dense.T)[1:2], dtype)
-        logits = ops.wide_linear(x, stored, scale, gain, 1e-5).value(torch.float32)
+        logits = many_rows.wide_linear(x, stored, scale, gain, 1e-5).value(torch.float32)
         close(f"head {what}", logits, normed(x, gain, 1e-5) @ dense.T, dtype)
         pair, pair_scale, pair_dense = narrow(kind, 2 * 26, k, seed=5)
         gate, up = (normed(x, gain, 1e-5) @ pair_dense.T).chunk(2, dim=1)
-        got = ops.gate(ops.wide_linear(x, pair, pair_scale, gain, 1e-5), dtype)
+        got = many_rows.gate(many_rows.wide_linear(x, pair, pair_scale, gain, 1e-5), dtype)
         close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, dtype, roundings=2)  # products are stored too
         n_checked += 4
     check_scales()
