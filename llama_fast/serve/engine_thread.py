@@ -284,7 +284,10 @@ class EngineThread:
 
     def _step(self) -> None:
         news: list[tuple[Ticket, Event | ApiError | None]] = []
+        reused, made_way = self.engine.reused_tokens, self.engine.pre_emptions
         events, now = self.engine.step(), time.perf_counter()
+        self.metrics.reused_tokens.inc(self.engine.reused_tokens - reused)
+        self.metrics.pre_emptions.inc(self.engine.pre_emptions - made_way)
         for event in events:
             ticket = self._tickets[event.id]
             (self.metrics.between_tokens if ticket.tokens else self.metrics.first_token).observe(now - ticket.told)

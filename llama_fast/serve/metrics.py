@@ -16,6 +16,10 @@ class Metrics:
             "llama_fast_requests", "Answered requests; 499: the client left.", ["path", "status"], registry=here
         )
         self.prompt_tokens = Counter("llama_fast_prompt_tokens", "Tokens of prompts, read once a row.", registry=here)
+        self.reused_tokens = Counter(
+            "llama_fast_reused_prompt_tokens", "Tokens of prompts whose keys and values stood there.", registry=here
+        )
+        self.pre_emptions = Counter("llama_fast_pre_emptions", "Rows that made way for older ones.", registry=here)
         self.generated_tokens = Counter("llama_fast_generated_tokens", "New tokens.", registry=here)
         self.cancelled_rows = Counter(
             "llama_fast_cancelled_rows", "Rows whose client left, or whose time was up.", registry=here

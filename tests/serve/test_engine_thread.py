@@ -10,8 +10,11 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from llama_fast import Llama
+from llama_fast.build import rebuild
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.request import Request
+from llama_fast.engine.runner import Runner
+from llama_fast.recipes import paged
 from llama_fast.serve.engine_thread import EngineThread
 from llama_fast.serve.errors import ApiError
 from llama_fast.serve.metrics import Metrics
@@ -20,12 +23,16 @@ ENDLESS = Request([1, 2, 3], 2000)
 
 
 def started(
-    llama: Llama, play: Callable[[EngineThread], Awaitable[None]], timeout: float = 60.0, max_queue: int = 2
+    llama: Llama,
+    play: Callable[[EngineThread], Awaitable[None]],
+    timeout: float = 60.0,
+    max_queue: int = 2,
+    runner: Runner | None = None,
 ) -> None:
     """Play with a thread whose engine has two rows."""
 
     async def run() -> None:
-        thread = EngineThread(Engine(llama.runner, 2, 2048), Metrics(), max_queue, timeout)
+        thread = EngineThread(Engine(runner or llama.runner, 2, 2048), Metrics(), max_queue, timeout)
         thread.start()
         try:
             await play(thread)
@@ -111,3 +118,26 @@ def test_what_the_engine_refuses_is_told(llama: Llama) -> None:
         await until(lambda: thread.unfinished == 0)
 
     started(llama, play)
+
+
+def test_tokens_that_were_there_and_rows_that_made_way_are_counted(llama: Llama) -> None:
+    """Two pages of 32 positions are reused by the second request; then two rows want more pages than the pool has."""
+    begin = [(7 * i) % 200 + 3 for i in range(70)]
+
+    async def play(thread: EngineThread) -> None:
+        async def told(requests: list[Request]) -> None:
+            async for _ in thread.answer([(request, llama.writer(request.ids)) for request in requests]):
+                pass
+
+        def counts() -> list[float | None]:
+            names = ("llama_fast_reused_prompt_tokens_total", "llama_fast_pre_emptions_total")
+            return [thread.metrics.registry.get_sample_value(name) for name in names]
+
+        await told([Request(begin, 3)])
+        assert counts() == [0, 0]
+        await told([Request([*begin, 9], 3)])
+        assert counts() == [64, 0]
+        await told([Request([5 + n] * 40, 150) for n in range(2)])
+        assert (counts()[1] or 0) >= 1
+
+    started(llama, play, runner=rebuild(llama.runner, paged(llama.runner.plan, 256)))
