@@ -42,6 +42,7 @@ FILES_OF: dict[str, tuple[str, ...]] = {  # module -> the files whose fields it 
     "sentencepiece_tokenizer": ("tokenizer_config.json",),
     "sharded_files": ("*.index.json",),
     "tokenizer": ("random_tokenizer.json",),
+    "token_bytes": ("tokenizer.json",),
     "torchao_files": ("safetensors",),
     "tokenizer_class": ("tokenizer_config.json", "config.json", "tokenizer.json"),
 }
