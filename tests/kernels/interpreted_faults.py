@@ -14,7 +14,7 @@ from torch import Tensor
 from llama_fast.build import build
 from llama_fast.compilers.eager import Eager
 from llama_fast.encodings.int8 import Int8
-from llama_fast.kernels import ops
+from llama_fast.kernels import many_rows, ops
 from llama_fast.recipes import fused
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
@@ -33,18 +33,19 @@ Calls = list[int]
 
 @contextmanager
 def changed(name: str, change: Callable[..., Any]) -> Iterator[None]:
-    """ops.NAME called as change(original, number of the call in its pass, *arguments): two calls a pass and kind, one a block."""
-    original, count = getattr(ops, name), [0]
+    """NAME of `ops`, or of `many_rows`, called as change(original, number of the call in its pass, *arguments): two calls a pass and kind, one a block."""
+    module = ops if hasattr(ops, name) else many_rows
+    original, count = getattr(module, name), [0]
 
     def call(*arguments: Any, **options: Any) -> Any:
         count[0] += 1
         return change(original, count[0] - 1, *arguments, **options)
 
-    setattr(ops, name, call)
+    setattr(module, name, call)
     try:
         yield
     finally:
-        setattr(ops, name, original)
+        setattr(module, name, original)
 
 
 def late_position(original: Any, number: int, qkv: Any, rope: Any, dtype: torch.dtype) -> Tensor:
