@@ -50,15 +50,15 @@ def gap(runner: Runner, length: int, rounds: int, chunk: int | None) -> str:
         for _ in range(5):
             engine.step()
         began = last = time.perf_counter()
-        late, longest = engine.add(Request(prompt(length, number), 1)), 0.0
-        while True:
+        late, longest, first = engine.add(Request(prompt(length, number), 1)), 0.0, 0.0
+        while not first or last < began + first:  # up to the running text's next token behind it
             events, now = engine.step(), time.perf_counter()
+            if any(event.id == late for event in events):
+                first = now - began
             if any(event.id == running for event in events):
                 longest, last = max(longest, now - last), now
-            if any(event.id == late for event in events):
-                break
         gaps.append(longest)
-        firsts.append(now - began)
+        firsts.append(first)
         engine.close()
     return f"longest gap {statistics.median(gaps):.3f} s, the prompt's first token {statistics.median(firsts):.3f} s"
 

@@ -33,7 +33,8 @@ Calls = list[int]
 
 @contextmanager
 def changed(name: str, change: Callable[..., Any]) -> Iterator[None]:
-    """NAME of `ops`, or of `many_rows`, called as change(original, number of the call in its pass, *arguments): two calls a pass and kind, one a block."""
+    """NAME of `ops`, or of `many_rows`, called as change(original, number of the call in its pass, *arguments): two calls a pass
+    and kind, one a block."""
     module = ops if hasattr(ops, name) else many_rows
     original, count = getattr(module, name), [0]
 
