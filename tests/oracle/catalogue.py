@@ -1247,7 +1247,7 @@ FACE_FAULTS = [
     f("the mask of the step before", "grammar", around(steps.Allowed, "__call__", last_steps_mask), "allowed tokens", trial="face"),
     f("what is not allowed is only unlikely", "grammar", around(BatchSampler, "edited", soft_mask), "allowed tokens", trial="face"),
     f("tokens chosen ahead of the grammar", "grammar", around(request.Row, "take", lambda take, self, token, *rest: take(self, token, *rest) if self.guide is None or token % 2 else (self.guide.take(token), take(self, token, *rest))[1]), "allowed tokens", trial="face"),
-    f("one token more held than is known", "chat", around(chat, "common", lambda common, one, other: common(one, other) + bool(other)), "chat", trial="face"),
+    f("one token more held than is known", "chat", around(room, "common", lambda common, one, other: common(one, other) + bool(other)), "chat", trial="face"),
     f("a reply that is cut is closed", "chat", around(chat, "with_reply", lambda reply, messages, words, said: reply(messages, words, said.rstrip("0123456789abcdefg"))), "cut and continued", trial="face"),
     f("no open turn", "chat", around(Llama, "chat_text", lambda spell, self, messages: spell(self, messages).removesuffix("<a>")), "open turn", trial="face"),
     f("the turn opened after the assistant's words", "chat", around(Llama, "chat_text", lambda spell, self, messages: spell(self, messages) + "<|end|><a>" * (messages[-1]["role"] == "assistant")), "cut and continued", trial="face"),
