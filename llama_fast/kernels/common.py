@@ -61,3 +61,9 @@ def dot(a, b, acc):
     if INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def places_of(id):
+    """Where the two values of four columns stand, by the number of their pair: 0 to 5 for (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)."""
+    return tl.where(id < 3, 0, tl.where(id < 5, 1, 2)), tl.where(id == 0, 1, tl.where((id & 5) == 1, 2, 3))

@@ -16,7 +16,7 @@ Shapes: R weight rows, M activation rows, K columns, of which a load takes BK; a
 import triton
 import triton.language as tl
 
-from llama_fast.kernels.common import INTERPRETED, start_next, wait
+from llama_fast.kernels.common import INTERPRETED, places_of, start_next, wait
 from llama_fast.kernels.linear import _cos_sin, _finish, _live, _residuals, _rows, _scales, _vector_tile
 from llama_fast.kernels.packets import _own_epoch, _own_inbox, _send_rows
 
@@ -76,8 +76,7 @@ def _placed(values, ids):
         first, second = tl.zeros_like(values), tl.zeros_like(values)
         for i in tl.static_range(4):
             byte, id = (values >> (8 * i)) & 255, (ids >> (4 * (i // 2))) & 7
-            lower = tl.where(id < 3, 0, tl.where(id < 5, 1, 2))
-            upper = tl.where(id == 0, 1, tl.where((id & 5) == 1, 2, 3))
+            lower, upper = places_of(id)
             at = byte << (8 * (lower if i % 2 == 0 else upper))
             if i < 2:
                 first |= at

@@ -14,7 +14,7 @@ Shapes: R weight rows, M activation rows, K columns, of which a load takes BK, P
 import triton
 import triton.language as tl
 
-from llama_fast.kernels.common import INTERPRETED, dot, start_next, wait
+from llama_fast.kernels.common import INTERPRETED, dot, places_of, start_next, wait
 from llama_fast.kernels.linear import _cos_sin, _finish, _live, _residuals, _rows, _scales, _vector_tile
 from llama_fast.kernels.widen import _power_of_two
 
@@ -226,8 +226,7 @@ def _times(
             else:
                 id = tl.reshape(others[i][:, :, None] >> (4 * tl.arange(0, 8))[None, None, :], [R, C // 4]) & 7
                 of_lower, of_upper = tl.split(tl.reshape(numbers, [R, C // 4, 2]))
-            lower = tl.where(id < 3, 0, tl.where(id < 5, 1, 2))
-            upper = tl.where(id == 0, 1, tl.where((id & 5) == 1, 2, 3))
+            lower, upper = places_of(id)
             for j in tl.static_range(4):
                 dense = tl.where(lower == j, of_lower, tl.where(upper == j, of_upper, 0.0).to(kind))
                 acc = dot(dense, _piece(x, j, 1, 4, at, M, MP, K, BK, SLICES, LOADS, CHECK), acc)

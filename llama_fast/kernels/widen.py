@@ -11,6 +11,8 @@ bit may be lost, of a fp16's 11. Sparse values keep their type's numbers.
 import triton
 import triton.language as tl
 
+from llama_fast.kernels.common import places_of
+
 
 @triton.jit
 def _power_of_two(x):
@@ -48,8 +50,7 @@ def _widen(
         id = tl.load(places + row * (K // 32) + col // 32, mask=live, other=0) >> (4 * (col // 4 % 8)) & 7
         at = weight + row * (K // 2) + col // 4 * 2
         lower, upper = tl.load(at, mask=live, other=0), tl.load(at + 1, mask=live, other=0)
-        of_lower = tl.where(id < 3, 0, tl.where(id < 5, 1, 2))
-        of_upper = tl.where(id == 0, 1, tl.where((id & 5) == 1, 2, 3))
+        of_lower, of_upper = places_of(id)
         here = col % 4
         value = tl.where(here == of_lower, lower, tl.where(here == of_upper, upper, 0)).to(tl.float32)
     tl.store(out + tl.program_id(0).to(tl.int64) * K + col, value.to(out.dtype.element_ty), mask=live)
