@@ -51,7 +51,7 @@ class Plan:
         """As "dense · growing · eager · whole"."""
         words = [
             self.encoding.name,
-            type(self.cache).__name__.lower(),
+            type(self.cache).__name__.lower() + (" in 8 bits" if getattr(self.cache, "bits", None) else ""),
             *([self.arithmetic.name] if self.arithmetic.name else []),
             type(self.compiler).__name__.lower(),
             str(self.shard),

@@ -45,7 +45,7 @@ class Triton:
         for name, value in asked.items():
             if value:
                 raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
-        if not (slots.cache.plain_slots or hasattr(slots.cache, "page")):
+        if not (slots.cache.plain_slots or hasattr(slots.cache, "page") or hasattr(slots.cache, "bits")):
             kind = type(slots.cache).__name__
             raise ValueError(f"the fused kernels write no {kind} cache: take Static(), or Compiled() with this one")
         if not slots.fuse_projections:
@@ -96,6 +96,7 @@ class Kernels:
         self._scratch: dict[int, ops.AttentionScratch] = {}
         self._cos_sin: tuple[Tensor, Tensor] | None = None
         self._zeros: dict[int, Tensor] = {}
+        self._counted: dict[int, Tensor] = {}
         self._embedded_by_kernel = True
 
     def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:
@@ -128,10 +129,14 @@ class Kernels:
         start_B = step.start_B
         assert self._cos_sin is not None and start_B is not None
         gain, eps = gain_of(norm)
-        keys, values = layer.tensors
-        at_M = None if step.slots_BT is None else step.slots_BT.flatten()
-        rope = self.ops.Rope(*self._cos_sin, start_B, keys, values, self.config.n_heads, at_M)
         x_MD, (weight, scale) = x_BTD.flatten(0, 1), matrix_of(matrix)
+        (keys, values), at_M = layer.tensors[:2], None if step.slots_BT is None else step.slots_BT.flatten()
+        in_eight_bits = hasattr(layer, "steps")
+        if in_eight_bits:  # a head's largest number is known when all of it is: another kernel writes the cache
+            new = x_MD.new_empty(2, len(x_MD), self.config.n_kv_heads, self.config.head_dim)
+            keys, values = new.unbind()
+        to_M = self.counted(len(x_MD)) if in_eight_bits else at_M
+        rope = self.ops.Rope(*self._cos_sin, start_B, keys, values, self.config.n_heads, to_M)
         if self.ops.takes(B * T, weight, x_MD):
             q = self.ops.qkv(x_MD, gain, eps, weight, scale, rope, early=self._embedded_by_kernel)
         else:
@@ -140,7 +145,10 @@ class Kernels:
                 warnings.warn(told, stacklevel=2)
             q = self.many.rotate_and_store(self.many.wide_linear(x_MD, weight, scale, gain, eps), rope, x_MD.dtype)
         q_BTHd = q.view(B, T, self.config.n_heads, -1)
-        if step.show is not None:
+        if in_eight_bits:
+            self.ops.keep_in_eight_bits((keys, values), layer.tensors, start_B, at_M)
+            step.see(v=values.view(B, T, *values.shape[1:]), q_rope=q_BTHd, k_rope=keys.view(B, T, *keys.shape[1:]))
+        elif step.show is not None:
             at = (start_B[:, None] + torch.arange(T, device=x_BTD.device))[:, None, :, None]
             k, v = (t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])).transpose(1, 2) for t in (layer.k, layer.v))
             step.see(v=v, q_rope=q_BTHd, k_rope=k)
@@ -153,9 +161,11 @@ class Kernels:
             q_MK, scratch = q_BTHd.flatten(2).flatten(0, 1), self.scratch(B * T)
             pages = getattr(layer, "table", None)
             table = None if pages is None else self.ops.Table(pages.pages_BP, pages.page)
-            keys, values = layer.tensors
-            early = self._embedded_by_kernel
-            a = self.ops.attention(q_MK, keys, values, step.start_B, scratch, early=early, table=table)
+            keys, values, *steps = layer.tensors
+            a = self.ops.attention(
+                q_MK, keys, values, step.start_B, scratch, early=self._embedded_by_kernel, table=table,
+                steps=tuple(steps) if steps else None,
+            )  # fmt: skip
             a_BTHd = a.view(q_BTHd.shape)
         else:
             k_BKSd, v_BKSd = layer.k, layer.v
@@ -255,6 +265,12 @@ class Kernels:
             c = self.config
             self._scratch[rows] = self.ops.AttentionScratch.of(rows, c.n_heads, c.n_kv_heads, c.head_dim, self.device)
         return self._scratch[rows]
+
+    def counted(self, rows: int) -> Tensor:
+        """The numbers of so many rows."""
+        if rows not in self._counted:
+            self._counted[rows] = torch.arange(rows, device=self.device)
+        return self._counted[rows]
 
     def zeros(self, B: int) -> Tensor:
         """The start of rows with nothing before."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from llama_fast.caches.eight_bits import EightBitLayer, known
 from llama_fast.contracts import KVCache
 from llama_ref.arguments import whole
 from llama_ref.config import LlamaConfig
@@ -68,11 +69,11 @@ class PagedLayer:
     @property
     def k(self) -> Tensor:
         """The keys that attention reads, [B, K, S, d]: a copy of them in order."""
-        return self._gathered(self.tensors[0])
+        return self.gathered(self.tensors[0])
 
     @property
     def v(self) -> Tensor:
-        return self._gathered(self.tensors[1])
+        return self.gathered(self.tensors[1])
 
     def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The same by a few rows at a time, as many as a processor's cache holds while they are attended to."""
@@ -81,10 +82,11 @@ class PagedLayer:
         count = len(pages_BP) if pages_BP.is_cuda else max(1, CACHED_BYTES // of_row)
         for first in range(0, len(pages_BP), count):
             rows = slice(first, first + count)
-            k_BKSd, v_BKSd = (self._gathered(pool_NKd, rows) for pool_NKd in self.tensors)
+            k_BKSd, v_BKSd = (self.gathered(pool_NKd, rows) for pool_NKd in self.tensors)
             yield rows, k_BKSd, v_BKSd
 
-    def _gathered(self, pool_NKd: Tensor, rows: slice = slice(None)) -> Tensor:
+    def gathered(self, pool_NKd: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What attention reads of one of the pools, for some rows, [B, K, S, d]."""
         pages_BP = self.table.seen_BP[rows]
         pool = pool_NKd.view(-1, self.table.page * pool_NKd.shape[1], pool_NKd.shape[2])
         in_order = pool.index_select(0, pages_BP.flatten())  # by whole pages: several times as fast as indexing
@@ -95,6 +97,15 @@ class PagedLayer:
         self.tensors[0][at_BT] = k_BTKd
         self.tensors[1][at_BT] = v_BTKd
 
+    def through(self, table: Table) -> PagedLayer:
+        """The same pool as the rows of another table see it."""
+        return PagedLayer(*self.tensors, table)
+
+    def beside(self, width: int, dtype: torch.dtype) -> PagedLayer:
+        """A pool of the same slots for vectors of another width and type."""
+        pools = (pool.new_zeros(*pool.shape[:-1], width, dtype=dtype) for pool in self.tensors)
+        return PagedLayer(*pools, self.table)
+
 
 class PagedCache:
     """Rows whose pages an engine assigns.
@@ -102,7 +113,7 @@ class PagedCache:
     Where nobody does, each row has pages of its own: all of them, or, where the pool is too small for that, as they are reserved.
     """
 
-    def __init__(self, layers: Sequence[PagedLayer], pages: int):
+    def __init__(self, layers: Sequence[Any], pages: int):
         """`pages`: those of the pool that rows may have, numbered from 1 on."""
         self.layers, self.pages = list(layers), pages
         self.table = layers[0].table
@@ -164,7 +175,7 @@ class PagedCache:
         assert 0 <= first < first + count <= self.batch
         if (first, count) not in self._parts:
             table = Table(self.table.pages_BP[first : first + count], self.page)
-            part = PagedCache([PagedLayer(*layer.tensors, table) for layer in self.layers], self.pages)
+            part = PagedCache([layer.through(table) for layer in self.layers], self.pages)
             part._of = self, first
             self._parts[first, count] = part
         return self._parts[first, count]
@@ -193,14 +204,19 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class Paged:
-    """A pool of pages of `page` positions. `tokens`: positions of the pool; by default as many as all rows may have."""
+    """A pool of pages of `page` positions. `tokens`: positions of the pool; by default as many as all rows may have.
+
+    bits: 8 keeps keys and values in so many; None: in the type of the arithmetic.
+    """
 
     tokens: int | None = None
     page: int = 32
+    bits: int | None = None
     plain_slots: ClassVar[bool] = False
     fixed_addresses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        known(self.bits)
         object.__setattr__(self, "tokens", None if self.tokens is None else whole("tokens", self.tokens))
         object.__setattr__(self, "page", whole("page", self.page))
         if self.page < 2 or self.page & (self.page - 1):
@@ -219,6 +235,8 @@ class Paged:
         table = Table(torch.full((batch, row_pages), NOBODYS, dtype=torch.int64, device=device), self.page)
 
         def zeros() -> Tensor:  # not empty: whatever a masked slot holds is multiplied by 0, and 0 x NaN is NaN
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.zeros(shape, dtype=dtype if self.bits is None else torch.int8, device=device)
 
-        return PagedCache([PagedLayer(zeros(), zeros(), table) for _ in range(config.n_layers)], pages).own()
+        layers = [PagedLayer(zeros(), zeros(), table) for _ in range(config.n_layers)]
+        kept = layers if self.bits is None else [EightBitLayer(layer, dtype) for layer in layers]
+        return PagedCache(kept, pages).own()

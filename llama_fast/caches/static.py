@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from llama_fast.caches.eight_bits import EightBitLayer, known
 from llama_fast.caches.writing import write_at
 from llama_fast.contracts import KVCache
 from llama_ref.arguments import whole
@@ -33,12 +34,20 @@ class StaticLayer:
         write_at(self.k, k_BTKd, position_BT)
         write_at(self.v, v_BTKd, position_BT)
 
+    def rows(self, part: slice) -> StaticLayer:
+        """Some rows of it."""
+        return StaticLayer(self.k[part], self.v[part])
+
+    def beside(self, width: int, dtype: torch.dtype) -> StaticLayer:
+        """A layer with the same slots for vectors of another width and type."""
+        return StaticLayer(*(tensor.new_zeros(*tensor.shape[:-1], width, dtype=dtype) for tensor in self.tensors))
+
 
 class StaticCache:
     """S slots a row, all there from the start."""
 
-    def __init__(self, layers: Sequence[StaticLayer]):
-        self.batch, _, self.length, _ = layers[0].k.shape
+    def __init__(self, layers: Sequence[Any]):
+        self.batch, _, self.length, _ = layers[0].tensors[0].shape
         self.capacity = self.length
         self.layers = list(layers)
         self._parts: dict[tuple[int, int], StaticCache] = {}
@@ -54,20 +63,28 @@ class StaticCache:
         assert 0 <= first < first + count <= self.batch
         if (first, count) not in self._parts:
             part = slice(first, first + count)
-            self._parts[first, count] = StaticCache([StaticLayer(at.k[part], at.v[part]) for at in self.layers])
+            self._parts[first, count] = StaticCache([layer.rows(part) for layer in self.layers])
         return self._parts[first, count]
 
 
 @dataclass(frozen=True)
 class Static:
-    """A cache of `length` slots, or of what a request needs rounded up to a multiple of `multiple`."""
+    """A cache of `length` slots, or of what a request needs rounded up to a multiple of `multiple`.
+
+    bits: 8 keeps keys and values in so many; None: in the type of the arithmetic.
+    """
 
     length: int | None = None
     multiple: int = 256
-    plain_slots: ClassVar[bool] = True
+    bits: int | None = None
     fixed_addresses: ClassVar[bool] = True
 
+    @property
+    def plain_slots(self) -> bool:
+        return self.bits is None
+
     def __post_init__(self) -> None:
+        known(self.bits)
         object.__setattr__(self, "length", None if self.length is None else whole("length", self.length))
         object.__setattr__(self, "multiple", whole("multiple", self.multiple))
         if self.multiple < 1 or (self.length is not None and self.length < 1):
@@ -84,6 +101,7 @@ class Static:
         shape = (batch, config.n_kv_heads, slots, config.head_dim)
 
         def zeros() -> Tensor:  # not empty: whatever a masked slot holds is multiplied by 0, and 0 x NaN is NaN
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.zeros(shape, dtype=dtype if self.bits is None else torch.int8, device=device)
 
-        return StaticCache([StaticLayer(zeros(), zeros()) for _ in range(config.n_layers)])
+        layers = (StaticLayer(zeros(), zeros()) for _ in range(config.n_layers))
+        return StaticCache([*layers] if self.bits is None else [EightBitLayer(layer, dtype) for layer in layers])

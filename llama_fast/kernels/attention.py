@@ -39,22 +39,40 @@ def _slots(
 
 
 @triton.jit
-def _attend_to(
-    q, k, v, lo, hi, first, row_t, log2_scale, peak, total, acc, DP: tl.constexpr, RP: tl.constexpr, BS: tl.constexpr
-):
-    """One tile of BS slots of the online softmax, in powers of two."""
+def _steps(base, table, lo, hi, HKV: tl.constexpr, BS: tl.constexpr, PAGE: tl.constexpr):
+    """The steps of eight-bit keys or values of slots lo .. lo + BS, as far as they lie below hi. [BS]."""
     slot = lo + tl.arange(0, BS)
+    if PAGE:
+        page = tl.load(table + slot // PAGE, mask=slot < hi, other=0)
+        return tl.load(base + (page * PAGE + slot % PAGE) * HKV, mask=slot < hi, other=0)
+    else:
+        return tl.load(base + slot, mask=slot < hi, other=0)
+
+
+@triton.jit
+def _attend_to(
+    q, k, v, k_steps, v_steps, table, lo, hi, first, row_t, log2_scale, peak, total, acc, HKV: tl.constexpr,
+    DP: tl.constexpr, RP: tl.constexpr, BS: tl.constexpr, PAGE: tl.constexpr, EIGHT: tl.constexpr,
+):  # fmt: skip
+    """One tile of BS slots of the online softmax, in powers of two. EIGHT: keys and values are integers, of steps."""
+    slot = lo + tl.arange(0, BS)
+    if EIGHT:
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if RP == 1:
         scores = tl.sum(tl.reshape(q, [1, DP]).to(tl.float32) * k.to(tl.float32), 1)[None, :]
     else:
         scores = dot(q, tl.trans(k), tl.zeros([RP, BS], tl.float32))
     scores *= log2_scale
+    if EIGHT:
+        scores *= _steps(k_steps, table, lo, hi, HKV, BS, PAGE)[None, :]
     seen = (slot < hi)[None, :] & (slot[None, :] <= (first + row_t)[:, None])
     scores = tl.where(seen, scores, HIDDEN)
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     shrink = tl.exp2(peak - new_peak)
     p = tl.exp2(scores - new_peak[:, None])
     total = total * shrink + tl.sum(p, 1)
+    if EIGHT:
+        p *= _steps(v_steps, table, lo, hi, HKV, BS, PAGE)[None, :]
     if RP == 1:
         acc = acc * shrink[:, None] + tl.sum(tl.reshape(p, [BS, 1]) * v.to(tl.float32), 0)[None, :]
     else:
@@ -64,14 +82,15 @@ def _attend_to(
 
 @triton.jit
 def _attend(
-    q, k_cache, v_cache, start, out, part, part_stats, arrived, slots, softmax_scale,
+    q, k_cache, v_cache, k_steps, v_steps, start, out, part, part_stats, arrived, slots, softmax_scale,
     T: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, DP: tl.constexpr,
     RP: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, E: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr, ROW_PAGES: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr, ROW_PAGES: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * HKV, SPLITS). RP: T * G query rows padded (1, or >= 16 for tensor cores). LEAST: fewest slots worth a program.
 
     PAGE: slots of a page in pools [N, HKV, HD]; `slots` is then the table [B, ROW_PAGES]. 0: `slots` of each row and head.
+    EIGHT: caches are int8, and each of their vectors is to be multiplied by its step.
     """
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -90,10 +109,14 @@ def _attend(
             k_base = k_cache + (pair % HKV) * HD
             v_base = v_cache + (pair % HKV) * HD
             table = slots + b * ROW_PAGES
+            k_steps += pair % HKV
+            v_steps += pair % HKV
         else:
             k_base = k_cache + pair.to(tl.int64) * slots * HD
             v_base = v_cache + pair.to(tl.int64) * slots * HD
             table = slots
+            k_steps += pair.to(tl.int64) * slots
+            v_steps += pair.to(tl.int64) * slots
         # Slots of earlier steps do not depend on the kernel ahead: their first tile travels before the wait.
         k = _slots(k_base, table, lo, 0, tl.minimum(hi, first), HKV, HD, DP, BS, PAGE)
         v = _slots(v_base, table, lo, 0, tl.minimum(hi, first), HKV, HD, DP, BS, PAGE)
@@ -115,13 +138,17 @@ def _attend(
         peak = tl.full([RP], HIDDEN, tl.float32)
         total = tl.zeros([RP], tl.float32)
         acc = tl.zeros([RP, DP], tl.float32)
-        peak, total, acc = _attend_to(query, k, v, lo, hi, first, row_t, log2_scale, peak, total, acc, DP, RP, BS)
+        peak, total, acc = _attend_to(
+            query, k, v, k_steps, v_steps, table, lo, hi, first, row_t, log2_scale, peak, total, acc,
+            HKV, DP, RP, BS, PAGE, EIGHT,
+        )  # fmt: skip
         for tile in tl.range(lo + BS, hi, BS, num_stages=STAGES):
             k_tile = _slots(k_base, table, tile, 0, hi, HKV, HD, DP, BS, PAGE)
             v_tile = _slots(v_base, table, tile, 0, hi, HKV, HD, DP, BS, PAGE)
             peak, total, acc = _attend_to(
-                query, k_tile, v_tile, tile, hi, first, row_t, log2_scale, peak, total, acc, DP, RP, BS
-            )
+                query, k_tile, v_tile, k_steps, v_steps, table, tile, hi, first, row_t, log2_scale, peak, total, acc,
+                HKV, DP, RP, BS, PAGE, EIGHT,
+            )  # fmt: skip
         if active == 1:
             tl.store(out + at_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask_rows)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama_fast.kernels.attention import _attend
 from llama_fast.kernels.choosing import _distribution, _draw
+from llama_fast.kernels.eight_bits import _in_eight_bits
 from llama_fast.kernels.found import found_tiles, product_of
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.linear import _in_registers, _norm, _on_tensor_cores
@@ -379,10 +380,12 @@ def attention(
     pdl: bool | None = None,
     early: bool = False,
     table: Table | None = None,
+    steps: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention of q [B * T, H * HD] over slots 0 .. start + t of the caches [B, HKV, S, HD]. -> [B * T, H * HD].
 
     table: where these slots stand in caches that are pools [N, HKV, HD]; no kernel of the step writes it.
+    steps: of caches that are int8, what each vector of keys, and of values, is multiplied by, [B, HKV, S] or [N, HKV].
     early: `start` is read before the kernel ahead has ended; right if nothing since `embed` writes it.
     """
     batch, kv_heads, head_dim = k_cache.shape[0] if table is None else len(start), k_cache.shape[1], k_cache.shape[-1]
@@ -402,16 +405,31 @@ def attention(
     out = torch.empty_like(q)
     rows = tokens * group
     launch(_attend, (batch * kv_heads, tile.splits))(
-        q, k_cache, v_cache, start, out, scratch.part, scratch.part_stats, scratch.arrived,
+        q, k_cache, v_cache, *(steps or (q, q)), start, out, scratch.part, scratch.part_stats, scratch.arrived,
         slots if table is None else table.pages,
         head_dim**-0.5,
         T=tokens, G=group, HKV=kv_heads, HD=head_dim, DP=max(next_power_of_2(head_dim), 16),
         RP=1 if rows == 1 and tile.vector else max(next_power_of_2(rows), 16), BS=tile.slots, SPLITS=tile.splits,
         SPLITS_P=next_power_of_2(tile.splits), E=min(next_power_of_2(rows * head_dim), 4096 // next_power_of_2(tile.splits)), LEAST=tile.least,
-        STAGES=tile.stages, PDL=pdl, EARLY=early, PAGE=page, ROW_PAGES=row_pages, num_warps=tile.warps,
+        STAGES=tile.stages, PDL=pdl, EARLY=early, PAGE=page, ROW_PAGES=row_pages, EIGHT=steps is not None, num_warps=tile.warps,
         **launch_options(pdl),
     )  # fmt: skip
     return out
+
+
+def keep_in_eight_bits(
+    new: tuple[Tensor, Tensor], kept: tuple[Tensor, ...], start: Tensor, at: Tensor | None, *, pdl: bool | None = None
+) -> None:
+    """New keys and values [M, HKV, HD] to a cache of eight bits: its integers and steps of keys and of values, as `attention` reads
+    them. `start` [B] and `at` as in `Rope`."""
+    rows, kv_heads, head_dim = new[0].shape
+    facts = machine(new[0].device)
+    pdl = facts.pdl if pdl is None else pdl
+    k_cache, v_cache, k_steps, v_steps = kept
+    launch(_in_eight_bits, (rows, kv_heads))(
+        *new, k_cache, v_cache, k_steps, v_steps, start, k_cache.shape[2] if at is None else at, rows // len(start),
+        HKV=kv_heads, HD=head_dim, DP=next_power_of_2(head_dim), PDL=pdl, num_warps=1, **launch_options(pdl),
+    )  # fmt: skip
 
 
 def embed(tokens: Tensor, table: Tensor, *, pdl: bool | None = None) -> Tensor:

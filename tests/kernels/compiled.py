@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from llama_fast.arithmetic import triton as arithmetic
 from llama_fast.build import build
 from llama_fast.caches.paged import Paged
+from llama_fast.caches.static import Static
 from llama_fast.compilers.eager import Eager
 from llama_fast.compilers.graphed import first_block_of
 from llama_fast.encodings.dense import Dense
@@ -25,6 +26,7 @@ from llama_fast.encodings.sparse24 import Sparse24
 from llama_fast.kernels import (
     attention,
     choosing,
+    eight_bits,
     exchange,
     linear,
     many_rows,
@@ -52,6 +54,7 @@ KERNELS = (
     linear._on_tensor_cores,
     linear._norm,
     attention._attend,
+    eight_bits._in_eight_bits,
     tokens._embed,
     tokens._argmax,
     choosing._distribution,
@@ -118,6 +121,21 @@ def in_pages(block: Llama) -> None:
     start_B = torch.zeros(2, dtype=torch.int64)
     for T in (1, 4, 16):
         block(torch.ones(2, T, dtype=torch.int64), start_B, cache)
+
+
+def in_eight_bits(block: Llama) -> None:
+    """The same where they are kept in eight bits, and one row's step in a long cache."""
+    for kind in (Static(bits=8), Paged(bits=8)):
+        cache = kind.allocate(CONFIG, 2, 256, torch.bfloat16, torch.device("cpu"))
+        for T in (1, 4, 16):
+            block(torch.ones(2, T, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), cache)
+    for slots, rows in itertools.product((256, 512, 4096), (1, 8)):
+        keys, steps = torch.zeros(1, 1, slots, 128, dtype=torch.int8), torch.zeros(1, 1, slots)
+        scratch = ops.AttentionScratch.of(8, 1, 1, 128, keys.device)
+        start_B = torch.zeros(1, dtype=torch.int64)
+        ops.attention(
+            torch.zeros(rows, 128, dtype=torch.bfloat16), keys, keys.clone(), start_B, scratch, steps=(steps, steps)
+        )
 
 
 def of_words() -> None:
@@ -193,6 +211,7 @@ def main() -> None:
             )
             many_rows.gate(many_rows.Wide(torch.randn(24, 384).bfloat16()), torch.bfloat16)
             in_pages(block)
+            in_eight_bits(block)
             two = torch.randn(2, 128).bfloat16()
             weight, scale = torch.ones(96, 128, dtype=torch.int8), torch.ones(96, 1, dtype=torch.bfloat16)
             for rows, (n, k) in itertools.product((9, 32, 64, 128), ((96, 128), (16384, 256))):
