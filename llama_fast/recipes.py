@@ -6,6 +6,7 @@ Leaves are imported where a plan asks for them, so that one that is not there is
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from llama_fast.contracts import Encoding
 from llama_fast.encodings.by_name import encodings, of_size
@@ -62,6 +63,14 @@ def paged(plan: Plan, tokens: int | None = None) -> Plan:
     from llama_fast.caches.paged import Paged
 
     return replace(plan, cache=Paged(tokens))
+
+
+def in_eight_bits(plan: Plan) -> Plan:
+    """The plan with keys and values in eight bits, in the slots or pages that it has."""
+    cache: Any = plan.cache
+    if not hasattr(cache, "bits"):
+        raise ValueError(f"a {type(cache).__name__} cache keeps no eight bits: take Static() or Paged()")
+    return replace(plan, cache=replace(cache, bits=8))
 
 
 def with_encoding(plan: Plan, encoding: Encoding | None) -> Plan:

@@ -52,6 +52,9 @@ def verify(
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="judge the compiled phases")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="judge our own kernels; needs a GPU")] = False,
     cache: Annotated[str, typer.Option(help="how keys and values are kept: static, growing or paged")] = "static",
+    cache_bits: Annotated[
+        int | None, typer.Option(help="keep keys and values in 8 bits; by default in the type of the arithmetic")
+    ] = None,
     projections: Annotated[str, typer.Option(help="q, k, v and gate, up: joined or separate")] = "joined",
     rung: Annotated[str | None, typer.Option(help="judge the very plan of a rung of `llama-fast bench`")] = None,
     ranks: Annotated[int | None, typer.Option(help="judge a model cut over so many processes of this host")] = None,
@@ -81,10 +84,10 @@ def verify(
 
     in_type = None if dtype is None else dtype_named(dtype, ("float32", "bfloat16"))
     writable(json, html)
-    spelled = Words(encoding or "dense", compile, fused, cache, projections)
+    spelled = Words(encoding or "dense", compile, fused, cache, projections, cache_bits)
     plan = spelled.plan()  # which refuses what it cannot be
     if subject != "ours" and (plan != Words("dense").plan() or encoding or draft or rung or ranks or adapter):
-        flags = "--adapter, --encoding, --compile, --fused, --cache, --projections, --rung, --ranks and --draft"
+        flags = "--adapter, --encoding, --compile, --fused, --cache, --cache-bits, --projections, --rung, --ranks and --draft"
         raise ValueError(f"{flags} are for our own models, not for {subject!r}")
     on = where(device)
     if fused and on.type != "cuda":
@@ -97,6 +100,10 @@ def verify(
         plan, proposed, over_ranks = rung_plans(rung, on)
     if over_ranks and not ranks and Place.of_environment() is None:
         raise ValueError(f"--rung {rung} is for several processes: say --ranks 2, or start them with torchrun")
+    if cache_bits and (ranks or over_ranks or Place.of_environment() is not None):
+        raise ValueError("--cache-bits is asked of one process: leave --ranks")
+    if cache_bits and draft:
+        raise ValueError("--cache-bits is asked without a draft: rounding keys is a step function, and texts may part")
     if ranks is not None and Place.of_environment() is None:
         check_ranks(resolve(model).open(), ranks)
         raise typer.Exit(start_ranks(ranks, sys.argv[1:]))

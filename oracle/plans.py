@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named, fused, optimised, paged
+from llama_fast.recipes import encoding_named, fused, in_eight_bits, optimised, paged
 
 CACHES = ("static", "growing", "paged")
 PROJECTIONS = ("joined", "separate")
@@ -22,6 +22,7 @@ class Words:
     fused: bool = False
     cache: str = "static"
     projections: str = "joined"
+    cache_bits: int | None = None
 
     def plan(self) -> Plan:
         """Raises ValueError, by name, for words that it does not know, or that exclude each other."""
@@ -36,6 +37,12 @@ class Words:
             plan = replace(plan, cache=Plan().cache)
         if self.cache == "paged":
             plan = paged(plan)
+        if self.cache_bits is not None:
+            if self.cache == "growing":
+                raise ValueError("--cache-bits is for a static or a paged cache")
+            if self.cache_bits != 8:
+                raise ValueError(f"--cache-bits {self.cache_bits}: 8 is known")
+            plan = in_eight_bits(plan)
         return replace(plan, fuse_projections=self.projections == "joined")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.arithmetic.pytorch import PyTorch
-from llama_fast.build import build
+from llama_fast.build import build, rebuild
 from llama_fast.compilers.eager import Eager
 from llama_fast.encodings.dense import Dense
 from llama_fast.engine.runner import Runner
@@ -35,6 +35,7 @@ from oracle.questions.checkpoints import (
     references,
     window_length,
 )
+from oracle.questions.eight_bits import judge_kept, judge_loss, kept_stages, without_bits
 from oracle.questions.face import PROMPTS, Faces, ids_of, judge_face
 from oracle.questions.generation import judge_draws, judge_stopping
 from oracle.questions.judge import Bench, judge
@@ -99,6 +100,7 @@ def verify(
     certificate = Certificate(
         subject_of(model_name or str(checkpoint.path or "random"), str(plan), plan, device, dtype)
     )
+    asked, plan = plan, without_bits(plan)
     checkpoint = replace(checkpoint, weights=ReadOnce(checkpoint.weights))
     config = checkpoint.config
     case = standard_case(config.vocab_size, config.max_context, encode)
@@ -126,6 +128,16 @@ def verify(
             if of_type is dtype:
                 _verify_loop(certificate, subject, case, beside if extras.repeat else None, progress)
                 _verify_encoding(certificate, truth, runner, checkpoint, encode, progress, extras.text)
+            if asked != plan:
+                progress(f"{name}: keys and values in eight bits")
+                narrow = rebuild(runner, replace(asked, compiler=runner.plan.compiler))
+                question = partial(
+                    _verify_eight_bits, certificate, name, narrow, truth, references(runner, checkpoint)[1], case.rows
+                )
+                certificate.ask(f"{name} eight bits", question)
+                if of_type is dtype and encode is not None:
+                    rows = text_rows(encode, [min(DRIFT_TOKENS, config.max_context)] * DRIFT_ROWS, text=extras.text)
+                    certificate.ask("loss by eight bits", partial(judge_loss, narrow, runner, rows))
             del runner, subject, truth
             gc.collect()
             if device.type == "cuda":
@@ -265,6 +277,23 @@ def _verify_stages(
         rounded = rounded_reference(truth, subject.dtype)
         certificate.ask(f"{name} stored numbers", partial(judge_stored, cut, traces, truth, rounded, n_layers))
     return summary(stages)
+
+
+def _verify_eight_bits(
+    certificate: Certificate,
+    name: str,
+    runner: Runner,
+    truth: RefSubject,
+    yardstick: RefSubject,
+    rows: Sequence[Sequence[int]],
+) -> Verdict:
+    """What a cache of eight bits keeps, and attention over it."""
+    subject = FastSubject(runner)
+    cut, traces = shown_stages(subject, truth, rows)
+    unit, layers = unit_roundoff(subject.dtype), truth.config.n_layers
+    stages = kept_stages(judge_stages(cut, traces, truth, yardstick, layers, unit))
+    certificate.first_fault = certificate.first_fault or first_beyond(stages)
+    return judge_kept(traces, truth.config.head_dim, unit) + summary(stages)
 
 
 def _verify_window(

@@ -164,7 +164,7 @@ class Kernels:
             keys, values, *steps = layer.tensors
             a = self.ops.attention(
                 q_MK, keys, values, step.start_B, scratch, early=self._embedded_by_kernel, table=table,
-                steps=tuple(steps) if steps else None,
+                steps=(steps[0], steps[1]) if steps else None,
             )  # fmt: skip
             a_BTHd = a.view(q_BTHd.shape)
         else:

@@ -20,7 +20,7 @@ LEAST_STEP = 1e-30
 
 
 def in_steps(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., d] as integers [..., d], int8, of a step each [..., 1], float32: x is near integers * step, by half a step at most."""
+    """x [..., d] as int8 integers [..., d] and float32 steps [..., 1]: x is near integers * step, by half a step at most."""
     wide = x.float()
     step = (wide.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=LEAST_STEP)
     return (wide / step).round().to(torch.int8), step
@@ -42,11 +42,11 @@ class EightBitLayer:
     @property
     def k(self) -> Tensor:
         """The keys that attention reads, [B, K, S, d]: a copy of them in the type of the arithmetic."""
-        return (self.whole.k * self.steps.k).to(self.dtype)
+        return self._wide(self.whole.k, self.steps.k)
 
     @property
     def v(self) -> Tensor:
-        return (self.whole.v * self.steps.v).to(self.dtype)
+        return self._wide(self.whole.v, self.steps.v)
 
     def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The same, by a few rows at a time where the slots are in pages."""
@@ -55,7 +55,10 @@ class EightBitLayer:
             return
         for rows, k_BKSd, v_BKSd in self.whole.parts():
             k_step, v_step = (self.steps.gathered(pool, rows) for pool in self.steps.tensors)
-            yield rows, (k_BKSd * k_step).to(self.dtype), (v_BKSd * v_step).to(self.dtype)
+            yield rows, self._wide(k_BKSd, k_step), self._wide(v_BKSd, v_step)
+
+    def _wide(self, whole: Tensor, step: Tensor) -> Tensor:
+        return (whole * step).to(self.dtype)
 
     def put(self, k_BTKd: Tensor, v_BTKd: Tensor, position_BT: Tensor) -> None:
         (k, k_step), (v, v_step) = in_steps(k_BTKd), in_steps(v_BTKd)

@@ -103,8 +103,8 @@ class PagedLayer:
 
     def beside(self, width: int, dtype: torch.dtype) -> PagedLayer:
         """A pool of the same slots for vectors of another width and type."""
-        pools = (pool.new_zeros(*pool.shape[:-1], width, dtype=dtype) for pool in self.tensors)
-        return PagedLayer(*pools, self.table)
+        k_NKd, v_NKd = (pool.new_zeros(*pool.shape[:-1], width, dtype=dtype) for pool in self.tensors)
+        return PagedLayer(k_NKd, v_NKd, self.table)
 
 
 class PagedCache:
@@ -116,7 +116,7 @@ class PagedCache:
     def __init__(self, layers: Sequence[Any], pages: int):
         """`pages`: those of the pool that rows may have, numbered from 1 on."""
         self.layers, self.pages = list(layers), pages
-        self.table = layers[0].table
+        self.table: Table = layers[0].table
         self.page = self.table.page
         self.batch, self.row_pages = self.table.pages_BP.shape
         self.capacity = self.row_pages * self.page
@@ -128,11 +128,12 @@ class PagedCache:
 
     @property
     def length(self) -> int:
-        return self.table.seen_BP.shape[1] * self.page
+        return int(self.table.seen_BP.shape[1]) * self.page
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors) + self.table.pages_BP.nbytes
+        kept: int = sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+        return kept + self.table.pages_BP.nbytes
 
     def own(self) -> PagedCache:
         """The same cache, before an engine assigns pages: every row has its own."""

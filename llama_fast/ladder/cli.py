@@ -299,6 +299,10 @@ def serve(
     cache_tokens: Annotated[
         int | None, typer.Option(help="Positions of all rows together in a paged cache; by default --rows x --length.")
     ] = None,
+    cache_bits: Annotated[
+        int | None,
+        typer.Option(help="8 keeps keys and values in so many bits; by default they have the type of the arithmetic."),
+    ] = None,
     chunk: Annotated[
         int | None,
         typer.Option(help="Tokens of prompts that are read between two steps of others: 256; with a draft all.", min=1),
@@ -349,6 +353,8 @@ def serve(
     pages = cache == "paged" if cache else where(device).type == "cpu" and not compile and draft is None
     if cache_tokens is not None and not pages:
         raise ValueError("--cache-tokens is for a paged cache: say --cache paged")
+    if cache_bits not in (None, 8):
+        raise ValueError(f"--cache-bits {cache_bits}: 8 is known")
     if chunk is not None and draft is not None:
         raise ValueError("--chunk: with a draft all prompts are read at once")
     limits = Limits(max_body, timeout, max_queue)
@@ -361,6 +367,7 @@ def serve(
     plan = replace(presets.fused(kept) if fused else presets.optimised(kept, compile), shard=member.shard)
     if pages:
         plan = presets.paged(plan, cache_tokens)
+    plan = presets.in_eight_bits(plan) if cache_bits else plan
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
     room = length or min(2048, llama.runner.config.max_context)

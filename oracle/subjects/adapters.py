@@ -185,6 +185,7 @@ class RefSubject:
         turns_Td = rotations(c, max(lengths, default=0), island(self.dtype), x_1ND.device)
         turns_Nd = torch.cat([turns_Td[:length] for length in lengths])
         q, k = give("q_rope", rotate(q, turns_Nd)), give("k_rope", rotate(k, turns_Nd))
+        k, v = (self._kept(seen, f"{name}.{stage}", part) for stage, part in (("k_kept", k), ("v_kept", v)))
         alone = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
         a = give("attention", torch.cat([attend(*of_row, window=c.window) for of_row in alone], 1))
         x_1ND = x_1ND + give("attention_out", project(a.reshape(1, N, -1), w, b, "attention.wo"))
@@ -195,6 +196,12 @@ class RefSubject:
         for row, part in zip(out, x_1ND[0].split(lengths), strict=True):
             row[name] = part
         return out
+
+    def _kept(self, seen: Sequence[Trace], stage: str, computed_1NKd: Tensor) -> Tensor:
+        """Keys or values as a cache that rounds them holds them, if the subject shows such ones."""
+        if not all(stage in row for row in seen):
+            return computed_1NKd
+        return torch.cat([self._typed(row[stage]) for row in seen]).view(computed_1NKd.shape)
 
     @torch.no_grad()
     def embeddings(self, rows: Rows) -> list[Tensor]:

@@ -174,7 +174,8 @@ class FastSubject:
     def trace(self, rows: Rows, splits: Sequence[int]) -> list[Trace]:
         """What every stage showed at every position of each row: the prompt in one prefill, the rest token by token.
 
-        Runs the model as written, not compiled, with the plan's own cache.
+        Runs the model as written, not compiled, with the plan's own cache. Of one of eight bits "k_kept" and "v_kept" are what it
+        holds at the end: what attention has seen.
         """
         device, steps = self.runner.device, max(len(row) - split for row, split in zip(rows, splits, strict=True))
         seen: list[dict[str, list[Tensor]]] = [{} for _ in rows]
@@ -199,6 +200,12 @@ class FastSubject:
             cache.reserve(at_B, 1)
             token_B1 = torch.tensor([[row[i]] for row, i in zip(rows, at)], device=device)
             model(token_B1, at_B, cache, show=keep(fresh))
+        if getattr(self.runner.plan.cache, "bits", None):
+            for number, layer in enumerate(cache.layers):
+                for name, kept_BKSd in (("k_kept", layer.k), ("v_kept", layer.v)):
+                    for row, tokens in enumerate(rows):
+                        kept_TKd = kept_BKSd[row, :, : len(tokens)].transpose(0, 1)
+                        seen[row][f"layers.{number}.{name}"] = [kept_TKd.flatten(1).clone()]
         return [{stage: torch.cat(values) for stage, values in row.items()} for row in seen]
 
 

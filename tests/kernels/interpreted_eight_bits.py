@@ -21,7 +21,9 @@ from llama_fast.recipes import fused, optimised
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 
-CONFIG = LlamaConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=12, ffn_dim=72, vocab_size=53, max_context=64)
+CONFIG = LlamaConfig(
+    dim=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=12, ffn_dim=72, vocab_size=53, max_context=64
+)
 TILES = (AttentionTile(16, 3, 16), AttentionTile(16, 2, 16, vector=True))
 
 
@@ -32,7 +34,9 @@ def rand(*shape: int, seed: int) -> Tensor:
 def kept() -> int:
     """The integers and steps of PyTorch's path, at their places and at no other; vectors large, tiny and of zeros."""
     B, T, K, d, S = 2, 3, 2, 12, 20
-    new = tuple(rand(B * T, K, d, seed=seed) * torch.tensor([1e4, 1.0, 1e-6, 0.0, 3.0, 7.0])[:, None, None] for seed in (1, 2))
+    new = tuple(
+        rand(B * T, K, d, seed=seed) * torch.tensor([1e4, 1.0, 1e-6, 0.0, 3.0, 7.0])[:, None, None] for seed in (1, 2)
+    )
     start_B = torch.tensor([4, 17])
     for dtype in (torch.float32, torch.bfloat16):
         k, v = (each.to(dtype) for each in new)
@@ -87,7 +91,9 @@ def run(runner: Runner, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
     runner.prefill(tokens_BL[:, :9], lengths_B, cache)
     rows_B1, seen = torch.arange(2)[:, None], []
     for T in (1, 3):
-        seen.append(runner.decode(tokens_BL[rows_B1, lengths_B[:, None] + torch.arange(T)], lengths_B, cache).flatten(0, 1))
+        seen.append(
+            runner.decode(tokens_BL[rows_B1, lengths_B[:, None] + torch.arange(T)], lengths_B, cache).flatten(0, 1)
+        )
         lengths_B = lengths_B + T
     kept = [each[row, :, : lengths_B[row]] for layer in cache.layers for each in (layer.k, layer.v) for row in range(2)]
     return torch.cat(seen), torch.cat([each.flatten() for each in kept])

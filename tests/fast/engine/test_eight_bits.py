@@ -30,7 +30,10 @@ KINDS = {"slots": Static(bits=8), "pages": Paged(page=4, bits=8)}
 
 
 def test_a_vector_is_near_integers_of_its_step() -> None:
-    x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e5, 1, 1e-5, 0, 3])[:, None, None]
+    x = (
+        torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1e5, 1, 1e-5, 0, 3])[:, None, None]
+    )
     whole, step = in_steps(x)
     assert whole.dtype == torch.int8 and step.shape == (5, 3, 1) and step.isfinite().all() and (step > 0).all()
     assert ((whole * step - x).abs() <= 0.5001 * step).all() and whole.abs().amax(-1)[[0, 1, 2, 4]].eq(127).all()
@@ -107,7 +110,7 @@ def test_the_loss_is_small(dtype: torch.dtype) -> None:
 def test_other_numbers_of_bits_are_refused_and_a_plan_tells_its_own() -> None:
     for kind in (Static, Paged):
         for bits in (4, True, "8", 0):
-            with pytest.raises(ValueError, match="bits=.* must be 8, or None for the type of the arithmetic"):
+            with pytest.raises(ValueError, match=r"bits=.* must be 8, or None for the type of the arithmetic"):
                 kind(bits=bits)
     assert "static in 8 bits" in str(Plan(cache=Static(bits=8))) and "paged in 8 bits" in str(fused_pages())
 
