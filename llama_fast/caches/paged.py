@@ -117,7 +117,7 @@ class PagedCache:
         """`pages`: those of the pool that rows may have, numbered from 1 on."""
         self.layers, self.pages = list(layers), pages
         self.table: Table = layers[0].table
-        self.page = self.table.page
+        self.page: int = self.table.page
         self.batch, self.row_pages = self.table.pages_BP.shape
         self.capacity = self.row_pages * self.page
         self._parts: dict[tuple[int, int], PagedCache] = {}
@@ -128,7 +128,8 @@ class PagedCache:
 
     @property
     def length(self) -> int:
-        return int(self.table.seen_BP.shape[1]) * self.page
+        pages: int = self.table.seen_BP.shape[1]
+        return pages * self.page
 
     @property
     def nbytes(self) -> int:
