@@ -60,6 +60,23 @@ def test_the_ladder_of_four_gpus_is_recorded_as_its_file_says() -> None:
         assert MAKE.number(record.cell(row, "floor")) == f"{rung.floor_tokens_per_second:,.1f}"
 
 
+@pytest.mark.parametrize(("picture", "rungs"), [("ladder-4xh200", 8), ("ladder-h100", 6), ("ladder-cpu", 4)])
+def test_a_picture_of_a_ladder_is_drawn_of_what_its_record_tells(picture: str, rungs: int) -> None:
+    ladder = runpy.run_path(str(DOCS / "ladder_pictures.py"))["ladders"]()[picture]
+    (record,) = (record for record in RECORDS if f"]({picture}.png)" in record.notes)
+    rows = [line.split("|")[1].strip() for line in record.values.strip().splitlines()[1:]]
+    assert len(rows) == len(ladder.rungs) == rungs and (DOCS / f"{picture}.png").exists()
+    for row, rung in zip(rows, ladder.rungs):
+        column = "memory" if "| memory |" in record.values else "memory a GPU"
+        rate = rung.tokens_per_second
+        share = float(record.cell(row, "share").rstrip("%")) / 100
+        assert (
+            record.cell(row, column) == f"{rung.peak_memory_gb:.2f} GB" and record.cell(row, "oracle") == rung.verdict
+        )
+        assert f"{rate.median:,.1f}" in record.cell(row, "tokens/s") and rate.min <= rate.median <= rate.max
+        assert rung.bandwidth_gb_per_s / ladder.read_bandwidth_gb_per_s == pytest.approx(share, abs=0.011)
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
 def test_a_record_is_whole(record: SimpleNamespace) -> None:
     assert re.fullmatch(r"(before )?\d{4}-\d\d-\d\d", record.date)

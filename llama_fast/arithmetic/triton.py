@@ -89,6 +89,8 @@ class Kernels:
 
         self.ops, self.many, self.launching = ops, many_rows, launching
         self.first_use, self.found_tiles = first_use, found.found_tiles
+        if device.type == "cuda":
+            launching.triton_ready()  # while the weights come
         self._choosing: first_use.FirstUse | None = None
         self.sampling_kernels: SamplingKernels = ops
         self.config, self.all_reduce, self.device = config, all_reduce, device

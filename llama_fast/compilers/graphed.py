@@ -72,7 +72,15 @@ def recorded_phases(prefill: Phase, decode: Phase, model: Llama) -> tuple[Phase,
             return prefill(model, tokens_BT, where, cache, choose)
         padded_BT = F.pad(tokens_BT, (0, width - tokens_BT.shape[1]))
         behind = () if start_B is None else (start_B,)
-        token_B, logits_BV = prompts(cache, padded_BT, lengths_B, *behind)
+
+        def steps_to_come(some: Llama) -> None:
+            """What follows a prompt, anywhere in it: what this writes, the prompt writes over."""
+            at_B = torch.zeros_like(lengths_B) if start_B is None else start_B
+            _, logits_BTV = one_step(some, cache, tokens_BT[:, :1], at_B)
+            if not choose.greedy:
+                choose(torch.zeros_like(logits_BTV[:, -1]), at_B + 1)
+
+        token_B, logits_BV = prompts(cache, padded_BT, lengths_B, *behind, to_come=steps_to_come)
         if not choose.greedy:
             token_B = choose(logits_BV, lengths_B if start_B is None else start_B + lengths_B)
         return token_B, logits_BV
@@ -134,13 +142,23 @@ class Recordings:
         self.model, self.function = model, function
         self.known: weakref.WeakKeyDictionary[KVCache, dict[Shapes, Recorded]] = weakref.WeakKeyDictionary()
 
-    def __call__(self, cache: KVCache, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest next token [B] and the logits, float32."""
+    def __call__(
+        self, cache: KVCache, *inputs: Tensor, to_come: Callable[[Llama], None] = lambda some: None
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest next token [B] and the logits, float32.
+
+        What `to_come` runs, with one of the model's blocks, is compiled beside the function, before the first call of its shapes.
+        """
         known, shapes = self.known.setdefault(cache, {}), tuple(tensor.shape for tensor in inputs)
         if shapes not in known:
-            self.choose_tiles(cache, inputs)
             one_block = first_block_of(self.model)
-            self.model.operations.compile_ahead(lambda: self.function(one_block, cache, *inputs), shapes[0].numel())
+
+            def first_launches() -> None:
+                self.function(one_block, cache, *inputs)
+                to_come(one_block)
+
+            self.model.operations.compile_ahead(first_launches, shapes[0].numel())
+            self.choose_tiles(cache, inputs)
             results = self.function(self.model, cache, *inputs)
             known[shapes] = self.record(cache, inputs)
             return results

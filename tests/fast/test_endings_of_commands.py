@@ -69,6 +69,27 @@ def check_ctrl_c(name: str, seconds: float) -> None:
     assert "Traceback" not in err and "KeyboardInterrupt" not in err and "Error" not in err, err
 
 
+COLLECTING = """
+import gc, sys
+sys.argv[0] = sys.argv[1]
+import llama_ref.interrupts as ours
+before = gc.isenabled()
+ours.quiet_until_run()
+while_loading = gc.isenabled()
+ours.loud()
+print(before, while_loading, gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [("/some/bin/llama-fast", "True False True True"), ("/some/bin/another", "True True True False")],
+)
+def test_a_command_collects_no_garbage_while_it_loads_and_another_program_as_ever(program: str, told: str) -> None:
+    process = started([sys.executable, "-c", COLLECTING, program])
+    assert process.communicate(timeout=60) == (told + "\n", "")
+
+
 def test_a_program_that_imports_us_keeps_its_ctrl_c() -> None:
     code = "import signal, llama_fast, oracle; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     process = started([sys.executable, "-c", code])

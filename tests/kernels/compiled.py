@@ -8,6 +8,8 @@ import dataclasses
 import itertools
 import sys
 import tempfile
+import threading
+from typing import Any
 
 import torch
 import triton
@@ -77,6 +79,11 @@ class Absent:
 
     def __init__(self, capability: int):
         self.capability = capability
+        self.utils, self.launchers = None, list[tuple[str, str]]()
+
+    def launcher_cls(self, source: Any, metadata: Any) -> None:
+        """What Triton builds to launch a kernel."""
+        self.launchers.append((source.fn.__name__, threading.current_thread().name))
 
     def get_current_device(self) -> int:
         return 0
@@ -89,8 +96,10 @@ class Absent:
 
 
 def ready() -> dict[str, int]:
-    """How many variants of each kernel are compiled."""
+    """How many variants of each kernel are compiled, and what launches them is built where they were, not by who waits."""
     found = {}
+    launchers = triton.runtime.driver.active.launchers
+    assert all(thread.startswith("ThreadPoolExecutor") for _, thread in launchers)
     for kernel in KERNELS:
         variants = [*kernel.device_caches[0][0].values()]
         assert all(type(variant) is triton.compiler.CompiledKernel for variant in variants), variants
@@ -98,6 +107,7 @@ def ready() -> dict[str, int]:
             "more shared memory than some GPUs have"
         )
         found[kernel.fn.__name__] = len(variants)
+        assert sum(name == kernel.fn.__name__ for name, _ in launchers) == len(variants)
     return found
 
 

@@ -3,7 +3,6 @@
 import itertools
 import warnings
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -22,7 +21,6 @@ from llama_fast.kernels.tuning import (
     next_power_of_2,
     untuned,
 )
-from tests.gpu.targets import TARGETS, bar, target
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "some other GPU"])
@@ -119,15 +117,3 @@ def test_a_card_older_than_the_kernels_is_refused_by_name(gpu: str, major: int, 
         ValueError, match=rf"compute capability 8.0 or more, and {gpu} has {major}.{minor}: take Compiled"
     ):
         check_card(SimpleNamespace(name=gpu, major=major, minor=minor))
-
-
-def test_targets_of_a_card_that_nobody_named_are_the_general_ones_and_say_so() -> None:
-    rung: Any = SimpleNamespace(name="fused", ranks=1, floor_tokens_per_second=100.0)
-    goal, source = target(rung, "NVIDIA L4")
-    assert goal == 100 * TARGETS["generic"]["share"]["fused"] and "no share of its own for NVIDIA L4" in source
-    assert "of its own" not in target(rung, "NVIDIA H100 80GB HBM3")[1]
-    assert bar("cold_seconds", "NVIDIA L4") == TARGETS["generic"]["wall"]["cold_seconds"]
-    assert bar("cold_seconds", "NVIDIA H100 80GB HBM3") < bar("cold_seconds", "NVIDIA L4")
-    for ask in (lambda: target(SimpleNamespace(name="warp", ranks=1), "NVIDIA L4"), lambda: bar("warp", "NVIDIA L4")):  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"targets.toml: .* says nothing of .*warp"):
-            ask()

@@ -124,6 +124,41 @@ def test_a_score_records_nothing(checkpoint: Checkpoint, recorded: list[tuple[in
     assert recorded == []
 
 
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.9, top_k=30, seed=4), EDITED], ids=["greedy", "drawn", "edited"]
+)
+def test_what_follows_a_prompt_is_compiled_with_it_and_leaves_nothing_behind(
+    untied: Checkpoint, recorded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    """Here what is to be compiled is run, as where nothing can be compiled ahead: a step over one block, in an uneven cache."""
+    plain, _ = both(untied)
+    ahead: list[tuple[int, torch.Size]] = []
+
+    def logged_decode(model: Any, tokens_BT: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        ahead.append((len(model.blocks), tokens_BT.shape))
+        return decode(model, tokens_BT, *rest)
+
+    monkeypatch.setattr(type(plain.model.operations), "compile_ahead", lambda self, run, rows: run())
+    run_prefill, run_decode = recorded_phases(prefill, logged_decode, plain.model)
+    graphed = dataclasses.replace(plain, run_prefill=run_prefill, run_decode=run_decode)
+    prompts = [[3, 1, 4, 1, 5], [9, 2]]
+    assert generate(graphed, prompts, 6, sampling).completions == generate(plain, prompts, 6, sampling).completions
+    assert ahead[0] == (1, (2, 1)), "the step of one block, before the first of them all"
+    assert (len(plain.model.blocks), (2, 1)) in ahead and len(plain.model.blocks) > 1
+
+    drawn = Sampling(0.9, seed=4)
+    before, after = (runner.allocate(2, 12) for runner in (plain, graphed))
+    tokens_BL, lengths_B = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]]), torch.tensor([2, 3])
+    for runner, cache in ((plain, before), (graphed, after)):
+        choose = runner.prepared(BatchSampler(drawn, drawn.seeds(2), torch.device("cpu")), 12)
+        runner.start(tokens_BL[:, :4], torch.tensor([4, 2]), cache, choose)
+        runner.extend(tokens_BL[:, 4:], torch.tensor([4, 2]), lengths_B, cache, choose)
+    for one, other in zip(before.layers, after.layers, strict=True):
+        for row, end in enumerate((6, 5)):
+            torch.testing.assert_close(one.k[row, :, :end], other.k[row, :, :end], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(one.v[row, :, :end], other.v[row, :, :end], atol=2e-5, rtol=2e-5)
+
+
 def test_recordings_go_with_their_cache(untied: Checkpoint, recorded: list[tuple[int, ...]]) -> None:
     _, graphed = both(untied)
     recordings = Recordings(graphed.model, lambda model, cache, tokens_BT, start_B: (tokens_BT, start_B))
