@@ -54,7 +54,7 @@ FLOORS = {
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_settings": (),
     "lm_eval_model": ("contracts", "devices", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
-    "serve": ("engine", "grammars", "llama"),
+    "serve": ("engine", "grammars", "llama", "build", "devices", "parallel", "plan", "recipes"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),
     "cli": ("ladder",),
