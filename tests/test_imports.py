@@ -180,7 +180,7 @@ def test_whatever_is_imported_of_ours_is_there() -> None:
 
 def test_importing_the_library_brings_in_no_heavy_neighbour() -> None:
     heavy = ("transformers", "matplotlib", "typer", "rich", "gguf", "tokenizers", "huggingface_hub", "triton", "oracle")
-    heavy += ("llguidance",)
+    heavy += ("llguidance", "ray")
     code = (
         "import sys, torch; before = set(sys.modules); import llama_fast; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before])"

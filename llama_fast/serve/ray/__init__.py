@@ -1,4 +1,4 @@
-"""The server as replicas on Ray Serve: a gateway that speaks HTTP, and behind it engines that Ray places, starts again and scales.
+"""The server as replicas on Ray Serve: a gateway that speaks HTTP, before engines that Ray places, starts again and scales.
 
     serve run llama_fast.serve.ray:app model=smollm2-135m replicas=2
 

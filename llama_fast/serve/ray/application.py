@@ -21,7 +21,7 @@ HEALTH_SECONDS = 2.0
 
 
 def app(arguments: dict[str, Any]) -> Any:
-    """The application of `serve run llama_fast.serve.ray:app key=value ...`; see `Arguments`. ValueError for one that is wrong."""
+    """The application of `serve run llama_fast.serve.ray:app key=value ...`, as `Arguments`. ValueError for one that is wrong."""
     told = read(arguments)
     share = Share(told.cpus, int(told.on_gpu))
     serving = Serving(told.setup, told.name or told.model, told.limits, told.ranks, share)

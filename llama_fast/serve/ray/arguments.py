@@ -14,7 +14,19 @@ from llama_fast.serve.door import Limits
 from llama_fast.serve.setup import Setup
 from llama_ref.models import DEFAULT_MODEL
 
-SETUP = ("model", "rows", "length", "cache", "cache_tokens", "chunk", "chat_template", "encoding", "compile", "fused", "dtype")
+SETUP = (
+    "model",
+    "rows",
+    "length",
+    "cache",
+    "cache_tokens",
+    "chunk",
+    "chat_template",
+    "encoding",
+    "compile",
+    "fused",
+    "dtype",
+)
 """Arguments that `Setup` has too."""
 
 
@@ -82,10 +94,11 @@ def read(given: Mapping[str, Any]) -> Arguments:
         found = Arguments.model_validate(dict(given))
         if found.max_replicas is not None and found.max_replicas < found.replicas:
             raise ValueError(f"max_replicas={found.max_replicas} must be at least replicas={found.replicas}")
-        if found.api_key is not None and not (found.api_key and found.api_key.isascii() and found.api_key.isprintable()):
+        if found.api_key is not None and not (
+            found.api_key and found.api_key.isascii() and found.api_key.isprintable()
+        ):
             raise ValueError("api_key must be printable ASCII, and not empty")
-        if not (found.on_gpu and found.device is not None):
-            _ = found.setup  # what contradicts itself is said here; a GPU of another node cannot be asked for here
+        _ = found.setup  # what contradicts itself is said here
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -47,9 +47,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.registry = here = CollectorRegistry()
-        self.requests = Counter(
-            "llama_fast_gateway_requests", "Answered requests.", ["path", "status"], registry=here
-        )
+        self.requests = Counter("llama_fast_gateway_requests", "Answered requests.", ["path", "status"], registry=here)
         self.again = Counter(
             "llama_fast_gateway_asked_again", "Requests asked again because their replica was lost.", registry=here
         )

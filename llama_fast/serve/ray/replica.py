@@ -45,7 +45,7 @@ class Serving:
 class Replica:
     """The deployment behind the gateways. Ray starts another one where a replica is lost, or says that it is not healthy."""
 
-    async def __init__(self, serving: Serving):
+    async def __init__(self, serving: Serving):  # type: ignore[misc]  # Ray awaits it
         self.id = serve.get_replica_context().replica_id.unique_id
         torch.set_num_threads(serving.share.cpus)
         bound_prepared_products()
