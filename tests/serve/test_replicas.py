@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from llama_fast.serve.ray.calls import beginning
 from llama_fast.serve.ray.gateway import PATHS
 from llama_fast.serve.ray.group import Seat, environments
 from llama_fast.serve.server import make_served
-from tests.serve.ray_cluster import Cluster, tiny_model
+from tests.serve.ray_cluster import ROOT, Cluster, tiny_model
 
 
 def test_one_replica_answers_openais_client_and_its_process_ends_with_serve(tmp_path: Path) -> None:
@@ -129,3 +131,37 @@ def test_a_gateway_counts_the_paths_that_a_server_has(llama: Llama) -> None:
 
     app = application(make_served(llama, "tiny", Engine(llama.runner, 2, 64)))
     assert {route.path for route in app.routes if hasattr(route, "path")} == PATHS
+
+
+SCRIPTS = sorted((ROOT / "slurm").glob("replicas-*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_a_script_has_ray_start_on_every_node_and_the_first_serve(
+    script: Path, key: str | None, tmp_path: Path
+) -> None:
+    """With a scheduler and an environment that only say what they were asked."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/bin/bash\necho "srun $*"; echo "host ${RAY_SERVE_DEFAULT_HTTP_HOST:-local} ${#RAY_AUTH_TOKEN}"\n'
+    )
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/bash\nprintf 'node1\\nnode2\\n'\n")
+    for path in (tmp_path / "bin").iterdir():
+        path.chmod(0o755)
+    (tmp_path / "bin" / "activate").write_text(f'export PATH="{tmp_path}/bin:$PATH"\n')
+    told = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    told |= {"LLAMA_FAST_API_KEY": key} if key else {}
+    command = ["bash", str(script), str(tmp_path), "some-model", "rows=32"]
+    done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "ray symmetric-run --address node1:20007 --min-nodes 2 --num-gpus 4" in done.stdout
+    count = "replicas=2 ranks=4" if "tp" in script.stem else "replicas=8"
+    assert f"-- serve run llama_fast.serve.ray:app model=some-model device=cuda {count} rows=32" in done.stdout
+    assert f"host {'0.0.0.0' if key else 'local'} 64" in done.stdout
+    bare = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert bare.returncode != 0 and "the path of a virtual environment" in bare.stderr
