@@ -55,6 +55,7 @@ class Cluster:
             "HOME": str(self.folder),  # Ray writes a token there
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # the machine may be busy
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         }
         self.output = self.folder / "serve.log"
@@ -112,7 +113,9 @@ class Cluster:
     def samples(self) -> list[tuple[str, dict[str, str], float]]:
         """What /metrics tells: name, labels, value."""
         with self.client() as http:
-            page = http.get("/metrics").text
+            while (answer := http.get("/metrics")).status_code != 200:
+                assert answer.json()["error"]["code"] == "slow_replica", answer.text
+            page = answer.text
         found = []
         for name, labels, value in SAMPLE.findall(page):
             found.append((name, dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))

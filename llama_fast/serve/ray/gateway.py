@@ -1,7 +1,8 @@
 """What clients speak to: the key and the limits at the door, and behind it whichever replica Ray chooses.
 
 A request whose replica is lost is asked again as long as nothing of its answer was sent; then its client is told. A client that
-leaves is a request that Ray cancels here, and this cancels it at the replica: by itself Ray would let it run to its end.
+leaves is a request that Ray cancels here. What was asked of a replica and is not wanted any more is cancelled there by us: a stream
+that is dropped runs to its end.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ LOST = (RayActorError, ObjectLostError, WorkerCrashedError, EOFError)
 """What a handle raises when the replica of a request is lost; EOFError is ours, for an answer without its end."""
 TRIES = 4
 """Replicas that a request is asked of: one that ends every replica it comes to must not go through all of them."""
-PATIENCE = 5.0
-"""Seconds in which replicas tell how they are."""
+PATIENCE = 9.0
+"""Seconds in which all replicas tell how they are; Prometheus waits for ten."""
 PATHS = frozenset(
     ("/", "/health", "/metrics", "/openapi.json", "/tokenize", "/detokenize")
     + ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name:path}")
@@ -219,11 +220,14 @@ class Gateway:
 
 
 async def everyone(handle: Any, method: str) -> list[Any]:
-    """What each replica of a deployment returns, but for those that do not answer in time."""
+    """What each replica of a deployment returns, but for those that are lost. ApiError 503 if one does not answer in time.
+
+    (Ray then gives none of the answers, and counters that vanish for a while would be worse than a page that is not there.)
+    """
     try:
         told = await handle.broadcast(method).results_async(timeout_s=PATIENCE, return_exceptions=True)
     except TimeoutError:
-        return []
+        raise ApiError(503, f"not all replicas answered within {PATIENCE:g} s", code="slow_replica") from None
     return [one for one in told if not isinstance(one, BaseException)]
 
 
