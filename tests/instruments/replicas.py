@@ -2,8 +2,8 @@
 
     python -m tests.instruments.replicas --model smollm2-135m --rows 8 --texts 16 --prompt-tokens 64 --new-tokens 64
 
-Two clusters stand side by side, with one replica and with two, each replica on one core; in each round the same streaming clients,
-in a process of their own, ask the one and then the other. Beside tokens/s a line tells the processor time of a token: in the
+Two clusters stand side by side, with one replica and with two, each replica on one core. In each round the same streaming
+clients, in a process of their own, ask the one and then the other. Prompts are random ids below 256. Beside tokens/s a line tells the processor time of a token: in the
 replicas, and in what stands before them (Ray's proxy and our gateway), which does not depend on who else uses the machine.
 """
 
@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from statistics import median
 
-from llama_ref.models import resolve
 from tests.instruments.serving_load import ROOT, Work, quantile
 from tests.serve.ray_cluster import Cluster, until, words_of
 
@@ -43,10 +42,10 @@ def processor_seconds(cluster: Cluster, *names: str) -> float:
     )
 
 
-def under_load(cluster: Cluster, work: Work, seed: int, vocabulary: int) -> Seen:
+def under_load(cluster: Cluster, work: Work, seed: int) -> Seen:
     """Ask for all texts."""
     body = {"max_tokens": work.new_tokens, "temperature": 0, "ignore_eos": True}
-    bodies = [{**body, "prompt": ids} for ids in work.prompts(vocabulary, seed)]
+    bodies = [{**body, "prompt": ids} for ids in work.prompts(256, seed)]
     asked = json.dumps({"url": cluster.url, "concurrent": work.concurrent, "bodies": bodies})
     places = (("ProxyActor", ":Gateway"), (":Replica",))
     began = [processor_seconds(cluster, *names) for names in places]
@@ -68,16 +67,15 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    vocabulary = resolve(given.model).config().vocab_size
     work = Work(given.texts, 2 * given.rows, given.prompt_tokens, given.new_tokens)
     arguments = {"model": given.model, "rows": given.rows, "length": given.prompt_tokens + given.new_tokens}
     with Cluster(1, replicas=1, **arguments) as one, Cluster(2, replicas=2, **arguments) as two:
         until(lambda: len(two.replicas()) == 2, 300)
         for cluster in (one, two):
-            under_load(cluster, work, 0, vocabulary)
+            under_load(cluster, work, 0)
         ratios = []
         for number in range(1, given.rounds + 1):
-            seen = [under_load(cluster, work, number, vocabulary) for cluster in (one, two)]
+            seen = [under_load(cluster, work, number) for cluster in (one, two)]
             ratios.append(seen[1].tokens_per_second / seen[0].tokens_per_second)
             rates = ", ".join(f"{one.tokens_per_second:.1f}" for one in seen)
             spent = "; ".join(f"{one.before:.2f} ms before the replicas, {one.replicas:.2f} in them" for one in seen)
