@@ -3,8 +3,9 @@
     python -m tests.instruments.replicas --model smollm2-135m --rows 8 --texts 16 --prompt-tokens 64 --new-tokens 64
 
 Two clusters stand side by side, with one replica and with two, each replica on one core. In each round the same streaming
-clients, in a process of their own, ask the one and then the other. Prompts are random ids below 256. Beside tokens/s a line tells the processor time of a token: in the
-replicas, and in what stands before them (Ray's proxy and our gateway), which does not depend on who else uses the machine.
+clients, in a process of their own, ask the one and then the other. Prompts are random ids below 256. Beside tokens/s a line tells
+the processor time of a token: in the replicas, and in what stands before them (Ray's proxy and our gateway), which depends less
+on who else uses the machine.
 """
 
 from __future__ import annotations

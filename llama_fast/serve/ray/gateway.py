@@ -13,7 +13,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Metric
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -128,7 +128,7 @@ class Relayed(Response):
         """The next piece; an event that tells of it if the replica is lost."""
         try:
             return await self._answer.piece()
-        except LOST:
+        except (RayError, EOFError):
             self._answer.drop()
             self._counts.lost.inc()
             return sent(lost("the replica was lost before this answer was complete").body).encode()
@@ -170,10 +170,10 @@ class Gateway:
 
     async def forward(self, request: Request) -> Response:
         """The answer of a replica."""
-        body = await request.body()
-        prompt = beginning(request.url.path, body) if self.reads else ""
+        body, path = await request.body(), "/" + request.path_params["path"]
+        prompt = beginning(path, body) if self.reads else ""
         kind = request.headers.get("content-type", "").encode()
-        call = Call(request.method, request.url.path, request.scope["query_string"], kind, body, prompt)
+        call = Call(request.method, path, request.scope["query_string"], kind, body, prompt)
         try:
             answer = await asyncio.wait_for(self.begun(call), self.limits.timeout)
         except asyncio.TimeoutError:
@@ -193,6 +193,9 @@ class Gateway:
                 raise ApiError(429, "the queue is full", code="queue_full") from None
             except DeploymentUnavailableError:
                 raise ApiError(503, "no replica can be started", code="no_replica") from None
+            except RayError as error:
+                said = " ".join(str(error).split())[-300:]
+                raise ApiError(500, f"the replica could not answer: {said}", code="replica_failed") from None
             except BaseException:  # the client has left, or our time is up
                 answer.drop()
                 raise
