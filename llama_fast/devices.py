@@ -6,6 +6,8 @@ import torch
 
 from llama_ref.arguments import place
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def where(device: torch.device | str | None) -> torch.device:
     """The device that is meant: None or "auto" is a GPU if there is one. ValueError for one that is not there."""
@@ -23,3 +25,12 @@ def where(device: torch.device | str | None) -> torch.device:
 
 def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
+    """ "bfloat16" -> torch.bfloat16; None is the device's default."""
+    if name is None:
+        return default_dtype(device)
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r} (known: {', '.join(DTYPES)})")
+    return DTYPES[name]

@@ -54,7 +54,7 @@ FLOORS = {
     "chat": ("contracts", "plan", "engine", "build", "recipes", "llama", "caches"),
     "lm_eval_settings": (),
     "lm_eval_model": ("contracts", "devices", "plan", "engine", "build", "recipes", "llama", "lm_eval_settings"),
-    "serve": ("engine", "grammars", "llama"),
+    "serve": ("engine", "grammars", "llama", "build", "devices", "parallel", "plan", "recipes"),
     "__init__": ("plan", "engine", "build", "llama", "chat"),
     "ladder": ("*",),
     "cli": ("ladder",),
@@ -180,7 +180,7 @@ def test_whatever_is_imported_of_ours_is_there() -> None:
 
 def test_importing_the_library_brings_in_no_heavy_neighbour() -> None:
     heavy = ("transformers", "matplotlib", "typer", "rich", "gguf", "tokenizers", "huggingface_hub", "triton", "oracle")
-    heavy += ("llguidance",)
+    heavy += ("llguidance", "ray")
     code = (
         "import sys, torch; before = set(sys.modules); import llama_fast; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before])"

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ import typer
 
 from llama_fast import recipes as presets
 from llama_fast.build import build
-from llama_fast.devices import default_dtype, where
+from llama_fast.devices import default_dtype, dtype_named, where
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.sampling import Sampling
 from llama_fast.engine.text import stop_strings
@@ -58,13 +59,8 @@ EncodingFlag = Annotated[
 TRACED_TOKENS = 16
 """A trace grows by some thousand events a token."""
 
-CHUNK = 256
-"""Tokens of prompts that a server reads between two steps."""
-
 SERVER_GRACE_SECONDS = 6.0
 """What a signal leaves the ranks of a server to end by themselves; it tells its clients within 5."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @app.command()
@@ -339,6 +335,7 @@ def serve(
         from llama_fast.serve.door import Limits
         from llama_fast.serve.memory import bound_prepared_products
         from llama_fast.serve.server import Address, make_served, run_server, warm_up
+        from llama_fast.serve.setup import Setup
     except ModuleNotFoundError as error:
         raise ValueError(f"the server's packages are not there ({error}): pip install 'llama-fast[serve]'") from error
 
@@ -346,35 +343,28 @@ def serve(
         raise ValueError(f"timeout={timeout} must be a positive number of seconds")
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
         raise ValueError("--api-key must be printable ASCII, and not empty")
-    if fused and compile:
-        raise ValueError("--fused and --compile are two ways to decode: choose one")
-    if cache not in (None, "static", "paged"):
-        raise ValueError(f"unknown cache {cache!r} (known: static, paged)")
-    pages = cache == "paged" if cache else where(device).type == "cpu" and not compile and draft is None
-    if cache_tokens is not None and not pages:
-        raise ValueError("--cache-tokens is for a paged cache: say --cache paged")
-    if cache_bits not in (None, 8):
-        raise ValueError(f"--cache-bits {cache_bits}: 8 is known")
-    if chunk is not None and draft is not None:
-        raise ValueError("--chunk: with a draft all prompts are read at once")
+    setup = Setup(
+        model=model,
+        rows=rows,
+        length=length,
+        cache=cache,
+        cache_tokens=cache_tokens,
+        cache_bits=cache_bits,
+        chunk=chunk,
+        chat_template=chat_template,
+        encoding=encoding,
+        compile=compile,
+        fused=fused,
+        device=device,
+        dtype=dtype,
+        drafted=draft is not None,
+    )
     limits = Limits(max_body, timeout, max_queue)
     bound_prepared_products()
     member = ranks.join(where(device))
-    to, kind = member.device, dtype_named(dtype, member.device)
-    found = ranks.one_after_another(lambda: resolve(model))
-    checkpoint = found.open(to, kind)
-    kept = chosen_encoding(encoding, checkpoint, fused)
-    plan = replace(presets.fused(kept) if fused else presets.optimised(kept, compile), shard=member.shard)
-    if pages:
-        plan = presets.paged(plan, cache_tokens)
-    plan = presets.in_eight_bits(plan) if cache_bits else plan
-    proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
-    llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
-    room = length or min(2048, llama.runner.config.max_context)
-    read = CHUNK if chunk is None and proposer is None else chunk
-    slots = {"rows": rows, "length": room, "draft": proposer, "chunk": read}
+    llama, slots = setup.opened(member, partial(proposer_named, draft, draft_encoding, speculate))
     served = make_served(llama, name or model, engine_of(member, llama, slots), limits)
-    if compile or fused:
+    if setup.warms_up:
         warm_up(served.thread.engine)
     try:
         run_server(served, Address(host, port), limits, api_key)
@@ -604,15 +594,6 @@ def proposer_named(
     checkpoint = resolve(draft).open(device, dtype)
     plan = replace(target, encoding=chosen_encoding(encoding, checkpoint, bool(target.arithmetic.name)))
     return Draft(build(checkpoint, plan, device, dtype), k)
-
-
-def dtype_named(name: str | None, device: torch.device) -> torch.dtype:
-    """ "bfloat16" -> torch.bfloat16; None is the device's default."""
-    if name is None:
-        return default_dtype(device)
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r} (known: {', '.join(DTYPES)})")
-    return DTYPES[name]
 
 
 def main() -> None:

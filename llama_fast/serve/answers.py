@@ -179,13 +179,16 @@ class Answer:
                 said["usage"] = Usage(self._prompt_tokens, tokens).as_json() if always or last else None
             return sent(said)
 
+        held = (
+            ""  # how choices begin is told with the first token: what has told nothing can still be answered elsewhere
+        )
         rows = [(at, prompt) for at, prompt in enumerate(p for p in self.prompts for _ in range(self.each))]
         for index, prompt in rows:
             begin = self.form.first(index, prompt)
             if group is None and begin is not None:
                 begin["finish_reason"] = LENGTH
             if begin is not None:
-                yield chunk([begin])
+                held += chunk([begin])
         try:
             if group is not None:
                 async for events in group:
@@ -196,10 +199,13 @@ class Answer:
                         if piece is not None:
                             said.append(chunk([piece]))
                     if said:
-                        yield "".join(said)
+                        yield held + "".join(said)
+                        held = ""
         except ApiError as error:
             yield sent(error.body)
             return
+        if held:
+            yield held
         if usage:
             yield chunk([], last=True)
         yield "data: [DONE]\n\n"

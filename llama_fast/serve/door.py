@@ -10,13 +10,13 @@ import hmac
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from llama_fast.serve.errors import ApiError
-from llama_fast.serve.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,10 +37,17 @@ class Limits:
     """Rows that may wait for a slot."""
 
 
+class Counted(Protocol):
+    """Where answers are counted."""
+
+    requests: Counter
+    """By path and status."""
+
+
 class Door:
     """The middleware."""
 
-    def __init__(self, app: Any, metrics: Metrics, limits: Limits, api_key: str | None, paths: frozenset[str]):
+    def __init__(self, app: Any, metrics: Counted, limits: Limits, api_key: str | None, paths: frozenset[str]):
         self.app, self.metrics, self.limits, self.api_key, self.paths = app, metrics, limits, api_key, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

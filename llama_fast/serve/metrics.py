@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -40,3 +42,29 @@ class Metrics:
     def page(self) -> bytes:
         """All of them, in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def labelled(registry: CollectorRegistry, **labels: str) -> list[Metric]:
+    """What a registry holds, every sample with these labels too, so that it can stand on one page with that of others."""
+    found = list(registry.collect())
+    for metric in found:
+        metric.samples = [sample._replace(labels={**sample.labels, **labels}) for sample in metric.samples]
+    return found
+
+
+class Together:
+    """Metrics of several registries as one: samples of the same metric stand together, as Prometheus asks for."""
+
+    def __init__(self, parts: Iterable[Sequence[Metric]]):
+        self._metrics: dict[str, Metric] = {}
+        for metric in (metric for part in parts for metric in part):
+            known = self._metrics.setdefault(metric.name, metric)
+            if known is not metric:
+                known.samples = [*known.samples, *metric.samples]
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics.values()
+
+    def page(self) -> bytes:
+        """All of them, in Prometheus' text format."""
+        return generate_latest(self)  # type: ignore[arg-type]  # it only collects

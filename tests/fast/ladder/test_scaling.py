@@ -19,7 +19,8 @@ from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+SCRIPTS = sorted(set((ROOT / "slurm").glob("*.sh")) - set((ROOT / "slurm").glob("replicas-*.sh")))
+"""Those of rungs; those of replicas stand in tests/serve."""
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row[0] is A100], ids=lambda row: "-".join(map(str, row[1:4])))
