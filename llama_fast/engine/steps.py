@@ -72,6 +72,34 @@ class Allowed:
         return upload(words_NW, self.device)
 
 
+def are_read_by(rows: Sequence[Row], most: int | None) -> bool:
+    """Whether nothing of these rows' prompts is left when so many of their ids are read. Only one row may be read in part."""
+    last = most is None or all(len(row.ids) - row.read <= most for row in rows)
+    assert last or len(rows) == 1
+    return last
+
+
+def read_on(
+    runner: Runner, rows: Sequence[Row], most: int | None, cache: KVCache, choose: BatchSampler
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read what these rows have not read, so many ids at most, into a cache that is theirs.
+
+    The next token [B] of each, its logits [B, V], and how many positions are read then [B].
+    """
+    news = [row.ids[row.read :][:most] for row in rows]
+    starts = [row.read for row in rows]
+    tokens_BT, lengths_B = pad(news, runner.device)
+    if any(starts):
+        start_B = upload(starts, runner.device)
+        token_B, logits_BV = runner.extend(tokens_BT, start_B, lengths_B, cache, choose)
+        lengths_B = start_B + lengths_B
+    else:
+        token_B, logits_BV = runner.start(tokens_BT, lengths_B, cache, choose)
+    for row, new in zip(rows, news, strict=True):
+        row.read += len(new)
+    return token_B, logits_BV, lengths_B
+
+
 class PlainSteps:
     """One token for every row in each step."""
 
@@ -93,27 +121,16 @@ class PlainSteps:
 
     def start(self, first: int, rows: Sequence[Row], most: int | None = None) -> None:
         part, whole = slice(first, first + len(rows)), len(rows) == len(self.slots)
-        news = [row.ids[row.read :][:most] for row in rows]
-        starts = [row.read for row in rows]
-        last = all(row.read + len(new) == len(row.ids) for row, new in zip(rows, news, strict=True))
-        assert last or len(rows) == 1
+        last = are_read_by(rows, most)
         if last:
             settings, tokens = [row.request.sampling for row in rows], [row.tokens for row in rows]
             self.choose.set_rows(first, settings, [row.ids for row in rows], tokens)
-        cache = self.cache if whole else self.cache.rows(first, len(rows))
         choose = self.choose if whole else self.choose.rows(first, len(rows))
         if not last:
             choose = self.runner.greedy(1)  # behind a part of a prompt no token is wanted
-        tokens_BT, length_B = pad(news, self.runner.device)
-        if any(starts):
-            start_B = upload(starts, self.runner.device)
-            token_B, logits_BV = self.runner.extend(tokens_BT, start_B, length_B, cache, choose)
-            length_B = start_B + length_B
-        else:
-            token_B, logits_BV = self.runner.start(tokens_BT, length_B, cache, choose)
-        for row, new in zip(rows, news, strict=True):
-            row.read += len(new)
-        self.position_B[part] = length_B  # where others take steps before a prompt is read on, it is written again
+        cache = self.cache if whole else self.cache.rows(first, len(rows))
+        token_B, logits_BV, reach_B = read_on(self.runner, rows, most, cache, choose)
+        self.position_B[part] = reach_B  # where others take steps before a prompt is read on, it is written again
         self.onward_B[part] = int(last)
         if last:
             self.token_B1[part] = token_B[:, None]
