@@ -147,6 +147,8 @@ class Engine:
 
     def _read(self) -> None:
         """Read the prompts of requests for which there is room, in all as many tokens as a chunk has."""
+        if not self._queue and self._reading is None:
+            return
         left = self.chunk or sys.maxsize
         while left > 0:
             rows = self._admitted(left) if self._reading is None else [self._reading]
@@ -185,10 +187,12 @@ class Engine:
 
     def _make_room(self) -> bool:
         """Room for the next token of each row; where there is none, the youngest makes way. False if no row is left to step."""
-        for row in sorted((row for row in self.slots if row is not None and row.due), key=lambda row: row.id):
+        due = [row for row in self.slots if row is not None and row.due]
+        short = self.room.short(due)
+        for row in sorted(short, key=lambda row: row.id):
             while row.slot is not None and not self.room.grow(row):
                 self._pre_empt(max((other for other in self.slots if other is not None), key=lambda other: other.id))
-        return any(row is not None and row.due for row in self.slots)
+        return bool(due) if not short else any(row is not None and row.due for row in self.slots)
 
     def _pre_empt(self, row: Row) -> None:
         """A row goes back to the head of the queue, and is read again when there is room for it."""

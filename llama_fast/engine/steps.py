@@ -138,10 +138,10 @@ class PlainSteps:
             self._report(self.token_B1[part], logits_BV, rows)
 
     def is_due(self) -> bool:
-        wanted = any(row is not None and row.due for row in self.slots)
+        if len(self.under_way) > self.readback.depth or not any(row is not None and row.due for row in self.slots):
+            return False
         # what a grammar allows next depends on the token before, which the host must have read
-        guided = any(row is not None and row.guide is not None for row in self.slots)
-        return wanted and len(self.under_way) <= (0 if guided else self.readback.depth)
+        return not self.under_way or not any(row is not None and row.guide is not None for row in self.slots)
 
     def launch(self) -> None:
         for slot in self.left:
@@ -172,11 +172,11 @@ class PlainSteps:
         if not self.under_way:
             return []
         taken: Taken = []
-        for row, (token, *others) in zip(self.under_way.popleft(), self.readback.pop(), strict=True):
-            if row is not None and not row.ended:
+        for row, column in zip(self.under_way.popleft(), self.readback.pop(), strict=True):
+            if row is not None and row.finish_reason is None:
                 top = row.request.logprobs
-                said = None if top is None else logprobs.told([token, *others], top)
-                taken.append((row, [(int(token), said)]))
+                said = None if top is None else logprobs.told(column, top)
+                taken.append((row, [(int(column[0]), said)]))
         return taken
 
     def leave(self, slot: int) -> None:

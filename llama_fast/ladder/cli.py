@@ -301,7 +301,7 @@ def serve(
     ] = None,
     chunk: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompts that are read between two steps of others: 256; with a draft all.", min=1),
+        typer.Option(help="Tokens of prompts that are read between two steps of others: 256.", min=1),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="What clients must send as Authorization: Bearer.", envvar="LLAMA_FAST_API_KEY")
@@ -317,9 +317,7 @@ def serve(
     fused: Annotated[bool, typer.Option("--fused", help="Decode by our own kernels; needs a GPU.")] = False,
     draft: Annotated[
         str | None,
-        typer.Option(
-            help="Who proposes tokens: a model, or ngram. Texts that start together then end before others start."
-        ),
+        typer.Option(help="Who proposes tokens: a model, or ngram."),
     ] = None,
     draft_encoding: Annotated[
         str | None, typer.Option(help="How the draft's weights are stored; as its checkpoint by default.")
@@ -349,8 +347,6 @@ def serve(
     pages = cache == "paged" if cache else where(device).type == "cpu" and not compile and draft is None
     if cache_tokens is not None and not pages:
         raise ValueError("--cache-tokens is for a paged cache: say --cache paged")
-    if chunk is not None and draft is not None:
-        raise ValueError("--chunk: with a draft all prompts are read at once")
     limits = Limits(max_body, timeout, max_queue)
     bound_prepared_products()
     member = ranks.join(where(device))
@@ -364,7 +360,7 @@ def serve(
     proposer = proposer_named(draft, draft_encoding, speculate, plan, to, kind)
     llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), chat_template)
     room = length or min(2048, llama.runner.config.max_context)
-    read = CHUNK if chunk is None and proposer is None else chunk
+    read = CHUNK if chunk is None else chunk
     slots = {"rows": rows, "length": room, "draft": proposer, "chunk": read}
     served = make_served(llama, name or model, engine_of(member, llama, slots), limits)
     if compile or fused:

@@ -78,7 +78,9 @@ class Rounds:
         self.known = [NOTHING] * B
         """Of each slot the evidence of its next proposals, and the first of them."""
         self.became_free: list[int] = []
-        """Slots that were left since the last step."""
+        """Slots that were left since a row joined; they go on unseen up to their rows' last positions, or stand still there."""
+        self.narrows = False
+        """Whether a row has left since the last step."""
         self.joined = self.behind = False
         self.due: int | None = None
         """The k of the step that is to be launched."""
@@ -162,6 +164,10 @@ class Rounds:
 
         Where shapes are cheap, a round is of a power of two of slots, so that few rows in many slots cost what few rows cost.
         """
+        free = [slot for slot in self.became_free if self.slots[slot] is None]
+        if free:  # what they had room for, rounds of the new terms might not have
+            self.all_state.free(upload(free, self.target.device))
+        self.became_free.clear()
         needed = max(slot for slot, row in enumerate(self.slots) if row is not None) + 1
         one_shape = self.manner.aligned or self.target.plan.compiler.compiles_each_shape
         rows = len(self.slots) if one_shape else min(len(self.slots), 1 << (needed - 1).bit_length())
@@ -180,6 +186,7 @@ class Rounds:
         self.source.leave(slot)
         self.known[slot] = NOTHING
         self.became_free.append(slot)
+        self.narrows = True
 
     def drop(self, row: Row) -> None:
         for launched in self.launched:
@@ -201,13 +208,10 @@ class Rounds:
         self.joined, self.behind = True, False
 
     def narrow(self) -> None:
-        """Rows have left: their slots stand still, and nobody asks how their tokens are chosen."""
-        free = [slot for slot in self.became_free if self.slots[slot] is None]
-        if free:
-            self.all_state.free(upload(free, self.target.device))
+        """Rows have left: nobody asks how their tokens are chosen."""
         self.sampler.narrow()
         self.source.narrow()
-        self.became_free.clear()
+        self.narrows = False
         self.take_part(len(self.state.position_B))
 
     def rehearse(self, state: State) -> None:
@@ -260,7 +264,7 @@ class Rounds:
 
     @torch.no_grad()
     def launch(self) -> None:
-        if self.became_free:
+        if self.narrows:
             self.narrow()
         state, k = self.state, self.due
         assert k is not None
