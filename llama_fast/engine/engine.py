@@ -43,8 +43,8 @@ class Engine:
     ):
         """`length`: positions that a request may have, prompt and answer. `cache`: one for `rows` rows, else it is allocated.
 
-        `draft` proposes tokens that are checked several at a time; requests that come while others are answered then wait until
-        these have ended. `keeps_prefixes`: of a prompt that begins as what its slot held before, only the rest is read; a cache
+        `draft` proposes tokens that are checked several at a time; a cache is then to have `draft.slack` more positions.
+        `keeps_prefixes`: of a prompt that begins as what its slot held before, only the rest is read; without a draft a cache
         of pages always does so, whichever slot it was. `chunk`: tokens of prompts that are read between two steps, None: all.
         """
         self.runner = made("runner", runner, "a Runner, as build() makes one", "start", "step", "allocate")
@@ -53,17 +53,18 @@ class Engine:
         rows = whole("rows", rows, 1)
         if draft is not None:
             made("draft", draft, "who proposes tokens, as Draft(runner) or Ngram()", "begin", "slack")
-            if chunk is not None:
-                raise ValueError(f"chunk={chunk}: with a draft all prompts are read at once")
+            if keeps_prefixes:
+                raise ValueError("keeps_prefixes: with a draft every prompt is read from its beginning")
         if cache is None:
             room = length if draft is None else max(length, min(length + draft.slack, runner.config.max_context))
             cache = runner.allocate(rows, room)
         self.cache = check_cache(cache, rows, length)
         self.slots: list[Row | None] = [None] * rows
         self.room: Room = room_of(cache, runner, keeps_prefixes, None if draft is None else draft.slack)
-        self.steps: Stepper = PlainSteps(runner, self.slots, cache, length, self.room.keeps_slots)
-        self.statistics: Statistics | None = None
-        """What speculation did for the requests that started last."""
+        rounds = None if draft is None else draft.begin(runner, self.slots, cache, length)
+        self.steps: Stepper = rounds or PlainSteps(runner, self.slots, cache, length, self.room.keeps_slots)
+        self.statistics: Statistics | None = None if rounds is None else rounds.statistics
+        """What speculation did so far, with a draft."""
         self.reused_tokens = 0
         """Tokens of all prompts so far that were not read, because the cache held them."""
         self.pre_emptions = 0
@@ -146,6 +147,8 @@ class Engine:
 
     def _read(self) -> None:
         """Read the prompts of requests for which there is room, in all as many tokens as a chunk has."""
+        if not self._queue and self._reading is None:
+            return
         left = self.chunk or sys.maxsize
         while left > 0:
             rows = self._admitted(left) if self._reading is None else [self._reading]
@@ -167,8 +170,6 @@ class Engine:
         """The next row that there is room for, or rows that find all slots free and may be read together."""
         free = [slot for slot, row in enumerate(self.slots) if row is None]
         alone = len(free) == len(self.slots)
-        if self.draft is not None and not alone:
-            return []
         joined: list[Row] = []
         for slot in free:
             if not self._queue or (joined and (not alone or joined[0].held)):
@@ -182,19 +183,16 @@ class Engine:
             row.slot, row.read, self.slots[slot] = slot, row.held, row
             self.reused_tokens += 0 if row.made_way else row.held
             joined.append(row)
-        if self.draft is not None and joined:
-            requests = [row.request for row in joined]
-            cache = self.cache if len(joined) == len(self.slots) else self.cache.rows(0, len(joined))
-            self.steps = self.draft.begin(self.runner, requests, cache)
-            self.statistics = self.steps.statistics
         return joined
 
     def _make_room(self) -> bool:
         """Room for the next token of each row; where there is none, the youngest makes way. False if no row is left to step."""
-        for row in sorted((row for row in self.slots if row is not None and row.due), key=lambda row: row.id):
+        due = [row for row in self.slots if row is not None and row.due]
+        short = self.room.short(due)
+        for row in sorted(short, key=lambda row: row.id):
             while row.slot is not None and not self.room.grow(row):
                 self._pre_empt(max((other for other in self.slots if other is not None), key=lambda other: other.id))
-        return any(row is not None and row.due for row in self.slots)
+        return bool(due) if not short else any(row is not None and row.due for row in self.slots)
 
     def _pre_empt(self, row: Row) -> None:
         """A row goes back to the head of the queue, and is read again when there is room for it."""

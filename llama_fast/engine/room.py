@@ -63,6 +63,9 @@ class Room(Protocol):
     def look(self, first: int, count: int) -> None:
         """The next pass goes through these slots."""
 
+    def short(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Those of these rows that have no place for their next token."""
+
     def grow(self, row: Row) -> bool:
         """Make room for the next token of a row; False if there is none."""
 
@@ -100,6 +103,9 @@ class OwnSlots:
 
     def look(self, first: int, count: int) -> None:
         """All slots have one length."""
+
+    def short(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return ()
 
     def grow(self, row: Row) -> bool:
         return True
@@ -170,11 +176,16 @@ class SharedPages:
             part = self._cache if count == self._cache.batch else self._cache.rows(first, count)
             part.see(max(1, *map(len, self.of_slots[first : first + count])))
 
+    def short(self, rows: Sequence[Row]) -> Sequence[Row]:
+        if self._ahead is not None:
+            return ()
+        size, row_pages = self.pages.size, self._cache.row_pages
+        held = [self.of_slots[row.slot] for row in rows]  # type: ignore[index]  # all have slots
+        return [row for row, of in zip(rows, held) if row.reach > size * len(of) < size * row_pages]
+
     def grow(self, row: Row) -> bool:
         assert row.slot is not None
         held = self.of_slots[row.slot]
-        if self._ahead is not None or self._count(row.reach) <= len(held):
-            return True
         if not self.pages.available:
             return False
         new = self.pages.take(1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llama_fast.contracts import KVCache
-from llama_fast.engine.request import Request
+from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.steps import Stepper
 
@@ -123,5 +123,5 @@ class Speculation(Protocol):
     def check(self, target: Runner, requests: Sequence[Request], capacity: int | None) -> int:
         """Positions that are left for proposals in rows of so many; ValueError, with the numbers, for what cannot be."""
 
-    def begin(self, target: Runner, requests: Sequence[Request], cache: KVCache) -> Rounds:
-        """The steps of requests that start together in a cache of as many rows; ValueError for what cannot be."""
+    def begin(self, target: Runner, slots: Sequence[Row | None], cache: KVCache, length: int) -> Rounds:
+        """The steps of rows of up to `length` positions, which come and go in these slots: the engine's own list."""

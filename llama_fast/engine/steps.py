@@ -72,6 +72,34 @@ class Allowed:
         return upload(words_NW, self.device)
 
 
+def are_read_by(rows: Sequence[Row], most: int | None) -> bool:
+    """Whether nothing of these rows' prompts is left when so many of their ids are read. Only one row may be read in part."""
+    last = most is None or all(len(row.ids) - row.read <= most for row in rows)
+    assert last or len(rows) == 1
+    return last
+
+
+def read_on(
+    runner: Runner, rows: Sequence[Row], most: int | None, cache: KVCache, choose: BatchSampler
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read what these rows have not read, so many ids at most, into a cache that is theirs.
+
+    The next token [B] of each, its logits [B, V], and how many positions are read then [B].
+    """
+    news = [row.ids[row.read :][:most] for row in rows]
+    starts = [row.read for row in rows]
+    tokens_BT, lengths_B = pad(news, runner.device)
+    if any(starts):
+        start_B = upload(starts, runner.device)
+        token_B, logits_BV = runner.extend(tokens_BT, start_B, lengths_B, cache, choose)
+        lengths_B = start_B + lengths_B
+    else:
+        token_B, logits_BV = runner.start(tokens_BT, lengths_B, cache, choose)
+    for row, new in zip(rows, news, strict=True):
+        row.read += len(new)
+    return token_B, logits_BV, lengths_B
+
+
 class PlainSteps:
     """One token for every row in each step."""
 
@@ -93,27 +121,16 @@ class PlainSteps:
 
     def start(self, first: int, rows: Sequence[Row], most: int | None = None) -> None:
         part, whole = slice(first, first + len(rows)), len(rows) == len(self.slots)
-        news = [row.ids[row.read :][:most] for row in rows]
-        starts = [row.read for row in rows]
-        last = all(row.read + len(new) == len(row.ids) for row, new in zip(rows, news, strict=True))
-        assert last or len(rows) == 1
+        last = are_read_by(rows, most)
         if last:
             settings, tokens = [row.request.sampling for row in rows], [row.tokens for row in rows]
             self.choose.set_rows(first, settings, [row.ids for row in rows], tokens)
-        cache = self.cache if whole else self.cache.rows(first, len(rows))
         choose = self.choose if whole else self.choose.rows(first, len(rows))
         if not last:
             choose = self.runner.greedy(1)  # behind a part of a prompt no token is wanted
-        tokens_BT, length_B = pad(news, self.runner.device)
-        if any(starts):
-            start_B = upload(starts, self.runner.device)
-            token_B, logits_BV = self.runner.extend(tokens_BT, start_B, length_B, cache, choose)
-            length_B = start_B + length_B
-        else:
-            token_B, logits_BV = self.runner.start(tokens_BT, length_B, cache, choose)
-        for row, new in zip(rows, news, strict=True):
-            row.read += len(new)
-        self.position_B[part] = length_B  # where others take steps before a prompt is read on, it is written again
+        cache = self.cache if whole else self.cache.rows(first, len(rows))
+        token_B, logits_BV, reach_B = read_on(self.runner, rows, most, cache, choose)
+        self.position_B[part] = reach_B  # where others take steps before a prompt is read on, it is written again
         self.onward_B[part] = int(last)
         if last:
             self.token_B1[part] = token_B[:, None]
@@ -121,10 +138,10 @@ class PlainSteps:
             self._report(self.token_B1[part], logits_BV, rows)
 
     def is_due(self) -> bool:
-        wanted = any(row is not None and row.due for row in self.slots)
+        if len(self.under_way) > self.readback.depth or not any(row is not None and row.due for row in self.slots):
+            return False
         # what a grammar allows next depends on the token before, which the host must have read
-        guided = any(row is not None and row.guide is not None for row in self.slots)
-        return wanted and len(self.under_way) <= (0 if guided else self.readback.depth)
+        return not self.under_way or not any(row is not None and row.guide is not None for row in self.slots)
 
     def launch(self) -> None:
         for slot in self.left:
@@ -155,11 +172,11 @@ class PlainSteps:
         if not self.under_way:
             return []
         taken: Taken = []
-        for row, (token, *others) in zip(self.under_way.popleft(), self.readback.pop(), strict=True):
-            if row is not None and not row.ended:
+        for row, column in zip(self.under_way.popleft(), self.readback.pop(), strict=True):
+            if row is not None and row.finish_reason is None:
                 top = row.request.logprobs
-                said = None if top is None else logprobs.told([token, *others], top)
-                taken.append((row, [(int(token), said)]))
+                said = None if top is None else logprobs.told(column, top)
+                taken.append((row, [(int(column[0]), said)]))
         return taken
 
     def leave(self, slot: int) -> None:

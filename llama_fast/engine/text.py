@@ -95,6 +95,8 @@ class Pieces:
         self._ids: list[int] = list(before[-CONTEXT_IDS:])
         # ids before the border are told, those from the context on are decoded along with the new ones
         self._context, self._border = whole_from(decode, self._ids), len(self._ids)
+        self._known = decode(self._ids[self._context :])
+        """The text of the ids from the context to the border."""
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while a character is open."""
@@ -102,21 +104,22 @@ class Pieces:
         whole = self._decode(self._ids[self._context :])
         if whole.endswith(UNFINISHED):
             return ""
-        piece = self._untold(whole)
-        if self._decode(self._ids[self._border :]):  # else a special token: it is no context to a word's leading space
-            self._context = self._border
+        piece, new = self._untold(whole), self._decode(self._ids[self._border :])
+        # a special token, which has no text, is no context to a word's leading space
+        self._context, self._known = (self._border, new) if new else (self._context, whole)
         self._border = len(self._ids)
         return piece
 
     def finish(self) -> str:
         """The text of a character that stays open."""
-        piece = self._untold(self._decode(self._ids[self._context :]))
-        self._border = len(self._ids)
+        whole = self._decode(self._ids[self._context :])
+        piece = self._untold(whole)
+        self._known, self._border = whole, len(self._ids)
         return piece
 
     def _untold(self, whole: str) -> str:
         """The end of `whole`, the text of all ids from the context on, that is not told yet."""
-        known = self._decode(self._ids[self._context : self._border])
+        known = self._known
         # of a prompt that ends inside a character: the border moves to that character's first id, once it is whole
         while known.endswith(UNFINISHED) and not whole.startswith(known):
             self._border -= 1

@@ -301,7 +301,7 @@ def serve(
     ] = None,
     chunk: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompts that are read between two steps of others: 256; with a draft all.", min=1),
+        typer.Option(help="Tokens of prompts that are read between two steps of others: 256.", min=1),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="What clients must send as Authorization: Bearer.", envvar="LLAMA_FAST_API_KEY")
@@ -317,9 +317,7 @@ def serve(
     fused: Annotated[bool, typer.Option("--fused", help="Decode by our own kernels; needs a GPU.")] = False,
     draft: Annotated[
         str | None,
-        typer.Option(
-            help="Who proposes tokens: a model, or ngram. Texts that start together then end before others start."
-        ),
+        typer.Option(help="Who proposes tokens: a model, or ngram."),
     ] = None,
     draft_encoding: Annotated[
         str | None, typer.Option(help="How the draft's weights are stored; as its checkpoint by default.")

@@ -75,10 +75,15 @@ def make_served(llama: Llama, name: str, engine: Engine, limits: Limits = Limits
 
 
 def warm_up(engine: Engine) -> None:
-    """Compile, or record, what the first request would otherwise wait for."""
-    engine.add(Request([0, 0], min(8, engine.length - 2)))
-    while engine.busy:
-        engine.step()
+    """Compile, or record, what the first requests would otherwise wait for: with a draft, rounds of every number of rows."""
+    rows, counts = len(engine.slots), [1]
+    if engine.draft is not None:
+        counts = sorted({rows, *(1 << n for n in range(rows.bit_length()))})
+    for count in counts:
+        for _ in range(count):
+            engine.add(Request([0, 0], min(8, engine.length - 2)))
+        while engine.busy:
+            engine.step()
 
 
 def run_server(served: Served, address: Address, limits: Limits, api_key: str | None) -> None:

@@ -60,8 +60,6 @@ class Setup:
             raise ValueError("--cache-tokens is for a paged cache: say --cache paged")
         if self.cache_bits not in (None, 8):
             raise ValueError(f"--cache-bits {self.cache_bits}: 8 is known")
-        if self.chunk is not None and self.drafted:
-            raise ValueError("--chunk: with a draft all prompts are read at once")
 
     @property
     def paged(self) -> bool:
@@ -89,5 +87,5 @@ class Setup:
         draft = None if propose is None else propose(plan, to, kind)
         llama = Llama(build(checkpoint, plan, to, kind), found.tokenizer(), self.chat_template)
         length = self.length or min(LONGEST, llama.runner.config.max_context)
-        chunk = CHUNK if self.chunk is None and draft is None else self.chunk
+        chunk = CHUNK if self.chunk is None else self.chunk
         return llama, {"rows": self.rows, "length": length, "draft": draft, "chunk": chunk}

@@ -144,10 +144,20 @@ class AdaptiveK:
     imagined: Imagined | None = None
     would_have_won: float = 0.0
 
+    def renew(self, ks: Sequence[int], costs: Costs, new_tokens: int) -> None:
+        """A row joins others: trials may be made for its sake too. What is known of acceptance stays known."""
+        self.ks, self.costs, self.new_tokens = ks, costs, max(new_tokens, self.new_tokens)
+        self.balance, self.imagined = max(self.balance, 0.0), None
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether plain steps have been timed."""
+        return self.costs.count(PLAIN) >= self.plain_samples
+
     def choose(self, evidence: Sequence[int], remaining: int) -> int:
         """The k for rows with this evidence, of which the longest still wants `remaining` tokens; 0 is a plain step."""
         ks = [k for k in self.ks if k < remaining and self.may_lose(k)]
-        if not ks or self.costs.count(PLAIN) < self.plain_samples:
+        if not ks or not self.knows_plain:
             return 0
         best = max(ks, key=lambda k: self.worth(k, evidence))
         return best if self.worth(best, evidence) > 1 else 0
@@ -190,8 +200,10 @@ class AdaptiveK:
         """
         if not self.ks:
             return
+        if self.imagined is not None and len(self.imagined.running) != len(evidence):
+            self.imagined = None  # rows have ended
         if self.imagined is None:
-            if max(evidence) < 0:
+            if max(evidence, default=-1) < 0:
                 return
             best = max(self.ks, key=lambda k: self.worth(k, evidence))
             self.imagined = Imagined(best, list(evidence), [of >= 0 for of in evidence], [0] * len(evidence))

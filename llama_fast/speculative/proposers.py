@@ -21,20 +21,23 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llama_fast.contracts import KVCache
 from llama_fast.engine.caches import Caches
-from llama_fast.engine.request import Request
+from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
 from llama_fast.engine.speculation import Statistics
 from llama_fast.model.roofline import stored_bytes, weight_bytes_per_step
 from llama_fast.speculative.adaptive_k import A_DRAFT, Costs
+from llama_fast.speculative.clock import agreement
 from llama_fast.speculative.ngrams import Text
-from llama_fast.speculative.rounds import NO_GUESS, Compilations, Ks, Rounds, Source, agreement, sampler_of
+from llama_fast.speculative.rounds import Manner, Rounds
+from llama_fast.speculative.source import NO_GUESS, Compilations, Source, Terms
 from llama_fast.speculative.verification import State
 from llama_ref.arguments import flag, made, whole
 
@@ -99,24 +102,28 @@ class Proposer(ABC):
                 raise ValueError("aligned checks are for temperature 0: they promise bits, not a distribution")
         return room
 
-    def begin(self, target: Runner, requests: Sequence[Request], cache: KVCache) -> Rounds:
-        """The steps of requests that start together, by rounds; ValueError, with the numbers, for what cannot be."""
-        room, needed = self.check(target, requests, cache.capacity), max(request.positions for request in requests)
-        on_gpu = target.device.type == "cuda"
+    def begin(self, target: Runner, slots: Sequence[Row | None], cache: KVCache, length: int) -> Rounds:
+        """The steps, by rounds, of rows of up to `length` positions, which come and go in these slots."""
+        positions = length + self.slack
+        source = self.source(target, len(slots), positions)
+        settle = partial(self.settle, target)
+        manner = Manner(settle, positions, self.compilations, self.k is not None, self.aligned)
+        return Rounds(source, target, slots, cache, manner)
+
+    def settle(self, target: Runner, requests: Sequence[Request], cache: KVCache, code: tuple[object, ...]) -> Terms:
+        """How many tokens may be proposed while these requests run, in a cache of as many rows as a round has."""
+        rows, compiler, on_gpu = cache.batch, target.plan.compiler, target.device.type == "cuda"
+        room = self.check(target, requests, cache.capacity)
         if self.k is None and on_gpu:
-            room = min(room, max(1, CHEAP_ROWS // len(requests) - 1))
+            room = min(room, max(1, CHEAP_ROWS // rows - 1))
         ks = self.candidates(target, room)
-        source = self.source(target, requests, needed + max(ks, default=0))
-        rounds = Rounds(source, target, cache, Ks(ks, self.k is not None, self.aligned), requests, self.compilations)
-        kind = rounds.choose.code
-        rounds.adaptive_k.costs = self._costs.setdefault((len(requests), cache.length, kind), Costs(agreement(target)))
-        compiler = target.plan.compiler
-        rounds.rehearsal = self.is_new(cache, kind) and (compiler.compiles_each_shape or compiler.records_addresses)
-        if self.k is None and on_gpu:  # up to eight rows cost a GPU the same, another shape costs kernels
-            rounds.width = max(ks, default=0) + 1
-        if not ks:
-            rounds.statistics.notice = f"plain decoding: {needed} positions leave no room for proposals"
-        return rounds
+        costs = self._costs.setdefault((rows, cache.capacity, code), Costs(agreement(target)))
+        is_new = self.is_new(cache, code) and (compiler.compiles_each_shape or compiler.records_addresses)
+        # up to eight rows cost a GPU the same, another shape costs kernels
+        width = max(ks, default=0) + 1 if self.k is None and on_gpu else 1
+        needed = max(request.positions for request in requests)
+        notice = "" if ks else f"plain decoding: {needed} positions leave no room for proposals"
+        return Terms(ks, width, costs, is_new, notice)
 
     def candidates(self, target: Runner, room: int) -> tuple[int, ...]:
         """The ks to choose from: one where each is compiled for."""
@@ -128,7 +135,7 @@ class Proposer(ABC):
         return tuple(k for k in possible if k <= min(self.most, room))
 
     def is_new(self, cache: KVCache, kind: tuple[object, ...]) -> bool:
-        """Whether this is the first generation of its kind in that cache; a compiler has then not seen its shapes."""
+        """Whether no rounds of this kind have been in that cache; a compiler has then not seen their shapes."""
         known = self._seen.setdefault(cache, set())
         new = kind not in known
         known.add(kind)
@@ -138,8 +145,8 @@ class Proposer(ABC):
         """Raise ValueError where this proposer cannot serve that target for `needed` positions and its k beyond."""
 
     @abstractmethod
-    def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
-        """For one generation, of rows of up to `needed` positions."""
+    def source(self, target: Runner, rows: int, positions: int) -> Source:
+        """For so many slots of up to so many positions, proposals included."""
 
 
 class Draft(Proposer):
@@ -181,8 +188,8 @@ class Draft(Proposer):
             target, min(room, self.runner.config.max_context - (target.config.max_context - room))
         )
 
-    def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
-        return DraftSource(self.caches, requests, needed, self.compilations)
+    def source(self, target: Runner, rows: int, positions: int) -> Source:
+        return DraftSource(self.caches, rows, min(positions, self.runner.config.max_context), self.compilations)
 
 
 class DraftSource:
@@ -191,47 +198,76 @@ class DraftSource:
     blind = keeps_up = False
     runs_ahead = True
 
-    def __init__(self, caches: Caches, requests: Sequence[Request], needed: int, compilations: Compilations):
+    def __init__(self, caches: Caches, rows: int, positions: int, compilations: Compilations):
         runner = caches.runner
         self.name = f"draft {runner.plan}"
-        self.runner, self.caches, self.cache = runner, caches, caches.take(len(requests), needed)
+        self.runner, self.caches, self.compilations = runner, caches, compilations
+        self.slots, self.positions = rows, positions
         # The target's own transforms, so that q is like p.
-        self.choose = runner.prepared(sampler_of(requests, runner.device), needed + 1)
-        self.greedy = runner.greedy(len(requests))
-        self.pick = compilations.of(pick, runner, len(requests), self.choose.code)
+        self.sampler = runner.prepared(BatchSampler.of_free_rows(rows, runner.device, 0), positions + 1)
+        self.taken: KVCache | None = None
+
+    @property
+    def cache(self) -> KVCache:
+        """Taken when rows come, and put back when none is left: others may propose in between."""
+        if self.taken is None:
+            self.taken = self.caches.take(self.slots, self.positions)
+        return self.taken
 
     def guess(self, evidence: int) -> tuple[float, float]:
         return A_DRAFT
 
-    def join(self, state: State, width: int) -> None:
+    def begin(self, first: int, requests: Sequence[Request]) -> list[tuple[int, int]]:
+        self.sampler.set_rows(first, [request.sampling for request in requests])
+        return [(0, NO_GUESS)] * len(requests)
+
+    def read(self, state: State, first: int, width: int) -> None:
         """Prefill what stands before the newest token."""
-        self.runner.start(state.history_BL[:, :width].contiguous(), state.position_B.clone(), self.cache, self.greedy)
+        history_BL, position_B = state.history_BL[:, :width].contiguous(), state.position_B.clone()
+        rows = len(position_B)
+        self.runner.start(history_BL, position_B, self.cache_of(first, rows), self.runner.greedy(rows))
+
+    def cache_of(self, first: int, rows: int) -> KVCache:
+        """The cache of some slots."""
+        return self.cache if rows == self.slots else self.cache.rows(first, rows)
 
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         # After full acceptance the last proposal was never fed to the draft: its first step takes two tokens. So it does where
         # the round before is under way still, and may have been accepted in full.
+        rows = len(state.position_B)
+        cache, greedy = self.cache_of(0, rows), self.runner.greedy(rows)
+        choose = self.sampler if rows == self.slots else self.sampler.rows(0, rows)
         token_BN, at_B = state.newest(2 if behind else 1), state.position_B - int(behind)
         tokens, distributions = [], []
-        if not self.choose.greedy:
+        if not choose.greedy:
+            pick_one = self.compilations.of(pick, self.runner, rows, choose.code)
             ahead_K = torch.arange(1, k + 1, device=at_B.device)
-            u_BK = self.choose.uniforms(state.position_B[:, None] + ahead_K, torch.full_like(ahead_K, DRAWN))
+            u_BK = choose.uniforms(state.position_B[:, None] + ahead_K, torch.full_like(ahead_K, DRAWN))
         for i in range(k):
-            token_B, logits_BTV = self.runner.step(token_BN, at_B, self.cache, self.greedy)
+            token_B, logits_BTV = self.runner.step(token_BN, at_B, cache, greedy)
             at_B = state.position_B + (i + 1)
-            if self.choose.greedy:
+            if choose.greedy:
                 token_B = token_B.clone()  # a CUDA graph overwrites its outputs at the next replay
             else:
-                token_B, p_BV = self.pick(self.choose, logits_BTV[:, -1].clone(), u_BK[:, i].clone())
+                token_B, p_BV = pick_one(choose, logits_BTV[:, -1].clone(), u_BK[:, i].clone())
                 distributions.append(p_BV)
             tokens.append(token_B)
             token_BN = token_B[:, None]
         return torch.stack(tokens, 1), torch.stack(distributions, 1) if distributions else None
 
-    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        return [(0, NO_GUESS)] * len(tokens)
+    def look(self, slot: int, tokens: Sequence[int]) -> tuple[int, int]:
+        return 0, NO_GUESS
+
+    def leave(self, slot: int) -> None:
+        self.sampler.free_row(slot)
+
+    def narrow(self) -> None:
+        self.sampler.narrow()
 
     def finish(self) -> None:
-        self.caches.put_back(self.cache)
+        if self.taken is not None:
+            self.caches.put_back(self.taken)
+        self.taken = None
 
 
 def pick(choose: BatchSampler, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,8 +294,8 @@ class Ngram(Proposer):
             raise ValueError(f"an n-gram of {shortest} to {longest} tokens is none: 1 <= shortest <= longest")
         self.longest, self.shortest = longest, shortest
 
-    def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
-        return NgramSource(len(requests), self.longest, self.shortest)
+    def source(self, target: Runner, rows: int, positions: int) -> Source:
+        return NgramSource(rows, self.longest, self.shortest)
 
 
 class NgramSource:
@@ -267,28 +303,40 @@ class NgramSource:
 
     blind, keeps_up, runs_ahead = False, True, False
 
-    def __init__(self, batch: int, longest: int, shortest: int):
+    def __init__(self, rows: int, longest: int, shortest: int):
         self.name = f"n-gram, {shortest} to {longest} tokens"
-        self.longest = longest
-        self.texts = [Text(shortest, longest) for _ in range(batch)]
+        self.longest, self.shortest = longest, shortest
+        self.texts = [Text(shortest, longest) for _ in range(rows)]
 
     def guess(self, evidence: int) -> tuple[float, float]:
         """A short match says little: in prose one token in three after it is as before, in code two."""
         return (0.9 if evidence >= self.longest else 0.5), 3.0
 
-    def join(self, state: State, width: int) -> None:
+    def begin(self, first: int, requests: Sequence[Request]) -> list[tuple[int, int]]:
+        for slot, _ in enumerate(requests, first):
+            self.leave(slot)
+        return [self.look(slot, request.ids) for slot, request in enumerate(requests, first)]
+
+    def read(self, state: State, first: int, width: int) -> None:
         """What it was told is all it reads."""
 
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
-        found_BK, device = torch.tensor([text.following(k) for text in self.texts]), state.position_B.device
+        rows, device = len(state.position_B), state.position_B.device
+        found_BK = torch.tensor([text.following(k) for text in self.texts[:rows]])
         if device.type == "cuda":  # from pinned memory the copy takes its turn on the device, and the host goes on
             found_BK = found_BK.pin_memory()
         return found_BK.to(device, non_blocking=True), None
 
-    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        for text, new in zip(self.texts, tokens, strict=True):
-            text.extend(new)
-        return [(text.match()[0] or -1, text.following(1)[0]) for text in self.texts]
+    def look(self, slot: int, tokens: Sequence[int]) -> tuple[int, int]:
+        text = self.texts[slot]
+        text.extend(tokens)
+        return text.match()[0] or -1, text.following(1)[0]
+
+    def leave(self, slot: int) -> None:
+        self.texts[slot] = Text(self.shortest, self.longest)
+
+    def narrow(self) -> None:
+        """What it knows of a slot went with the row."""
 
     def finish(self) -> None:
         """It holds nothing that others could use."""
@@ -302,7 +350,7 @@ class Padded(Proposer):
     def __init__(self, k: int):
         super().__init__(whole("k", k), whole("k", k), aligned=True)
 
-    def source(self, target: Runner, requests: Sequence[Request], needed: int) -> Source:
+    def source(self, target: Runner, rows: int, positions: int) -> Source:
         return PaddedSource()
 
 
@@ -315,14 +363,23 @@ class PaddedSource:
     def guess(self, evidence: int) -> tuple[float, float]:
         return A_DRAFT
 
-    def join(self, state: State, width: int) -> None:
+    def begin(self, first: int, requests: Sequence[Request]) -> list[tuple[int, int]]:
+        return [(0, NO_GUESS)] * len(requests)
+
+    def read(self, state: State, first: int, width: int) -> None:
         """Nothing is to be known."""
 
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         return torch.zeros_like(state.position_B)[:, None].expand(-1, k).contiguous(), None
 
-    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        return [(0, NO_GUESS)] * len(tokens)
+    def look(self, slot: int, tokens: Sequence[int]) -> tuple[int, int]:
+        return 0, NO_GUESS
+
+    def leave(self, slot: int) -> None:
+        """Nothing is known of it."""
+
+    def narrow(self) -> None:
+        """Nothing is known."""
 
     def finish(self) -> None:
         """It holds nothing."""

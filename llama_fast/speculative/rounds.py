@@ -2,194 +2,113 @@
 
 What was written so far and where each row stands stay on the device (verification.py), and so does what a draft model proposes; a
 lookup reads the tokens that come to the host. Position is an argument, so a rejected token is overwritten by the next
-round, in the target's cache as in the draft's. A row that has all its tokens stands still while the others go on.
+round, in the target's cache as in the draft's. Rows join and leave between two rounds. A row that has all its tokens stands
+still while others go on; so does a slot that nobody stands in.
 
-Shapes: B rows, K proposed tokens, T = K + 1, L columns of history, V vocabulary.
+Shapes: B rows of a round, K proposed tokens, T = K + 1, L columns of history, V vocabulary.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_fast.compilers.compilation import own_code
 from llama_fast.contracts import KVCache
 from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
 from llama_fast.engine.speculation import Statistics
-from llama_fast.engine.steps import Taken
+from llama_fast.engine.steps import Taken, are_read_by, read_on
 from llama_fast.engine.transfer import Readback, pad, upload
 from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, AdaptiveK, Costs
+from llama_fast.speculative.clock import Clock, Marks
+from llama_fast.speculative.source import NOTHING, Compilations, Source, Terms
 from llama_fast.speculative.verification import State, aligned, finish, within
 
-NO_GUESS = -1
 PROMPT = -1
 """The k of what is under way while prompts are read: its one token is no plain step's."""
 
-
-class Source(Protocol):
-    """Where the proposals of one generation come from."""
-
-    name: str
-
-    def guess(self, evidence: int) -> tuple[float, float]:
-        """Of proposals with this evidence, before any was judged: their acceptance, and how many proposals that counts for."""
-
-    @property
-    def blind(self) -> bool:
-        """Whether proposals are only there to fill the shape, and none is to stand."""
-
-    @property
-    def keeps_up(self) -> bool:
-        """Whether it can propose again after plain steps without more ado."""
-
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether it proposes from what is on the device alone, before the round ahead has come to the host."""
-
-    def join(self, state: State, width: int) -> None:
-        """Take in what was written so far; no row has more than `width` tokens before its newest."""
-
-    def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, k] and the distributions [B, k, V] they were drawn from; None: they are certain.
-
-        `behind`: the round before may have accepted all of some row's proposals, so that the token before the newest is not
-        yet known to the source.
-        """
-
-    def look(self, tokens: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """Each row goes on with these tokens. (Evidence of its next proposals, their first) of each: evidence is at least 0,
-        or -1 where there are none; the first is NO_GUESS where it is not known before proposals are asked for.
-        """
-
-    def finish(self) -> None:
-        """The generation has ended, or nobody wants more of it."""
-
-
-class Compilations:
-    """Small functions, compiled for fixed shapes where a runner's plan compiles its own; kept by their shapes. Beside a step of
-    ready-made kernels they are short as they are, and would take longer to compile than all of them.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], Callable[..., Any]] = {}
-
-    def of(self, function: Callable[..., Any], runner: Runner, *shape: object) -> Callable[..., Any]:
-        """`function`, or its compiled form for calls that are alike in `shape`."""
-        if not runner.plan.compiler.compiles_each_shape:
-            return function
-        key = (function, *shape)
-        if key not in self._known:
-            self._known[key] = torch.compile(own_code(function), dynamic=False, fullgraph=True)
-        return self._known[key]
-
-
-Mark = float | torch.cuda.Event
-
-
-class Clock:
-    """Marks in the device's own time: they cost no wait, and are read after the round is."""
-
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-
-    def mark(self) -> Mark:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begin: Mark, end: Mark) -> float:
-        if isinstance(begin, float) or isinstance(end, float):
-            assert isinstance(begin, float) and isinstance(end, float)
-            return end - begin
-        return begin.elapsed_time(end) / 1e3  # type: ignore[no-any-return]
-
-
-def agreement(runner: Runner) -> Callable[[float], float]:
-    """How the processes of a group come to one number: its sum. Alone, the number itself."""
-    if runner.plan.shard.all_reduce.alone:
-        return lambda seconds: seconds
-    return lambda seconds: float(
-        runner.plan.shard.all_reduce(torch.full((8,), seconds, dtype=torch.float32, device=runner.device))[0]
-    )
+Settle = Callable[[Sequence[Request], KVCache, tuple[object, ...]], Terms]
+"""The terms of requests that run, in a cache of the rows of a round, with the sampler's code."""
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A step on its way: the k it proposed, and marks before the proposals, before the check and after all."""
+    """A step on its way: the k it proposed, its marks, and the rows whose tokens it brings, of neighbouring slots."""
 
     k: int
-    marks: tuple[Mark, Mark, Mark]
+    marks: Marks
+    rows: list[Row | None]
 
 
 @dataclass(frozen=True)
-class Ks:
-    """How many tokens a round may propose."""
+class Manner:
+    """How a proposer has its rounds run."""
 
-    choices: tuple[int, ...]
+    settle: Settle
+    positions: int
+    """The positions that a row may have, proposals included."""
+    compilations: Compilations
     fixed: bool
-    """Whether every round proposes exactly the first of the choices."""
+    """Whether every round proposes the one number of tokens that the terms name."""
     aligned: bool = False
     """Whether windows are those of `aligned`: for this k must be fixed, and decoding greedy where proposals are to stand."""
 
 
-def sampler_of(requests: Sequence[Request], device: torch.device) -> BatchSampler:
-    """A sampler of rows with these requests' settings."""
-    sampler = BatchSampler.of_free_rows(len(requests), device, 0)
-    sampler.set_rows(0, [request.sampling for request in requests])
-    return sampler
-
-
 class Rounds:
-    """Requests that start together go on by rounds of proposals and checks; a stepper of the engine."""
+    """Rows go on by rounds of proposals and checks; a stepper of the engine."""
 
-    def __init__(
-        self,
-        source: Source,
-        target: Runner,
-        cache: KVCache,
-        ks: Ks,
-        requests: Sequence[Request],
-        compilations: Compilations,
-    ):
-        self.source, self.target, self.cache = source, target, cache
-        self.ks, self.fixed, self.aligned = ks.choices, ks.fixed, ks.aligned
-        self.width = 1  # tokens that a check has at least: one shape for every k
-        self.rehearsal = False  # whether to compile and time every shape before the first round
-        self.rows: Sequence[Row] = ()
-        longest = max(request.max_new_tokens for request in requests)
-        self.adaptive_k = AdaptiveK(self.ks, Costs(), longest, source.guess)
+    def __init__(self, source: Source, target: Runner, slots: Sequence[Row | None], cache: KVCache, manner: Manner):
+        """`slots`: the engine's own list, of the rows of the cache."""
+        B, device = len(slots), target.device
+        self.source, self.target, self.slots, self.all_cache, self.manner = source, target, slots, cache, manner
+        self.all_state = State.of_free_rows(B, max(cache.capacity or 0, manner.positions) + 2, device)
+        self.sampler = target.prepared(BatchSampler.of_free_rows(B, device, 0), self.all_state.columns)
+        self.terms = Terms((), 1, Costs(), False)
+        self.adaptive_k = AdaptiveK((), self.terms.costs, 1, source.guess)
         self.statistics = Statistics(source.name)
-        self.choose = sampler_of(requests, target.device)
-        self.greedy = target.greedy(len(requests))  # what the target's own step chooses is not looked at
-        self.compilations = compilations
-        self.clock = Clock(target.device)
-        self.readback = Readback(target.device)
+        self.clock = Clock(device)
+        self.readback = Readback(device)
         self.launched: deque[Launched] = deque()
-        self.evidence = [0] * len(requests)
-        self.guesses = [NO_GUESS] * len(requests)  # the first of the next proposals
+        self.known = [NOTHING] * B
+        """Of each slot the evidence of its next proposals, and the first of them."""
+        self.became_free: list[int] = []
+        """Slots that were left since a row joined; they go on unseen up to their rows' last positions, or stand still there."""
+        self.narrows = False
+        """Whether a row has left since the last step."""
         self.joined = self.behind = False
         self.due: int | None = None
         """The k of the step that is to be launched."""
+        self.take_part(B)
+
+    def take_part(self, rows: int) -> None:
+        """A round is of the first so many slots: of fewer than there are, while nobody stands in the others."""
+        whole = rows == len(self.slots)
+        self.state = self.all_state if whole else self.all_state.rows(0, rows)
+        self.cache = self.all_cache if whole else self.all_cache.rows(0, rows)
+        self.choose = self.sampler if whole else self.sampler.rows(0, rows)
+        self.greedy = self.target.greedy(rows)  # what the target's own step chooses is not looked at
+
+    @property
+    def rows(self) -> list[Row | None]:
+        """The rows of a round: None where nobody stands, or a prompt is still read."""
+        slots = self.slots[: len(self.state.position_B)]
+        return [None if row is None or row.reading or row.ended else row for row in slots]
 
     @property
     def left(self) -> list[int]:
-        """Tokens that each row still wants; 0: it has ended."""
-        return [row.left for row in self.rows]
+        """Tokens that each row of a round still wants; 0: it has ended, or there is none."""
+        return [0 if row is None else row.left for row in self.rows]
 
     def is_due(self) -> bool:
         """Whether a step is to be launched before the oldest under way is read; of how many proposals is settled here."""
-        if not any(self.left) or any(step.k == PROMPT for step in self.launched):
+        left = self.left
+        if not any(left) or any(step.k == PROMPT for step in self.launched):
             return False
         k = self.next_k()
         self.due = k if self.may_launch(k) else None
@@ -206,57 +125,94 @@ class Rounds:
         under_way, left = [step.k for step in self.launched], max(self.left)
         if len(under_way) > depth or sum(of + 1 for of in under_way) >= left:
             return False
-        return self.fixed or k == 0 or not under_way or self.adaptive_k.covers(k, under_way, left)
+        return self.manner.fixed or k == 0 or not under_way or self.adaptive_k.covers(k, under_way, left)
 
     @torch.no_grad()
     def start(self, first: int, rows: Sequence[Row], most: int | None = None) -> None:
-        """Prefill: the first token of every row is on its way."""
-        assert most is None, "an engine with a draft reads whole prompts"
-        device, self.rows = self.target.device, rows
-        requests = [row.request for row in rows]
-        tokens_BT, lengths_B = pad([request.ids for request in requests], device)
-        B, width = tokens_BT.shape
-        news_B = upload([request.max_new_tokens for request in requests], device)
-        longest = width + max(request.max_new_tokens for request in requests) + max(self.ks, default=0)
-        columns = max(self.cache.length, longest) + 1
-        history_BL = torch.zeros(B, columns, dtype=torch.int64, device=device)
-        self.target.prepared(self.choose, columns + 1)
-        history_BL[:, :width] = tokens_BT
-        token_B, _ = self.target.start(tokens_BT, lengths_B, self.cache, self.choose)
-        for row in rows:
-            row.read = len(row.ids)
-        history_BL.scatter_(1, lengths_B[:, None], token_B[:, None])
-        self.state = State(history_BL, lengths_B.clone(), lengths_B + news_B - 1)
-        self.look([request.ids for request in requests])
-        if self.rehearsal:
+        B, device = len(rows), self.target.device
+        opens, last = sum(row is not None for row in self.slots) == B, are_read_by(rows, most)
+        state = self.all_state.rows(first, B)
+        if not rows[0].read:
+            prompt_BT, _ = pad([row.ids for row in rows], device)
+            state.history_BL[:, : prompt_BT.shape[1]] = prompt_BT
+            self.known[first : first + B] = [NOTHING] * B
+        cache = self.all_cache if len(self.slots) == B else self.all_cache.rows(first, B)
+        if last:
+            self.sampler.set_rows(first, [row.request.sampling for row in rows])
+        whole = len(self.slots) == B
+        choose = self.target.greedy(B) if not last else self.sampler if whole else self.sampler.rows(first, B)
+        token_B, _, reach_B = read_on(self.target, rows, most, cache, choose)
+        if not last:
+            state.stand(reach_B)  # what is written behind is written again when the prompt is read on
+            return
+        state.begin(token_B, reach_B, upload([row.request.max_new_tokens for row in rows], device))
+        self.known[first : first + B] = self.source.begin(first, [row.request for row in rows])
+        self.settle(opens)
+        if self.joined:
+            self.source.read(state, first, max(2, *(len(row.ids) for row in rows)))
+        if self.terms.is_new:
             self.rehearse(self.state)
-        if self.fixed and self.ks:
+        if self.manner.fixed and self.terms.ks and not self.joined:
             self.join(self.state)
         self.readback.push(token_B[:, None])
         now = self.clock.mark()
-        self.launched.append(Launched(PROMPT, (now, now, now)))
+        self.launched.append(Launched(PROMPT, (now, now, now), list(rows)))
+
+    def settle(self, opens: bool) -> None:
+        """What holds from now on, as rows have joined: in which slots rounds are, and of how many proposals. `opens`: nobody
+        was there before them.
+
+        Where shapes are cheap, a round is of a power of two of slots, so that few rows in many slots cost what few rows cost.
+        """
+        free = [slot for slot in self.became_free if self.slots[slot] is None]
+        if free:  # what they had room for, rounds of the new terms might not have
+            self.all_state.free(upload(free, self.target.device))
+        self.became_free.clear()
+        needed = max(slot for slot, row in enumerate(self.slots) if row is not None) + 1
+        one_shape = self.manner.aligned or self.target.plan.compiler.compiles_each_shape
+        rows = len(self.slots) if one_shape else min(len(self.slots), 1 << (needed - 1).bit_length())
+        self.take_part(rows)
+        requests = [row.request for row in self.rows if row is not None]
+        terms = self.terms = self.manner.settle(requests, self.cache, self.choose.code)
+        longest = max(request.max_new_tokens for request in requests)
+        if opens:
+            self.adaptive_k = AdaptiveK(terms.ks, terms.costs, longest, self.source.guess)
+        else:
+            self.adaptive_k.renew(terms.ks, terms.costs, longest)
+        self.statistics.notice = terms.notice
 
     def leave(self, slot: int) -> None:
-        """A row that has ended stands still, or goes on unseen, until the last one has."""
+        self.sampler.free_row(slot)
+        self.source.leave(slot)
+        self.known[slot] = NOTHING
+        self.became_free.append(slot)
+        self.narrows = True
 
     def drop(self, row: Row) -> None:
-        """No row makes way for another: all have room for their ends from the start."""
+        for launched in self.launched:
+            launched.rows[:] = [None if of is row else of for of in launched.rows]
 
     def finish(self) -> None:
         self.launched.clear()
         self.readback = Readback(self.target.device)
+        self.joined = self.behind = False
         self.source.finish()
         self.report_costs()
 
-    def look(self, rows: Sequence[Sequence[int]]) -> None:
-        found = self.source.look(rows)
-        self.evidence, self.guesses = [of for of, _ in found], [guess for _, guess in found]
-
     def join(self, state: State) -> None:
-        # a row that has ended may go on unseen up to its last position
-        reach = [row.request.positions if row.ended else len(row.request.ids) + len(row.tokens) for row in self.rows]
-        self.source.join(state, max(2, *reach))
+        """Let the source take in what all rows have written."""
+        ahead = sum(max(0, step.k) + 1 for step in self.launched)  # of what the host has read
+        rows = [row for row in self.slots[: len(state.position_B)] if row is not None]
+        reach = [min(row.request.positions, len(row.request.ids) + len(row.tokens) + ahead) for row in rows]
+        self.source.read(state, 0, max(2, *reach))
         self.joined, self.behind = True, False
+
+    def narrow(self) -> None:
+        """Rows have left: nobody asks how their tokens are chosen."""
+        self.sampler.narrow()
+        self.source.narrow()
+        self.narrows = False
+        self.take_part(len(self.state.position_B))
 
     def rehearse(self, state: State) -> None:
         """Run every shape on a copy: the first runs compile, the last, as most rounds are, is timed. Slots are written again.
@@ -265,7 +221,7 @@ class Rounds:
         device would stand idle while the host launches, and seem slower.
         """
         ahead = self.readback.depth and self.source.runs_ahead
-        for k in (PLAIN, *self.ks):
+        for k in (PLAIN, *self.terms.ks):
             for behind in (False, True, True, True) if ahead else (True, False, False):
                 copy = state.clone()
                 if k and not self.joined:
@@ -283,38 +239,43 @@ class Rounds:
             torch.cuda.synchronize(self.target.device)
 
     def next_k(self) -> int:
-        """The next round's k, from what is known now; 0 is a plain step. A draft that stops does not start again."""
-        if self.fixed:
-            return self.ks[0] if self.ks else 0
-        evidence = [of for of, left in zip(self.evidence, self.left, strict=True) if left]
-        k = self.adaptive_k.choose(evidence, max(self.left)) if max(evidence) >= 0 else 0
-        if k == 0 and self.joined and not self.source.keeps_up and self.adaptive_k.ks:
-            if max(self.left) > min(self.ks):
-                self.give_up()
-            self.adaptive_k.ks = ()
+        """The next round's k, from what is known now; 0 is a plain step. A draft that stops may start again when a row joins."""
+        ks, left = self.terms.ks, self.left
+        if self.manner.fixed:
+            return ks[0] if ks else 0
+        evidence = [of for (of, _), wanted in zip(self.known, left) if wanted]
+        k = self.adaptive_k.choose(evidence, max(left)) if max(evidence) >= 0 else 0
+        if k == 0 and self.joined and not self.source.keeps_up:
+            if self.adaptive_k.ks and self.adaptive_k.knows_plain:  # else plain steps are still to be timed
+                if max(left) > min(ks):
+                    self.give_up()
+                self.adaptive_k.ks = ()
+            self.joined = False
         return k
 
     def give_up(self) -> None:
-        costs, a = self.adaptive_k.costs, self.adaptive_k.estimate(0).rate
-        best = max(self.ks, key=lambda k: self.adaptive_k.worth(k, [0]))
+        costs, a, ks = self.adaptive_k.costs, self.adaptive_k.estimate(0).rate, self.terms.ks
+        best = max(ks, key=lambda k: self.adaptive_k.worth(k, [0]))
         self.statistics.notice = (
             f"plain decoding after {self.statistics.rounds} rounds: at acceptance {a:.2f}, "
             f"{costs.c or 0:.2f} plain steps a proposal and {costs.v(best) or 1:.2f} a check, "
-            f"no k up to {max(self.ks)} wins (k={best}: {self.adaptive_k.worth(best, [0]):.2f}x)"
+            f"no k up to {max(ks)} wins (k={best}: {self.adaptive_k.worth(best, [0]):.2f}x)"
         )
 
     @torch.no_grad()
     def launch(self) -> None:
+        if self.narrows:
+            self.narrow()
         state, k = self.state, self.due
         assert k is not None
         if k and not self.joined:
             self.join(state)
         marks, report_BN = self.run(state, k, self.behind or bool(self.launched))
         self.readback.push(report_BN)
-        self.launched.append(Launched(k, marks))
+        self.launched.append(Launched(k, marks, self.rows))
 
     @torch.no_grad()
-    def run(self, state: State, k: int, behind: bool) -> tuple[tuple[Mark, Mark, Mark], Tensor]:
+    def run(self, state: State, k: int, behind: bool) -> tuple[Marks, Tensor]:
         """One round on the device. Returns its marks and the report [B, 2 + T]: taken, stood, tokens; of a plain step [B, 1]."""
         begun = self.clock.mark()
         newest_B1 = state.newest(1)
@@ -324,64 +285,60 @@ class Rounds:
             return (begun, begun, self.clock.mark()), token_B[:, None]
         draft_BK, q_BKV = self.source.propose(state, k, behind)
         proposed = self.clock.mark()
-        if self.aligned:
+        if self.manner.aligned:
             tokens_BT, start_B, row_B = aligned(state.history_BL, state.position_B, draft_BK)
         else:
-            tokens_BT = F.pad(torch.cat([newest_B1, draft_BK], 1), (0, max(0, self.width - k - 1)))
+            tokens_BT = F.pad(torch.cat([newest_B1, draft_BK], 1), (0, max(0, self.terms.width - k - 1)))
             start_B = state.position_B
         logits_BTV = self.target.step(tokens_BT, start_B, self.cache, self.greedy)[1][:, : k + 1]
-        if self.aligned:
+        if self.manner.aligned:
             draft_BK, logits_BTV = within(row_B, draft_BK, logits_BTV)
         if self.source.blind:
             draft_BK, q_BKV, logits_BTV = draft_BK[:, :0].contiguous(), None, logits_BTV[:, :1].contiguous()
-        finish_round = self.compilations.of(finish, self.target, *logits_BTV.shape, self.choose.code)
+        finish_round = self.manner.compilations.of(finish, self.target, *logits_BTV.shape, self.choose.code)
         report_BN = finish_round(self.choose, draft_BK, q_BKV, logits_BTV, state)
         return (begun, proposed, self.clock.mark()), report_BN
 
     def take(self) -> Taken:
-        """Wait for the oldest step; the tokens that each row gets from it."""
         if not self.launched:
             return []
-        launched, rows = self.launched.popleft(), self.readback.pop()
+        launched, found = self.launched.popleft(), self.readback.pop()
         if launched.k != PROMPT:
-            self.measure(launched.k, launched.marks)
-            rows = self.of_round(launched.k, rows) if launched.k else self.of_step(rows)
-        self.look(rows)
-        return [
-            (row, [(int(token), None) for token in tokens])
-            for row, tokens in zip(self.rows, rows, strict=True)
-            if not row.ended
-        ]
+            if len(launched.rows) == len(self.state.position_B):  # else its costs are those of other shapes
+                self.measure(launched.k, launched.marks)
+            found = self.of_round(launched, found) if launched.k else self.of_step(launched, found)
+        taken: Taken = []
+        for row, tokens in zip(launched.rows, found, strict=True):
+            if row is not None and not row.ended:
+                assert row.slot is not None
+                self.known[row.slot] = self.source.look(row.slot, tokens)
+                taken.append((row, [(int(token), None) for token in tokens]))
+        return taken
 
-    def of_step(self, rows: list[list[int]]) -> list[list[int]]:
+    def of_step(self, launched: Launched, found: list[list[int]]) -> list[list[int]]:
         self.statistics.plain_steps += 1
         self.adaptive_k.rest()
         if self.source.keeps_up:
-            known = [of if left else -1 for of, left in zip(self.evidence, self.left, strict=True)]
-            self.adaptive_k.watch(known, [[guess] == row for guess, row in zip(self.guesses, rows, strict=True)])
-        return rows
+            running = [b for b, row in enumerate(launched.rows) if row is not None and not row.ended]
+            evidence, hits = [self.known[b][0] for b in running], [[self.known[b][1]] == found[b] for b in running]
+            self.adaptive_k.watch(evidence, hits)
+        return found
 
-    def of_round(self, k: int, rows: list[list[int]]) -> list[list[int]]:
-        taken, stood = [row[0] for row in rows], [row[1] for row in rows]
-        wanted = self.left
-        running = [b for b, left in enumerate(wanted) if left]
-        assert all(taken[b] > 0 for b in running), "a row that still wants tokens got none"
-        if not self.source.blind:
-            for b in running:
-                seen = k - self.row(b) if self.aligned else k
-                self.statistics.round(k, stood[b], emitted=min(taken[b], wanted[b]), seen=seen)
-            self.adaptive_k.record(
-                k, [self.evidence[b] for b in running], [stood[b] for b in running], [taken[b] for b in running]
-            )
-            self.behind = k in [stood[b] for b in running]
-        return [row[2 : 2 + row[0]] for row in rows]
+    def of_round(self, launched: Launched, found: list[list[int]]) -> list[list[int]]:
+        k, taken, stood = launched.k, [row[0] for row in found], [row[1] for row in found]
+        running = [(b, row) for b, row in enumerate(launched.rows) if row is not None and not row.ended]
+        assert all(taken[b] > 0 for b, _ in running), "a row that still wants tokens got none"
+        if running and not self.source.blind:
+            for b, row in running:
+                seen = k - place(row, k) if self.manner.aligned else k
+                self.statistics.round(k, stood[b], emitted=min(taken[b], row.left), seen=seen)
+            numbers = [b for b, _ in running]
+            evidence = [self.known[b][0] for b in numbers]
+            self.adaptive_k.record(k, evidence, [stood[b] for b in numbers], [taken[b] for b in numbers])
+            self.behind = k in [stood[b] for b in numbers]
+        return [row[2 : 2 + row[0]] for row in found]
 
-    def row(self, b: int) -> int:
-        """Where the newest token of row b stands in an aligned check."""
-        row = self.rows[b]
-        return (len(row.request.ids) + len(row.tokens) - 1) % (self.ks[0] + 1)
-
-    def measure(self, k: int, marks: tuple[Mark, Mark, Mark]) -> None:
+    def measure(self, k: int, marks: Marks) -> None:
         if k:
             self.adaptive_k.costs.add(DRAFT, self.clock.seconds(marks[0], marks[1]) / k)
         self.adaptive_k.costs.add(k, self.clock.seconds(marks[1], marks[2]))
@@ -390,8 +347,13 @@ class Rounds:
         costs, statistics = self.adaptive_k.costs, self.statistics
         statistics.draft_cost = costs.c
         statistics.check_cost = {k: v for k in statistics.ks if costs.count(k) and (v := costs.v(k)) is not None}
-        if not self.fixed and self.ks and not statistics.notice and not statistics.rounds:
+        if not self.manner.fixed and self.terms.ks and not statistics.notice and not statistics.rounds:
             if costs.c is None or self.source.keeps_up:
                 statistics.notice = "plain decoding: nothing was proposed that promised to win"
             else:
                 self.give_up()
+
+
+def place(row: Row, k: int) -> int:
+    """Where a row's newest token stands in an aligned check of k proposals."""
+    return (len(row.request.ids) + len(row.tokens) - 1) % (k + 1)

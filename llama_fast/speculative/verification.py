@@ -21,11 +21,46 @@ JUDGE, LAST = 2, 3
 
 @dataclass(frozen=True)
 class State:
-    """A batch under way. The newest token of row b is history[b, position[b]]; it is not yet in any cache."""
+    """Rows under way. The newest token of row b is history[b, position[b]]; it is not yet in any cache.
+
+    A row without a request stands at position 1, which is also its limit: there is a token before it, as everywhere.
+    """
 
     history_BL: Tensor
     position_B: Tensor
     limit_B: Tensor  # the position of the last token that a row may have
+
+    @classmethod
+    def of_free_rows(cls, rows: int, columns: int, device: torch.device) -> State:
+        """Rows without requests, each with room for so many tokens."""
+        history_BL = torch.zeros(rows, columns, dtype=torch.int64, device=device)
+        return cls(history_BL, torch.ones_like(history_BL[:, 0]), torch.ones_like(history_BL[:, 0]))
+
+    @property
+    def columns(self) -> int:
+        """Tokens that a row has room for."""
+        return self.history_BL.shape[1]
+
+    def rows(self, first: int, count: int) -> State:
+        """Some of the rows: what is written there is written here."""
+        part = slice(first, first + count)
+        return State(self.history_BL[part], self.position_B[part], self.limit_B[part])
+
+    def stand(self, position_B: Tensor) -> None:
+        """No row goes on from these positions, one of each row, in place."""
+        self.position_B.copy_(position_B)
+        self.limit_B.copy_(position_B)
+
+    def free(self, row_N: Tensor) -> None:
+        """These rows have no requests any more, in place."""
+        self.position_B.index_fill_(0, row_N, 1)
+        self.limit_B.index_fill_(0, row_N, 1)
+
+    def begin(self, token_B: Tensor, lengths_B: Tensor, news_B: Tensor) -> None:
+        """Every row has its prompt in its history, so long, its first token, and may have so many new ones; in place."""
+        self.history_BL.scatter_(1, lengths_B[:, None], token_B[:, None])
+        self.position_B.copy_(lengths_B)
+        self.limit_B.copy_(lengths_B + news_B - 1)
 
     def clone(self) -> State:
         return State(self.history_BL.clone(), self.position_B.clone(), self.limit_B)

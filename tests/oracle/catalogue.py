@@ -430,7 +430,7 @@ def all_end_together(step: Any, self: Any) -> Any:
 def first_token_may_not_end(take: Any, self: Any, *args: Any) -> Any:
     event = take(self, *args)
     if len(self.tokens) == 1 and event.finish_reason == "stop":
-        self.finish_reason, event = None, replace(event, finish_reason=None)
+        self.finish_reason, event = None, event._replace(finish_reason=None)
     return event
 
 

@@ -20,6 +20,7 @@ SETUP = (
     "length",
     "cache",
     "cache_tokens",
+    "cache_bits",
     "chunk",
     "chat_template",
     "encoding",
@@ -45,6 +46,7 @@ class Arguments(BaseModel):
     length: int | None = Field(None, ge=4)
     cache: str | None = None
     cache_tokens: int | None = Field(None, ge=1)
+    cache_bits: Literal[8] | None = None
     chunk: int | None = Field(None, ge=1)
     chat_template: str | None = None
     encoding: str | None = None

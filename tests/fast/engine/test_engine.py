@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +26,11 @@ from llama_fast.engine.request import Event, Request, Row
 from llama_fast.engine.room import OwnSlots, SharedPages, common
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler, Sampling
+from llama_fast.engine.speculation import Speculation
+from llama_fast.engine.transfer import Readback
 from llama_fast.plan import Plan
-from llama_fast.speculative.proposers import Draft, Ngram
+from llama_fast.speculative.proposers import Draft, DraftSource, Ngram, Proposer
+from llama_fast.speculative.rounds import Rounds
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from oracle.questions.judge import Bench
@@ -44,16 +48,18 @@ PLANS = {
     "paged, short of pages": Plan(cache=Paged(tokens=40, page=4), fuse_projections=True),
 }
 RUNNERS = {name: build(CHECKPOINT, plan, "cpu") for name, plan in PLANS.items()}
-ALONE: dict[tuple[str, Any, Sampling], list[int]] = {}
-"""The longest answer to a prompt alone, by the plan's name."""
+ALONE: dict[tuple[str, Any, Sampling, Speculation | None], list[int]] = {}
+"""The longest answer to a prompt alone, by the plan's name, and of a row that draws by who proposes."""
 
 
-def alone(name: str, request: Request) -> list[int]:
+def alone(name: str, request: Request, draft: Speculation | None = None) -> list[int]:
     """What a request is answered alone: the longest answer, cut where this one ends."""
-    known = (name, request.ids, request.sampling)
+    draft = draft if request.sampling.temperature else None
+    known = (name, request.ids, request.sampling, draft)
     if len(ALONE.setdefault(known, [])) < request.max_new_tokens:
         longest = max(12, request.max_new_tokens)
-        ALONE[known] = generate(RUNNERS[name], [request.ids], longest, request.sampling).completions[0].tokens
+        done = generate(RUNNERS[name], [request.ids], longest, request.sampling, draft=draft)
+        ALONE[known] = done.completions[0].tokens
     tokens = ALONE[known][: request.max_new_tokens]
     return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in request.eos_ids), len(tokens))]
 
@@ -135,14 +141,19 @@ def nothing_is_left(engine: Engine) -> None:
         assert engine.room.before == [None] * len(engine.slots)
     else:
         assert isinstance(engine.room, SharedPages) and engine.room.pages.available == engine.room.pages.count
-    plain = engine.steps
-    assert isinstance(plain, steps.PlainSteps)
-    assert not plain.under_way and plain.choose.settings == [None] * len(engine.slots)
+    if isinstance(engine.steps, Rounds):
+        rounds = engine.steps
+        assert not rounds.launched and not rounds.joined and rounds.sampler.settings == [None] * len(engine.slots)
+        assert not isinstance(rounds.source, DraftSource) or rounds.source.taken is None
+    else:
+        plain = engine.steps
+        assert isinstance(plain, steps.PlainSteps)
+        assert not plain.under_way and plain.choose.settings == [None] * len(engine.slots)
 
 
-def judged(name: str, request: Request, tokens: list[int]) -> bool:
+def judged(name: str, request: Request, tokens: list[int], draft: Speculation | None = None) -> bool:
     """Whether these tokens are the row's own; a greedy one that differs must be a tie by the oracle's rule."""
-    known = alone(name, request)
+    known = alone(name, request, draft)
     if tokens == known:
         return True
     at = common(tokens, known)
@@ -155,18 +166,18 @@ def judged(name: str, request: Request, tokens: list[int]) -> bool:
     return False
 
 
-def check_answers(name: str, played: Played) -> int:
+def check_answers(name: str, played: Played, draft: Speculation | None = None) -> int:
     """Every row's tokens are those it gives alone, up to where it was cancelled. Returns how many ties there were."""
     ties = 0
     for id, request in played.requests.items():
         tokens, reasons = [event.token for event in played.events[id]], [e.finish_reason for e in played.events[id]]
         if id in played.cancelled:
-            known = alone(name, request)
+            known = alone(name, request, draft)
             assert len(tokens) < len(known) or tokens != known
             same = tokens == known[: len(tokens)]
             assert same or request.sampling.temperature == 0
         else:
-            ties += not judged(name, request, tokens)
+            ties += not judged(name, request, tokens, draft)
             assert reasons[:-1] == [None] * (len(tokens) - 1)
             assert reasons[-1] == ("stop" if tokens[-1] in request.eos_ids else "length")
     return ties
@@ -190,6 +201,121 @@ def test_rows_that_come_and_go_answer_as_they_do_alone(
     plain.readback.depth = ahead
     assert check_answers(name, Played(engine, actions, pages_are_whole)) <= 1, "ties are as rare as equal logits"
     nothing_is_left(engine)
+
+
+OTHER = build(random_checkpoint(dataclasses.replace(CONFIG, n_layers=1), 8), Plan(), "cpu")
+DRAFTS: dict[str, Proposer] = {
+    "a lookup": Ngram(3, shortest=1),
+    "a lookup, aligned": Ngram(2, shortest=1, aligned=True),
+    "itself": Draft(RUNNERS["static"], 2),
+    "another model": Draft(OTHER, 3),
+}
+
+
+def depth_of(ahead: int) -> Callable[[Readback, torch.device], None]:
+    """A readback that lets so many steps be launched before the oldest is read, as on a GPU."""
+    begin = Readback.__init__
+
+    def deep(self: Readback, device: torch.device) -> None:
+        begin(self, device)
+        self.depth = ahead
+
+    return deep
+
+
+@pytest.mark.parametrize("name", list(DRAFTS))
+@settings(max_examples=25)
+@given(
+    st.sampled_from(list(PLANS)),
+    st.lists(actions, min_size=3, max_size=25),
+    st.integers(1, 5),
+    st.sampled_from([0, 2]),
+    st.sampled_from([None, 3]),
+)
+def test_rows_that_come_and_go_between_rounds_answer_as_they_do_alone(
+    name: str, plan: str, actions: list[Action], rows: int, ahead: int, chunk: int | None
+) -> None:
+    """With a draft: greedy rows as without one, rows that draw as alone with it. The model itself is always right."""
+    draft = DRAFTS[name]
+    wanted = [(kind, of) for kind, of in actions if kind != "add" or may_speculate(of, draft)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Readback, "__init__", depth_of(ahead))
+        engine = Engine(RUNNERS[plan], rows, LENGTH, draft=draft, chunk=chunk)
+        played = Played(engine, wanted, pages_are_whole)
+    assert check_answers(plan, played, draft) <= 1, "ties are as rare as equal logits"
+    nothing_is_left(engine)
+    counted = engine.statistics
+    assert counted is not None and (name != "itself" or counted.tried - counted.accepted <= 1)
+
+
+def may_speculate(request: Request, draft: Proposer) -> bool:
+    """Whether a request can be answered with a draft."""
+    return request.sampling.repetition_penalty == 1 and not (draft.aligned and request.sampling.temperature)
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from([Ngram(shortest=1), Draft(RUNNERS["static"])]),
+    st.lists(actions, min_size=3, max_size=25),
+    st.lists(st.integers(0, 4), min_size=1, max_size=8),
+    st.sampled_from([0, 2]),
+)
+def test_rows_that_come_and_go_answer_alike_whatever_number_is_proposed(
+    draft: Proposer, actions: list[Action], ks: list[int], ahead: int
+) -> None:
+    """Rounds of any length, and plain steps between them: a draft is then behind, and reads what it missed."""
+    greedy = [(kind, dataclasses.replace(of, sampling=Sampling()) if kind == "add" else of) for kind, of in actions]
+    turns = itertools.cycle(ks)
+
+    def any_k(rounds: Rounds) -> int:
+        k = next(turns)
+        k = k if k < max(rounds.left) else 0
+        rounds.joined &= k > 0 or rounds.source.keeps_up
+        return k
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Readback, "__init__", depth_of(ahead))
+        patch.setattr(Rounds, "next_k", any_k)
+        engine = Engine(RUNNERS["paged"], 3, LENGTH, draft=draft)
+        played = Played(engine, greedy, pages_are_whole)
+    assert check_answers("paged", played) <= 1
+    nothing_is_left(engine)
+    counted = engine.statistics
+    assert counted is not None and (isinstance(draft, Ngram) or counted.tried - counted.accepted <= 1)
+
+
+def test_what_is_under_way_for_a_row_that_left_is_not_for_the_next_one_in_its_slot() -> None:
+    """A round is launched ahead, its row is cancelled, and another stands in the slot when it comes back."""
+    draft = Draft(RUNNERS["growing"], 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Readback, "__init__", depth_of(2))
+        engine = Engine(RUNNERS["static"], 2, LENGTH, draft=draft)
+        actions = [("add", Request(prompt, 20)) for prompt in PROMPTS[:2]] + [("step", 3)]
+        late = [("cancel", 0), ("add", Request(PROMPTS[2], 20)), ("step", 1), ("cancel", 1)]
+        rounds = engine.steps
+        assert isinstance(rounds, Rounds)
+        under_way: list[int] = []
+        played = Played(engine, [*actions, *late], lambda engine: under_way.append(len(rounds.launched)))
+    assert under_way[2] > 0 and check_answers("static", played) == 0
+
+
+def test_who_comes_late_is_answered_beside_the_others() -> None:
+    """Its first token is there long before theirs have ended, and few rows in many slots are a round of few."""
+    engine = Engine(RUNNERS["static"], 8, LENGTH, draft=Draft(RUNNERS["growing"], 2))
+    assert isinstance(engine.steps, Rounds)
+    engine.add(Request(PROMPTS[0], 30))
+    said: dict[int, int] = Counter()
+    sizes = []
+    while engine.busy:
+        for event in engine.step():
+            said[event.id] += 1
+            assert event.id != 0 or event.finish_reason is None or said[3] == 4, "the first one ends last"
+        sizes.append(len(engine.steps.state.position_B))
+        if len(sizes) == 2:
+            for prompt in PROMPTS[1:4]:
+                engine.add(Request(prompt, 4))
+    assert said == {0: 30, 1: 4, 2: 4, 3: 4}
+    assert sizes[0] == 1 and max(sizes) == 4
 
 
 MIXED = [
@@ -329,7 +455,7 @@ def test_what_does_not_fit_is_refused_before_it_begins(request_: Callable[[], Re
     "draft", [Ngram(3), Draft(RUNNERS["growing"], 2), Ngram()], ids=["ngram", "draft", "automatic"]
 )
 def test_speculation_is_a_stepper_of_the_same_engine(draft: Any) -> None:
-    """Requests of several lengths and settings start together; those that come later start when these have ended."""
+    """Requests of several lengths start together; those for which there is no slot start when others have ended."""
     engine = Engine(RUNNERS["static"], 3, LENGTH, draft=draft)
     greedy = [Request(prompt, new) for prompt, new in zip(PROMPTS, (12, 5, 9, 1, 7), strict=True)]
     played = Played(engine, [*(("add", request) for request in greedy), ("step", 2), ("cancel", 2)])

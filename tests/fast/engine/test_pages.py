@@ -179,8 +179,11 @@ def test_a_long_prompt_is_read_by_chunks_between_the_steps_of_others(
 def test_a_chunk_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(ValueError, match="chunk=0"):
         Engine(APART, 1, 40, chunk=0)
-    with pytest.raises(ValueError, match="chunk=8: with a draft all prompts are read at once"):
-        Engine(APART, 1, 40, draft=Ngram(2), chunk=8)
+
+
+def test_kept_prefixes_are_refused_with_a_draft() -> None:
+    with pytest.raises(ValueError, match="keeps_prefixes: with a draft every prompt is read from its beginning"):
+        Engine(APART, 1, 40, draft=Ngram(2), keeps_prefixes=True)
 
 
 def test_speculation_has_all_its_pages_from_the_start() -> None:

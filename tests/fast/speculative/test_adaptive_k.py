@@ -18,7 +18,7 @@ from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner
 from llama_fast.parallel.tensor_parallel import OverGroup, TensorParallel
 from llama_fast.plan import Plan
-from llama_fast.speculative import rounds
+from llama_fast.speculative import clock
 from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, AdaptiveK, Costs, expected_tokens, speedup
 from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.checkpoint import Checkpoint
@@ -106,9 +106,9 @@ class AnotherRank(OverGroup):
 
 def test_a_group_agrees_through_its_sum(untied: Checkpoint) -> None:
     runner = build(untied, Plan(cache=Static()), "cpu")
-    assert rounds.agreement(runner)(1.5) == 1.5
+    assert clock.agreement(runner)(1.5) == 1.5
     of_two = dataclasses.replace(runner, plan=Plan(shard=TensorParallel(0, 2, AnotherRank())))
-    assert rounds.agreement(of_two)(1.5) == 4.0
+    assert clock.agreement(of_two)(1.5) == 4.0
 
 
 class Slow:
