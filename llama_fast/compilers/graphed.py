@@ -25,6 +25,8 @@ from llama_fast.model.roofline import stored_bytes
 
 FEWEST_ROWS, MOST_ROWS = 8, 128
 """Tokens of all prompts together, padded, that are recorded."""
+FEW_TOKENS, MOST_ROWS_OF_FEW = 8, 1024
+"""The same where each prompt has so few: there are few such widths."""
 SOME_BLOCKS = 8
 """Blocks of a pass in which tiles are timed."""
 
@@ -104,7 +106,7 @@ def end_of(start_B: Tensor | None, width: int) -> int:
 def padded_width(B: int, T: int) -> int | None:
     """Tokens a row that a prompt is padded to, or None if it is too long: (1, 3) -> 8, (1, 20) -> 32, (4, 3) -> 4."""
     width = max(1 << (T - 1).bit_length(), FEWEST_ROWS // B)
-    return width if B * width <= MOST_ROWS else None
+    return width if B * width <= (MOST_ROWS_OF_FEW if width <= FEW_TOKENS else MOST_ROWS) else None
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,19 @@ def test_a_turn_is_replayed_behind_what_the_cache_holds_and_never_beyond_its_end
     assert recorded == [(2, 8), (2, 8)], "the first prompt, and the turns as one"
 
 
+def test_few_tokens_of_many_rows_are_recorded_and_many_are_not(
+    checkpoint: Checkpoint, recorded: list[tuple[int, ...]]
+) -> None:
+    plain, graphed = both(checkpoint)
+    for longest, width in ((6, 8), (9, None)):
+        assert padded_width(20, longest) == width
+        prompts = [[(5 * i + 3 * row) % 101 for i in range(longest - row % 3)] for row in range(20)]
+        wanted = generate(plain, prompts, 4).completions
+        cache = graphed.allocate(20, 16)
+        assert all(generate(graphed, prompts, 4, cache=cache).completions == wanted for _ in range(2))
+    assert (20, 8) in recorded and (20, 16) not in recorded and padded_width(200, 8) is None
+
+
 def test_proposals_are_verified_by_recordings(checkpoint: Checkpoint, recorded: list[tuple[int, ...]]) -> None:
     plain, graphed = both(checkpoint)
     prompts = [[1, 2, 3, 1, 2, 3, 1, 2], [7, 8, 7, 8, 7]]
