@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,7 +31,8 @@ from oracle.questions.pages import LONGEST_PAGED, PAGE, pages_check, with_short_
 from oracle.questions.survival import survived
 from oracle.statistics.compare import Check, Verdict, empty
 from oracle.subjects.adapters import Rows
-from oracle.subjects.fast import FastSubject, Recorder
+from oracle.subjects.fast import FastSubject
+from oracle.subjects.listened import Said
 
 LENGTHS = (4, 9, 6, 12, 5, 10, 7)  # the shortest first, so that others are ahead of it
 SPLITS = (2, 5, 3, 7, 1, 6, 4)
@@ -216,11 +216,13 @@ def penalised_check(subject: FastSubject, rows: Rows) -> Check:
 
 def told_logprobs(runner: Runner, rows: Rows) -> tuple[list[list[int | None]], list[Tensor], list[list[TokenLogprob]]]:
     """Drawn tokens by column, the logits [B, V] that each column came from, and what each row was told beside them."""
-    recorder = Recorder(runner)
+    said = Said(runner)
     requests = requests_of(rows, NEW, Sampling(1.0, seed=9), logprobs=TOP)
-    events = list(stream(cast(Runner, recorder), requests))
+    events = list(stream(said.runner, requests))
     told = [[event.logprob for event in row if event is not None and event.logprob is not None] for row in zip(*events)]
-    return [[None if event is None else event.token for event in column] for column in events], recorder.logits, told
+    logits_BnV = torch.stack([said.behind(b, len(row), len(events)) for b, row in enumerate(rows)])
+    columns = [[None if event is None else event.token for event in column] for column in events]
+    return columns, list(logits_BnV.unbind(1)), told
 
 
 def told_check(

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from oracle.subjects.adapters import Rows, padded
+from oracle.subjects.listened import Said
 from oracle.subjects.subject import Route, Setting, Trace
 
 
@@ -159,15 +160,12 @@ class FastSubject:
         """Tokens, the reason of their end and the logits [n, V] of each prompt, from the runner's own loop."""
         found: list[tuple[list[int], str, Tensor]] = []
         for group, real in self._groups(prompts):
-            recorder = Recorder(self.runner)
+            said = Said(self.runner)
             length = max(2, *(len(row) for row in group)) + n
-            cache = self._lent(len(group), length)
-            done = generate(cast(Runner, recorder), group, n, sampling, eos_ids, cache)
-            logits_BnV = torch.stack(recorder.logits, 1)
-            found += [
-                (completion.tokens, completion.finish_reason, logits_nV[: len(completion.tokens)])
-                for completion, logits_nV in list(zip(done.completions, logits_BnV, strict=True))[:real]
-            ]
+            done = generate(said.runner, group, n, sampling, eos_ids, self._lent(len(group), length))
+            for b, completion in enumerate(done.completions[:real]):
+                logits_nV = said.behind(b, completion.prompt_tokens, len(completion.tokens))
+                found.append((completion.tokens, completion.finish_reason, logits_nV))
         return found
 
     @torch.no_grad()
@@ -230,24 +228,3 @@ class FastSampler:
 
     def draw(self, logits_BV: Tensor, setting: Setting, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         return self._chooser(setting, seeds)(logits_BV, torch.tensor(list(positions), device=self.device))
-
-
-class Recorder:
-    """A runner that also keeps the logits of every step. They are cloned: a CUDA graph overwrites its outputs."""
-
-    def __init__(self, runner: Runner):
-        self._runner = runner
-        self.logits: list[Tensor] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def start(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        token_B, logits_BV = self._runner.start(*arguments)
-        self.logits.append(logits_BV.clone())
-        return token_B, logits_BV
-
-    def step(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        token_B, logits_BTV = self._runner.step(*arguments)
-        self.logits.append(logits_BTV[:, -1].clone())
-        return token_B, logits_BTV

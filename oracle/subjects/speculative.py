@@ -1,15 +1,9 @@
-"""A `llama_fast` runner with a proposer before it, as a Subject.
-
-What the target said at a position is taken from the last check that covered it: an earlier one may have stood on tokens that
-were rejected.
-"""
+"""A `llama_fast` runner with a proposer before it, as a Subject."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from llama_fast.engine.generate import Generation, generate
@@ -17,30 +11,7 @@ from llama_fast.engine.runner import Runner
 from llama_fast.engine.speculation import Speculation
 from oracle.subjects.adapters import Rows
 from oracle.subjects.fast import FastSubject
-
-
-class Watched:
-    """A runner that keeps what it said: `said[b][p]` are the logits [V] at position p of row b, the latest."""
-
-    def __init__(self, runner: Runner, batch: int):
-        self._runner = runner
-        self.said: list[dict[int, Tensor]] = [{} for _ in range(batch)]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def start(self, tokens_BT: Tensor, lengths_B: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        token_B, logits_BV = self._runner.start(tokens_BT, lengths_B, *arguments)
-        for row, length, logits_V in zip(self.said, lengths_B.tolist(), logits_BV.clone(), strict=True):
-            row[length - 1] = logits_V
-        return token_B, logits_BV
-
-    def step(self, tokens_BT: Tensor, start_B: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        at = start_B.tolist()
-        token_B, logits_BTV = self._runner.step(tokens_BT, start_B, *arguments)
-        for row, start, logits_TV in zip(self.said, at, logits_BTV.clone(), strict=True):
-            row.update({start + t: logits_V for t, logits_V in enumerate(logits_TV)})
-        return token_B, logits_BTV
+from oracle.subjects.listened import Said
 
 
 class SpeculativeSubject(FastSubject):
@@ -54,13 +25,12 @@ class SpeculativeSubject(FastSubject):
     def greedy(self, prompts: Rows, n: int) -> list[tuple[list[int], Tensor]]:
         found: list[tuple[list[int], Tensor]] = []
         for group, real in self._groups(prompts):
-            watched = Watched(self.runner, len(group))
-            done = self._generation(cast(Runner, watched), group, n)
+            said = Said(self.runner)
+            done = self._generation(said.runner, group, n)
             self.generations.append(done)
-            for row, completion, said in list(zip(group, done.completions, watched.said, strict=True))[:real]:
+            for b, completion in enumerate(done.completions[:real]):
                 tokens = completion.tokens
-                unsaid_V = torch.full_like(said[len(row) - 1], torch.nan)  # a token that no logits were computed for
-                found.append((tokens, torch.stack([said.get(len(row) - 1 + i, unsaid_V) for i in range(len(tokens))])))
+                found.append((tokens, said.behind(b, completion.prompt_tokens, len(tokens))))
         return found
 
     def until(self, prompts: Rows, n: int, eos_ids: Collection[int]) -> list[tuple[list[int], str]]:

@@ -96,10 +96,10 @@ class Absent:
 
 
 def ready() -> dict[str, int]:
-    """How many variants of each kernel are compiled, and what launches them is built where they were, not by who waits."""
+    """How many variants of each kernel are compiled; what launches each was built too, beside what was still compiled."""
     found = {}
     launchers = triton.runtime.driver.active.launchers
-    assert all(thread.startswith("ThreadPoolExecutor") for _, thread in launchers)
+    assert any(thread.startswith("ThreadPoolExecutor") for _, thread in launchers)
     for kernel in KERNELS:
         variants = [*kernel.device_caches[0][0].values()]
         assert all(type(variant) is triton.compiler.CompiledKernel for variant in variants), variants
