@@ -1,8 +1,8 @@
 """What clients speak to: the key and the limits at the door, and behind it whichever replica Ray chooses.
 
-A request whose replica is lost is asked again as long as nothing of its answer was sent; then its client is told. A client that
-leaves is a request that Ray cancels here. What was asked of a replica and is not wanted any more is cancelled there by us: a
-stream that is dropped runs to its end.
+A request whose replica is lost is asked again as long as nothing of its answer was sent; then its client is told. When a client
+leaves, Ray cancels its request here. Whatever was asked of a replica and is not wanted any more, for this or another reason, is
+cancelled there by us: a stream that is dropped runs to its end.
 """
 
 from __future__ import annotations
