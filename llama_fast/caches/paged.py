@@ -121,6 +121,7 @@ class PagedCache:
         self.batch, self.row_pages = self.table.pages_BP.shape
         self.capacity = self.row_pages * self.page
         self._parts: dict[tuple[int, int], PagedCache] = {}
+        self._seat: PagedCache | None = None
         self._of: tuple[PagedCache, int] | None = None
         self._reserved: list[int] | None = None
         self._assigned: list[int] | None = None
@@ -182,6 +183,23 @@ class PagedCache:
             self._parts[first, count] = part
         return self._parts[first, count]
 
+    def seat(self, row: int) -> PagedCache:
+        """One row as a cache, until `seat` is called again. It is the same object for all rows: their tables are copied to one
+        address, so that what was recorded for one of them serves all.
+        """
+        if self._seat is None:
+            table = Table(torch.full_like(self.table.pages_BP[:1], NOBODYS), self.page)
+            self._seat = PagedCache([PagedLayer(*layer.tensors, table) for layer in self.layers], self.pages)
+        self._seat._of = self, row
+        self._fill_seat()
+        return self._seat
+
+    def _fill_seat(self) -> None:
+        assert self._seat is not None and self._seat._of is not None
+        row = self._seat._of[1]
+        self._seat.table.pages_BP.copy_(self.table.pages_BP[row : row + 1])
+        self._seat.table.forget()
+
     def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
         """These are a row's pages from its `first` on; behind them it has none. From now on somebody else counts them."""
         self._reserved = None
@@ -202,6 +220,8 @@ class PagedCache:
         self.table.forget()
         for part in self._parts.values():
             part.table.forget()
+        if self._seat is not None:
+            self._fill_seat()
 
 
 @dataclass(frozen=True)

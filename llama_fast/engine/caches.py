@@ -36,6 +36,18 @@ class Caches:
         return sum(cache.nbytes for cache in self.kept.values())
 
 
+def part_of(cache: KVCache, first: int, count: int) -> KVCache:
+    """Some rows of a cache, as one whose prompts are read now; all of them: the cache itself.
+
+    Where a single row can be had at the addresses of any other (`seat`), it is: a compiler that records addresses then records
+    one pass for all slots. Such a part is good until the next one is asked for.
+    """
+    if count == cache.batch:
+        return cache
+    seat = getattr(cache, "seat", None)
+    return cache.rows(first, count) if count > 1 or seat is None else seat(first)  # type: ignore[no-any-return]
+
+
 def room_of(cache: KVCache) -> int:
     """Positions that a row may have, of which attention may look at fewer just now."""
     return cache.capacity or cache.length

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeGuard
 
 from llama_fast.contracts import KVCache
+from llama_fast.engine.caches import part_of
 from llama_fast.engine.pages import Pages
 from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
@@ -173,7 +174,7 @@ class SharedPages:
 
     def look(self, first: int, count: int) -> None:
         if self._narrow:
-            part = self._cache if count == self._cache.batch else self._cache.rows(first, count)
+            part: PagedKVCache = part_of(self._cache, first, count)  # type: ignore[assignment]  # of its own kind
             part.see(max(1, *map(len, self.of_slots[first : first + count])))
 
     def short(self, rows: Sequence[Row]) -> Sequence[Row]:

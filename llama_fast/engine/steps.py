@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama_fast.contracts import KVCache
 from llama_fast.engine import logprobs
+from llama_fast.engine.caches import part_of
 from llama_fast.engine.logprobs import TokenLogprob
 from llama_fast.engine.request import Row
 from llama_fast.engine.runner import Runner
@@ -128,7 +129,7 @@ class PlainSteps:
         choose = self.choose if whole else self.choose.rows(first, len(rows))
         if not last:
             choose = self.runner.greedy(1)  # behind a part of a prompt no token is wanted
-        cache = self.cache if whole else self.cache.rows(first, len(rows))
+        cache = part_of(self.cache, first, len(rows))
         token_B, logits_BV, reach_B = read_on(self.runner, rows, most, cache, choose)
         self.position_B[part] = reach_B  # where others take steps before a prompt is read on, it is written again
         self.onward_B[part] = int(last)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.contracts import KVCache
-from llama_fast.engine.caches import Caches
+from llama_fast.engine.caches import Caches, part_of
 from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
@@ -225,17 +225,14 @@ class DraftSource:
         """Prefill what stands before the newest token."""
         history_BL, position_B = state.history_BL[:, :width].contiguous(), state.position_B.clone()
         rows = len(position_B)
-        self.runner.start(history_BL, position_B, self.cache_of(first, rows), self.runner.greedy(rows))
-
-    def cache_of(self, first: int, rows: int) -> KVCache:
-        """The cache of some slots."""
-        return self.cache if rows == self.slots else self.cache.rows(first, rows)
+        self.runner.start(history_BL, position_B, part_of(self.cache, first, rows), self.runner.greedy(rows))
 
     def propose(self, state: State, k: int, behind: bool) -> tuple[Tensor, Tensor | None]:
         # After full acceptance the last proposal was never fed to the draft: its first step takes two tokens. So it does where
         # the round before is under way still, and may have been accepted in full.
         rows = len(state.position_B)
-        cache, greedy = self.cache_of(0, rows), self.runner.greedy(rows)
+        cache = self.cache if rows == self.slots else self.cache.rows(0, rows)
+        greedy = self.runner.greedy(rows)
         choose = self.sampler if rows == self.slots else self.sampler.rows(0, rows)
         token_BN, at_B = state.newest(2 if behind else 1), state.position_B - int(behind)
         tokens, distributions = [], []

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_fast.contracts import KVCache
+from llama_fast.engine.caches import part_of
 from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
@@ -136,7 +137,7 @@ class Rounds:
             prompt_BT, _ = pad([row.ids for row in rows], device)
             state.history_BL[:, : prompt_BT.shape[1]] = prompt_BT
             self.known[first : first + B] = [NOTHING] * B
-        cache = self.all_cache if len(self.slots) == B else self.all_cache.rows(first, B)
+        cache = part_of(self.all_cache, first, B)
         if last:
             self.sampler.set_rows(first, [row.request.sampling for row in rows])
         whole = len(self.slots) == B

@@ -11,7 +11,7 @@ from llama_fast.build import build, rebuild
 from llama_fast.caches.paged import Paged
 from llama_fast.compilers.compiled import Compiled
 from llama_fast.compilers.eager import Eager
-from llama_fast.compilers.graphed import Graphed
+from llama_fast.compilers.graphed import Graphed, Recorded, Recordings
 from llama_fast.engine.engine import Engine
 from llama_fast.engine.generate import generate
 from llama_fast.engine.request import Event, Request
@@ -53,3 +53,31 @@ def test_rows_that_share_pages_and_make_way_answer_as_they_do_alone(name: str) -
         for id, tokens in zip(ids, alone, strict=True):
             assert [event.token for event in events if event.id == id] == tokens
     assert engine.pre_emptions > 0 and engine.reused_tokens > 0
+
+
+def test_one_recording_reads_the_prompts_of_every_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that join one after another, with prompts padded to one width: the first pass is recorded, for all slots."""
+    checkpoint = random_checkpoint(CONFIG, 0, torch.device("cuda"), torch.float32)
+    apart = build(checkpoint, fused(), "cuda", torch.float32)
+    runner = rebuild(apart, dataclasses.replace(fused(), cache=Paged(page=16)))
+    shapes: list[tuple[int, ...]] = []
+    record = Recordings.record
+
+    def counted(self: Recordings, cache: object, inputs: tuple[torch.Tensor, ...]) -> Recorded:
+        shapes.append(tuple(inputs[0].shape))
+        return record(self, cache, inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Recordings, "record", counted)
+    engine, events = Engine(runner, 4, 100), list[Event]()
+    requests = [Request([(13 * n + i) % 1000 for i in range(20 + n)], 30) for n in range(4)]
+    ids = []
+    for request in requests:
+        ids.append(engine.add(request))
+        for _ in range(3):
+            events += engine.step()
+    while engine.busy:
+        events += engine.step()
+    assert shapes.count((1, 32)) == 1 and shapes.count((4, 1)) == 1
+    for id, request in zip(ids, requests, strict=True):
+        alone = generate(apart, [request.ids], 30).completions[0].tokens
+        assert [event.token for event in events if event.id == id] == alone

@@ -11,6 +11,7 @@ from llama_fast.build import build, rebuild
 from llama_fast.caches.paged import Paged
 from llama_fast.engine.engine import Engine
 from llama_fast.recipes import fused
+from llama_fast.speculative.proposers import Draft, Ngram
 from llama_ref.checkpoint import random_checkpoint
 from llama_ref.config import LlamaConfig
 from oracle.questions.judge import Bench
@@ -43,3 +44,20 @@ def test_five_hundred_requests_are_answered_as_alone(dtype: torch.dtype) -> None
     )
     assert ties <= MOST_TIES[dtype]
     assert found.cancelled and engine.pre_emptions and engine.reused_tokens and engine.free == ROWS
+
+
+@pytest.mark.parametrize("kind", ["lookup", "model", "model, fixed k"])
+def test_requests_that_come_and_go_between_rounds_are_answered_as_alone(kind: str) -> None:
+    """Greedy ones, in float32; rounds of 1, 2, 4 and 8 rows, each recorded when it is first needed."""
+    size = Size(120, 60, 40, drawn=False)
+    checkpoint = random_checkpoint(CONFIG, 0, torch.device("cuda"), torch.float32)
+    runner = build(checkpoint, fused(), "cuda", torch.float32)
+    small = dataclasses.replace(CONFIG, n_layers=1)
+    other = build(random_checkpoint(small, 1, torch.device("cuda"), torch.float32), fused(), "cuda", torch.float32)
+    draft = {"lookup": Ngram(shortest=1), "model": Draft(runner), "model, fixed k": Draft(other, 3)}[kind]
+    engine, asked = Engine(runner, ROWS, 100, draft=draft, chunk=32), requests_at_random(size, CONFIG.vocab_size, 1)
+    found = played(engine, asked, 2)
+    ties = judged(Alone(runner, 100, Bench(*references(runner, checkpoint))), asked, found)
+    counted = engine.statistics
+    assert counted is not None and engine.free == ROWS and ties <= 5
+    print(f"{kind}: {'; '.join(counted.lines())}; {ties} ties")

@@ -256,6 +256,43 @@ def test_a_position_stands_in_its_page() -> None:
     assert slots_at(pages_BP, torch.tensor([[0, 3, 6], [1, 3, 4]]), 4).tolist() == [[8, 11, 22], [29, 31, 0]]
 
 
+def test_every_row_is_read_by_way_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a compiler that records addresses records one pass for all slots; what is written is the row's own."""
+    runner = dataclasses.replace(paged())
+    seen: list[tuple[int, int]] = []
+    read = runner.run_prefill
+
+    def watched(model: object, ids: torch.Tensor, where: object, cache: PagedCache, choose: object) -> object:
+        seen.append((id(cache), cache.table.pages_BP.data_ptr()))
+        return read(model, ids, where, cache, choose)
+
+    engine = Engine(dataclasses.replace(runner, run_prefill=watched), 3, 40, chunk=4)
+    requests = [Request([n, *BEGIN[n:]], 7, Sampling(1.0, seed=n)) for n in range(3)]
+    assert said_by(engine, requests, steps_between=2) == [alone(request) for request in requests]
+    assert len(seen) >= 6 and len(set(seen)) == 1
+
+
+def test_a_rows_table_at_the_common_address_follows_the_rows() -> None:
+    cache = Paged(page=4).allocate(CONFIG, 3, 16, torch.float32, torch.device("cpu"))
+    assert isinstance(cache, PagedCache)
+    for row in range(3):
+        cache.assign(row, [4 * row + 1, 4 * row + 2])
+    seat = cache.seat(1)
+    assert seat.batch == 1 and seat.table.pages_BP[0].tolist() == cache.table.pages_BP[1].tolist()
+    address = seat.table.pages_BP.data_ptr()
+    assert cache.seat(2) is seat and seat.table.slots_at(torch.tensor([[5]])).tolist() == [[10 * 4 + 1]]
+    cache.assign(2, [3], first=1)
+    assert (
+        seat.table.slots_at(torch.tensor([[5]])).tolist() == [[3 * 4 + 1]] and seat.table.pages_BP.data_ptr() == address
+    )
+    short = Paged(tokens=8, page=4).allocate(
+        CONFIG, 2, 16, torch.float32, torch.device("cpu")
+    )  # pages as they are asked for
+    assert isinstance(short, PagedCache)
+    short.seat(1).reserve(torch.tensor([0]), 5)
+    assert short.seat(1).table.pages_BP[0, :2].tolist() == [1, 2] == short.table.pages_BP[1, :2].tolist()
+
+
 def test_attention_reads_what_was_put_in_order_whichever_pages_hold_it() -> None:
     generator = torch.Generator().manual_seed(1)
     cache = Paged(page=4).allocate(CONFIG, 2, 16, torch.float32, torch.device("cpu"))
