@@ -251,11 +251,9 @@ def several_tile(epilogue: str, n: int, k: int, m: int, kind: str, group: int) -
     """
     if kind == "int4" and m <= VECTOR_ROWS:
         return Tile(2 if epilogue == "gated" else 4, max(64, min(4096, next_power_of_2(k))), 4, apart=True, vector=True)
-    each, large = min(128, group) if kind == "int4" and group >= 64 else 128, n >= MANY_ROWS
+    each, large = 128, n >= MANY_ROWS
     if kind != "int4":
         tile = Tile(16, 4 * each, 4, slices=4) if large else Tile(16, 8 * each, 8, slices=8, stages=2)
-    elif group < 64:
-        tile = Tile(16, 4 * each, 4, slices=4)  # what has 32 weight rows takes another way through shared memory
     elif m <= 8 and not large:
         tile = Tile(16, 8 * each, 8, slices=8, ahead=4)
     elif m <= 8 and epilogue == "rope":
