@@ -243,18 +243,32 @@ def several_rows(
     scale, zero, places = (x if part is None else part for part in (weight.scale, weight.zero, weight.places))
     each, groups = slice_columns(tile.columns // max(tile.slices, 1), group_of(weight))
     two_of_them = group_of(weight) > 0 and k // weight.group % 2 == 0 and scale.element_size() == 2
-    pairs = two_of_them and each >= weight.group and tile.loads * groups % 2 == 0
+    pairs = two_of_them and each >= weight.group
     shared["BK"] = each * max(slices, 1)
     step = tile._replace(columns=shared["BK"] * tile.loads)
+    splits, ahead = min(tile.splits, triton.cdiv(k, step.columns)), min(tile.ahead, triton.cdiv(k, step.columns))
     per_column = shared["R"] * weight.weight.nbytes / weight.shape[0] / k + padded * x.element_size()
     values = weight.weight if weight.kind in ("sparse", "fp8") else weight.weight.view(torch.int8)
-    launch(_several_rows, (blocks,))(
-        in_pieces(x, gain, eps, weight.kind, weight.kind == "int4" and not slices, pdl), values, places, scale.view(torch.int32) if pairs else scale, zero,
-        *ends, KIND=weight.kind, G=weight.group, ZERO=weight.zero is not None, PAIRS=pairs,
-        FP16=scale.dtype == torch.float16, MP=padded, SLICES=slices, LOADS=tile.loads,
-        AHEAD=min(tile.ahead, triton.cdiv(k, step.columns)),
+    launch(_several_rows, (blocks, splits))(
+        *(split_scratch(blocks, splits * shared["R"] * padded, x.device) if splits > 1 else (x, x)),
+        in_pieces(x, gain, eps, weight.kind, weight.kind == "int4" and not slices, pdl), values, places,
+        scale.view(torch.int32) if pairs else scale, zero, *ends, KIND=weight.kind, G=weight.group,
+        ZERO=weight.zero is not None, PAIRS=pairs, FP16=scale.dtype == torch.float16, MP=padded, SLICES=slices,
+        LOADS=tile.loads, AHEAD=ahead if splits == 1 else 0, SPLITS=splits,
         STAGES=fitting_stages(step, math.ceil(per_column), machine(x.device).shared), **shared,
     )  # fmt: skip
+
+
+def split_scratch(blocks: int, numbers: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For a product whose columns are split: so many partial sums of each block, and a counter each, zeros."""
+    part = torch.empty(blocks * numbers, dtype=torch.float32, device=device)
+    return part, arrivals(next_power_of_2(blocks), device)
+
+
+@functools.cache
+def arrivals(blocks: int, device: torch.device) -> Tensor:
+    """Counters that every launch leaves at zero. They are kept: a CUDA graph finds them where they were."""
+    return torch.zeros(blocks, dtype=torch.int32, device=device)
 
 
 def slice_columns(asked: int, group: int) -> tuple[int, int]:

@@ -82,6 +82,16 @@ def _pair(word, FP16: tl.constexpr):
 
 
 @triton.jit
+def _of_word(word, group, FP16: tl.constexpr, SLICES: tl.constexpr):
+    """The scale of one group, `group` of the first slice and those behind it of the others, of words [.., R, 1] of two."""
+    even, odd = _pair(word, FP16)
+    if SLICES:
+        return tl.where((group + tl.arange(0, SLICES)[:, None, None]) % 2 == 0, even, odd)
+    else:
+        return tl.where(group % 2 == 0, even, odd)
+
+
+@triton.jit
 def _placed_pairs(values, words, SLICES: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """Two values of each four columns [.., R, C / 2], words of their places [.., R, C / 32] -> columns 0 and 1 of each four, and
     columns 2 and 3: each [.., R, C / 2]."""
@@ -120,14 +130,34 @@ def _halves(values, SLICES: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _by_groups(values, SLICES: tl.constexpr, R: tl.constexpr, W: tl.constexpr, GROUPS: tl.constexpr):
-    """[.., R, W] -> a tuple of 1, 2 or 4 tensors [.., R, W / GROUPS], side by side."""
+    """[.., R, W] -> a tuple of 1, 2, 4 or 8 tensors [.., R, W / GROUPS], side by side."""
     if GROUPS == 1:
         return (values,)
     elif GROUPS == 2:
         return _halves(values, SLICES, R, W)
-    else:
+    elif GROUPS == 4:
         first, last = _halves(values, SLICES, R, W)
         return _halves(first, SLICES, R, W // 2) + _halves(last, SLICES, R, W // 2)
+    else:
+        first, last = _halves(values, SLICES, R, W)
+        return _by_groups(first, SLICES, R, W // 2, 4) + _by_groups(last, SLICES, R, W // 2, 4)
+
+
+@triton.jit
+def _piece_halves(piece, SLICES: tl.constexpr, W: tl.constexpr, MP: tl.constexpr):
+    """[SLICES, W, MP] -> its first W / 2 rows and its last."""
+    return tl.split(tl.permute(tl.reshape(piece, [SLICES, 2, W // 2, MP]), [0, 2, 3, 1]))
+
+
+@triton.jit
+def _pieces_by_groups(piece, SLICES: tl.constexpr, W: tl.constexpr, MP: tl.constexpr, GROUPS: tl.constexpr):
+    if GROUPS == 1:
+        return (piece,)
+    elif GROUPS == 2:
+        return _piece_halves(piece, SLICES, W, MP)
+    else:
+        first, last = _piece_halves(piece, SLICES, W, MP)
+        return _piece_halves(first, SLICES, W // 2, MP) + _piece_halves(last, SLICES, W // 2, MP)
 
 
 @triton.jit
@@ -209,7 +239,7 @@ def _piece(
 
 @triton.jit
 def _stored_at(
-    weight, places, group_scale, zero, rows, live, first, K: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
+    weight, places, group_scale, zero, rows, live, first, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
     SLICES: tl.constexpr, LOADS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, PAIRS: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """All that is stored of LOADS loads from column `first` on: tuples of values, of scales (or words of two) or places, of zeros."""
@@ -218,6 +248,13 @@ def _stored_at(
     P: tl.constexpr = 1 if KIND == "fp8" else 2
     GROUPS: tl.constexpr = max(1, C // G)
     values, others, zeros = (), (), ()
+    if PAIRS:
+        WORDS: tl.constexpr = max(1, LOADS * GROUPS // 2)
+        if WORDS == 1:
+            others = (_of_slice(group_scale, rows, live, first, K, 2 * G, STRIDE, SLICES),)
+        else:
+            col = _columns(first // (2 * G), WORDS, SLICES, STRIDE // (2 * G))
+            others = _by_groups(_at(group_scale, rows, live, col, K // (2 * G), SLICES, CHECK), SLICES, R, WORDS, WORDS)
     for i in tl.static_range(LOADS):
         at = first + i * C
         values = values + (
@@ -230,8 +267,6 @@ def _stored_at(
                     zeros = zeros + (_of_slice(zero, rows, live, of, K, G, STRIDE, SLICES),)
                 if not PAIRS:
                     others = others + (_of_slice(group_scale, rows, live, of, K, G, STRIDE, SLICES),)
-                elif (i * GROUPS + j) % 2 == 0:
-                    others = others + (_of_slice(group_scale, rows, live, of, K, 2 * G, STRIDE, SLICES),)
         else:
             words = _columns(at // 32, C // 32, SLICES, STRIDE // 32)
             others = others + (_at(places, rows, live, words, K // 32, SLICES, CHECK),)
@@ -271,13 +306,23 @@ def _times(
                 of_groups = _by_groups(_swapped(values[i], R, C // P), SLICES, R, C // P, GROUPS)
             else:
                 of_groups = _by_groups(values[i], SLICES, R, C // P, GROUPS)
+            if SLICES and GROUPS > 1:
+                of_pieces = ()
+                for p in tl.static_range(P):
+                    whole = _piece(x, p, P, at, C, M, MP, K, SLICES, STRIDE, CHECK)
+                    of_pieces = of_pieces + _pieces_by_groups(whole, SLICES, C // P, MP, GROUPS)
             for j in tl.static_range(GROUPS):
                 tiles = _dense(of_groups[j], zeros[i * GROUPS + j] if ZERO else 0, kind, KIND, ZERO)
                 total = tl.zeros([SLICES, R, MP], tl.float32) if SLICES else tl.zeros([R, MP], tl.float32)
                 for p in tl.static_range(P):
-                    piece = _piece(x, p, P, at + j * G, C // GROUPS, M, MP, K, SLICES, STRIDE, CHECK)
-                    total = dot(tiles[p], piece, total)
-                if PAIRS:
+                    if SLICES and GROUPS > 1:
+                        total = dot(tiles[p], of_pieces[p * GROUPS + j], total)
+                    else:
+                        piece = _piece(x, p, P, at + j * G, C // GROUPS, M, MP, K, SLICES, STRIDE, CHECK)
+                        total = dot(tiles[p], piece, total)
+                if PAIRS and LOADS * GROUPS == 1:
+                    acc += total * _of_word(others[0], first // G, FP16, SLICES)
+                elif PAIRS:
                     acc += total * _pair(others[(i * GROUPS + j) // 2], FP16)[(i * GROUPS + j) % 2]
                 else:
                     acc += total * others[i * GROUPS + j].to(tl.float32)
@@ -290,12 +335,31 @@ def _times(
 
 
 @triton.jit
+def _sum_of_splits(acc_RM, part, arrived, block, split, R: tl.constexpr, MP: tl.constexpr, SPLITS: tl.constexpr):
+    """(whether this program is the last of its block's, then the sum of all their products [R, MP], in the order of the splits).
+
+    part [blocks, SPLITS, R, MP], arrived [blocks]: zeros, and again when all programs have ended.
+    """
+    at = tl.arange(0, R)[:, None] * MP + tl.arange(0, MP)[None, :]
+    first = part + block.to(tl.int64) * (SPLITS * R * MP)
+    tl.store(first + split * (R * MP) + at, acc_RM)
+    tl.debug_barrier()  # every thread's products are written before one thread says so
+    last = tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        tl.store(arrived + block, 0)  # ready for the next launch
+        acc_RM = tl.zeros([R, MP], tl.float32)
+        for i in tl.static_range(SPLITS):
+            acc_RM += tl.load(first + i * (R * MP) + at, cache_modifier=".cg")
+    return last, acc_RM
+
+
+@triton.jit
 def _several_rows(
-    x, weight, places, group_scale, zero, scale, residual, out, start, cos, sin, k_cache, v_cache, slots,
+    part, arrived, x, weight, places, group_scale, zero, scale, residual, out, start, cos, sin, k_cache, v_cache, slots,
     KIND: tl.constexpr, G: tl.constexpr, ZERO: tl.constexpr, PAIRS: tl.constexpr, FP16: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr, LOADS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr,
-    SCALED: tl.constexpr, EPILOGUE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
+    SLICES: tl.constexpr, LOADS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    T: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """M activation rows, in pieces, times what is stored. KIND "int4": bytes [N, K / 2], and "fp8": numbers [N, K], with a scale for
@@ -304,8 +368,11 @@ def _several_rows(
     A slice has BK / SLICES columns of a load (SLICES 0: all BK, by a warp group), of 1, 2 or 4 groups, or of a part of one. LOADS: in
     a step of the loop. AHEAD: steps that are loaded into registers before the wait, and used last. PAIRS: scales are read in words
     of two (FP16, or bf16): what is smaller than a word cannot be copied into shared memory while the step before is worked on.
+    SPLITS: programs of a block, grid (blocks, SPLITS), each with its share of the columns; the last to end adds up, see
+    `_sum_of_splits`. With more than one nothing is loaded ahead.
     """
     STEP: tl.constexpr = LOADS * BK
+    SHARE: tl.constexpr = (K + SPLITS * STEP - 1) // (SPLITS * STEP) * STEP
     CHECK: tl.constexpr = (N % R != 0) or (K % STEP != 0)
     block = tl.program_id(0)
     start_next(PDL)
@@ -315,22 +382,33 @@ def _several_rows(
     ahead = ()
     for i in tl.static_range(AHEAD):
         ahead = ahead + (
-            _stored_at(weight, places, group_scale, zero, rows, live, i * STEP, K, BK, G, SLICES, LOADS, KIND, ZERO,
+            _stored_at(weight, places, group_scale, zero, rows, live, i * STEP, K, R, BK, G, SLICES, LOADS, KIND, ZERO,
                        PAIRS, CHECK),
         )  # fmt: skip
     wait(PDL)
     residuals = _residuals(residual, rows, live, N, M, MP, EPILOGUE)
     cos_sin = _cos_sin(start, cos, sin, block, R, M, MP, T, EPILOGUE, H, HKV, HD)
     acc = tl.zeros([SLICES, R, MP], tl.float32) if SLICES else tl.zeros([R, MP], tl.float32)
-    for first in tl.range(AHEAD * STEP, K, STEP, num_stages=STAGES):
-        stored = _stored_at(weight, places, group_scale, zero, rows, live, first, K, BK, G, SLICES, LOADS, KIND, ZERO,
+    if SPLITS == 1:
+        begin, end = AHEAD * STEP, K
+    else:
+        begin = tl.program_id(1) * SHARE
+        end = tl.minimum(begin + SHARE, K)
+    for first in tl.range(begin, end, STEP, num_stages=STAGES):
+        stored = _stored_at(weight, places, group_scale, zero, rows, live, first, K, R, BK, G, SLICES, LOADS, KIND, ZERO,
                             PAIRS, CHECK)  # fmt: skip
         acc = _times(stored, x, first, acc, M, MP, K, R, BK, G, SLICES, LOADS, KIND, ZERO, PAIRS, FP16, CHECK)
     for i in tl.static_range(AHEAD):
         acc = _times(ahead[i], x, i * STEP, acc, M, MP, K, R, BK, G, SLICES, LOADS, KIND, ZERO, PAIRS, FP16, CHECK)
     acc_RM = tl.sum(acc, 0) if SLICES else acc
-    _finish(acc_RM, rows, live, block, scales, residuals, cos_sin, out, k_cache, v_cache, slots,
-            M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
+    if SPLITS == 1:
+        _finish(acc_RM, rows, live, block, scales, residuals, cos_sin, out, k_cache, v_cache, slots,
+                M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
+    else:
+        last, sum_RM = _sum_of_splits(acc_RM, part, arrived, block, tl.program_id(1), R, MP, SPLITS)
+        if last:
+            _finish(sum_RM, rows, live, block, scales, residuals, cos_sin, out, k_cache, v_cache, slots,
+                    M, MP, N, R, T, EPILOGUE, SCALED, H, HKV, HD)  # fmt: skip
 
 
 @triton.jit
