@@ -118,7 +118,7 @@ def of_several(product: Product, storage: Storage) -> Iterator[Tile]:
         else:
             yield from (general._replace(stages=stages) for stages in (2, 4))
             yield from (
-                general._replace(loads=3 - general.loads),
+                general._replace(loads=2 if general.loads == 1 else general.loads // 2),
                 general._replace(ahead=2 if general.ahead == 0 else 0),
             )
             if general.slices:

@@ -241,7 +241,7 @@ def several_rows(
     (m, k), pdl = x.shape, shared["PDL"]
     padded, slices = max(next_power_of_2(m), 8), min(tile.slices, next_power_of_2(k // 32))
     scale, zero, places = (x if part is None else part for part in (weight.scale, weight.zero, weight.places))
-    each, groups = slice_columns(tile.columns // max(tile.slices, 1), group_of(weight))
+    each = slice_columns(tile.columns // max(tile.slices, 1), group_of(weight))
     two_of_them = group_of(weight) > 0 and k // weight.group % 2 == 0 and scale.element_size() == 2
     pairs = two_of_them and each >= weight.group
     shared["BK"] = each * max(slices, 1)
@@ -271,10 +271,9 @@ def arrivals(blocks: int, device: torch.device) -> Tensor:
     return torch.zeros(blocks, dtype=torch.int32, device=device)
 
 
-def slice_columns(asked: int, group: int) -> tuple[int, int]:
-    """Columns of a slice, near to those that a tile asks for, and how many groups they have: up to 4, or a part of one (1)."""
-    groups = max(1, min(4, asked // group)) if group else 1
-    return (min(asked, groups * group) if group else asked), groups
+def slice_columns(asked: int, group: int) -> int:
+    """Columns of a slice, near to those that a tile asks for: of up to 4 groups, or a part of one."""
+    return min(asked, max(1, min(4, asked // group)) * group) if group else asked
 
 
 def in_pieces(x: Tensor, gain: Tensor | None, eps: float, kind: str, swapped: bool, pdl: bool) -> Tensor:
