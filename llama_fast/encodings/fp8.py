@@ -48,7 +48,9 @@ class Fp8(Decoding):
 
     @property
     def loader(self) -> str:
-        return "" if self.group else "rows"
+        if not self.group:
+            return "rows"
+        return "" if self.group % 32 else "fp8_groups"
 
     def layout(self, shape: Sequence[int]) -> dict[str, PartLayout]:
         """ValueError where the columns are no whole groups."""

@@ -21,7 +21,7 @@ from llama_fast.kernels.tuning import (
     next_power_of_2,
 )
 
-BYTES = {"int4": 0.5, "sparse": 1.125, "sparse_int8": 0.625}
+BYTES = {"int4": 0.5, "sparse": 1.125, "sparse_int8": 0.625, "fp8": 1.0}
 """Of a column, of weights that are stored as words of several."""
 MOST_OF_ONE_ROW, MOST_OF_SEVERAL = 12, 6
 NEAREST = 5
@@ -118,7 +118,7 @@ def of_several(product: Product, storage: Storage) -> Iterator[Tile]:
         else:
             yield from (general._replace(stages=stages) for stages in (2, 4))
             yield from (
-                general._replace(loads=3 - general.loads),
+                general._replace(loads=2 if general.loads == 1 else general.loads // 2),
                 general._replace(ahead=2 if general.ahead == 0 else 0),
             )
             if general.slices:

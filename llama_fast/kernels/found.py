@@ -157,10 +157,10 @@ def entry(line: Any) -> tuple[Product, Tile]:
     if any(type(value) is not type(default) for value, default in zip(tile, Tile(1, 1, 1))):
         raise TypeError(f"{tile} has fields of other types")
     powers = (tile.rows, tile.columns, tile.warps)
-    counts = (*powers, tile.blocks, tile.stages, tile.slices, tile.ahead)
+    counts = (*powers, tile.blocks, tile.stages, tile.slices, tile.ahead, tile.splits)
     if any(n != next_power_of_2(n) for n in powers) or not all(0 <= n <= LARGEST for n in counts):
         raise ValueError(f"{tile} has sizes that no kernel can have")
-    if not (tile.warps <= 32 and tile.blocks and tile.stages and tile.convert in CONVERSIONS):
+    if not (tile.warps <= 32 and tile.blocks and tile.stages and tile.splits and tile.convert in CONVERSIONS):
         raise ValueError(f"{tile} has settings that no kernel can have")
     if [type(value) for value in product] != [str, int, int, int, str, int]:
         raise TypeError(f"{product} has fields of other types")

@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_fast.kernels.launching import launch
 from llama_fast.kernels.ops import Rope, rms_norm
 from llama_fast.kernels.prompt import _gate, _rotate_and_store
-from llama_fast.kernels.stored import Narrow
+from llama_fast.kernels.stored import Narrow, group_of
 from llama_fast.kernels.tuning import next_power_of_2
 from llama_fast.kernels.widen import _add_scaled, _halve, _widen
 
@@ -42,8 +42,8 @@ def wide_linear(
 
     Weights of another type than x's are widened first, a large matrix in stretches.
     """
-    int4 = isinstance(weight, Narrow) and weight.kind == "int4"
-    halves = int4 and x.dtype == torch.bfloat16
+    in_groups = group_of(weight) > 0
+    halves = in_groups and x.dtype == torch.bfloat16
     dtype, factors = torch.float16 if halves else x.dtype, None
     if gain is not None:
         x = rms_norm(x, gain, eps, dtype=dtype)
@@ -52,7 +52,7 @@ def wide_linear(
     if isinstance(weight, Tensor) and weight.dtype == dtype:
         return Wide(torch.nn.functional.linear(x, weight), scale)
     (n, k), m = weight.shape, x.shape[0]
-    powers = torch.empty(n if int4 else 0, dtype=torch.float32, device=x.device)
+    powers = torch.empty(n if in_groups else 0, dtype=torch.float32, device=x.device)
     product = torch.empty(m, n, dtype=dtype, device=x.device)
     at_once = min(n, max(1, WIDENED_NUMBERS // k))
     scratch = torch.empty(at_once, k, dtype=dtype, device=x.device)
@@ -60,11 +60,11 @@ def wide_linear(
         rows = min(at_once, n - first)
         widen(weight, first, scratch[:rows], powers)
         torch.mm(x, scratch[:rows].t(), out=product[:, first : first + rows])
-    return Wide(product, powers if int4 else scale, factors)
+    return Wide(product, powers if in_groups else scale, factors)
 
 
 def widen(weight: Tensor | Narrow, first: int, out: Tensor, powers: Tensor) -> None:
-    """Rows of a weight from `first` on as dense ones, to out [rows, K]; of int4, the powers of two that they were divided by, to
+    """Rows of a weight from `first` on as dense ones, to out [rows, K]; of groups, the powers of two that they were divided by, to
     their places in powers [N]."""
     rows, k = out.shape
     narrow = Narrow("rows", k, weight) if isinstance(weight, Tensor) else weight

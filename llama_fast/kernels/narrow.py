@@ -1,11 +1,11 @@
-"""Linear layers of one row, or two, over weights of less than a byte a column: int4 in groups, and 2:4 sparse ones.
+"""Linear layers of one row, or two, over weights in words or groups: int4 and fp8 in groups, and 2:4 sparse ones.
 
 As `linear._in_registers`, with the same prologues and epilogues; what differs is the product. Activations become integers of
 22 bits (20 for sparse int8 weights) behind the norm: x ~ q * f, with one f for a row. An integer is three bytes, its limbs, and
 the bytes of four neighbouring columns make a word, so that `dp4a` multiplies four weights by four limbs in one instruction
 and sums them exactly. The error is that of the 22 bits: under 3e-7 of the row's largest activation. Every program makes the
 limbs for itself, or, where rows are long, finds them made by `_limbs_apart`, a launch ahead. bf16 values of sparse weights are
-multiplied as they are, by the activations that their places name. Several rows go through `several._several_rows`.
+multiplied as they are, by the activations that their places name, and fp8 numbers as float32. Several rows go through `several._several_rows`.
 
 Shapes: R weight rows, M activation rows, K columns, of which a load takes BK; a word holds 8 columns, a quad is 4 words.
 """
@@ -95,18 +95,18 @@ def _tile(part, rows, live, FIRST: tl.constexpr, W: tl.constexpr, BW: tl.constex
     cols = FIRST + tl.arange(0, BW)
     pointers = part + rows.to(tl.int64)[:, None] * W + cols[None, :]
     if CHECK or FIRST + BW > W:
-        return tl.load(pointers, mask=live[:, None] & (cols < W)[None, :], other=0, eviction_policy="evict_first")
+        return tl.load(pointers, mask=live[:, None] & (cols < W)[None, :], other=0.0, eviction_policy="evict_first")
     return tl.load(pointers, eviction_policy="evict_first")
 
 
 @triton.jit
-def _of_quads(
-    part, rows, live, FIRST: tl.constexpr, K: tl.constexpr, BQ: tl.constexpr, G: tl.constexpr
+def _of_groups(
+    part, rows, live, FIRST: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr
 ):  # fmt: skip
-    """A number of each group of G columns, part [N, K / G], for each quad of 32 columns from quad FIRST on: [R, BQ]."""
-    quads = FIRST + tl.arange(0, BQ)
-    pointers = part + rows.to(tl.int64)[:, None] * (K // G) + (quads // (G // 32))[None, :]
-    return tl.load(pointers, mask=live[:, None] & (quads < K // 32)[None, :], other=0)
+    """A number of each group of G columns, part [N, K / G], for each EACH of BK columns from column FIRST on: [R, BK / EACH]."""
+    at = FIRST // EACH + tl.arange(0, BK // EACH)
+    pointers = part + rows.to(tl.int64)[:, None] * (K // G) + (at // (G // EACH))[None, :]
+    return tl.load(pointers, mask=live[:, None] & (at < K // EACH)[None, :], other=0)
 
 
 @triton.jit
@@ -120,8 +120,12 @@ def _block_parts(
     for i in tl.static_range((K + BK - 1) // BK):
         if KIND == "int4":
             weights = weights + (_tile(weight, rows, live, i * BK // 8, K // 8, BK // 8, CHECK),)
-            scales = scales + (_of_quads(group_scale, rows, live, i * BK // 32, K, BK // 32, G),)
-            others = others + (_of_quads(zero, rows, live, i * BK // 32, K, BK // 32, G),) if ZERO else others + (0,)
+            scales = scales + (_of_groups(group_scale, rows, live, i * BK, K, BK, G, 32),)
+            others = others + (_of_groups(zero, rows, live, i * BK, K, BK, G, 32),) if ZERO else others + (0,)
+        elif KIND == "fp8":
+            weights = weights + (_tile(weight, rows, live, i * BK, K, BK, CHECK),)
+            scales = scales + (_of_groups(group_scale, rows, live, i * BK, K, BK, G, 16),)
+            others = others + (0,)
         else:
             weights = weights + (_tile(weight, rows, live, i * BK // PER, K // PER, BK // PER, CHECK),)
             others = others + (_tile(places, rows, live, i * BK // 32, K // 32, BK // 32, CHECK),)
@@ -230,9 +234,10 @@ def _narrow_products(
     """[R, MP]: each weight row times each row of activations, xs[m * chunks + chunk]."""
     CHUNKS: tl.constexpr = (K + BK - 1) // BK
     BW: tl.constexpr = BK // 8
+    EACH: tl.constexpr = 4 if KIND == "sparse" else 16 if KIND == "fp8" else 32  # columns of which a thread has the sum
     accs = ()
     for _ in tl.static_range(M):
-        accs = accs + (tl.zeros([R, BK // 4 if KIND == "sparse" else BK // 32], tl.float32),)
+        accs = accs + (tl.zeros([R, BK // EACH], tl.float32),)
     for i in tl.static_range(CHUNKS):
         grown = ()
         if KIND == "int4":
@@ -246,6 +251,11 @@ def _narrow_products(
                     x[6][None, :], [R, BW // 4]
                 )
                 grown = grown + (accs[m] + total.to(tl.float32) * scale,)
+        elif KIND == "fp8":
+            wide, scale = weights[i].to(tl.float32), scales[i].to(tl.float32)
+            for m in tl.static_range(M):
+                product = tl.reshape(wide * xs[m * CHUNKS + i][None, :], [R, BK // 16, 16])
+                grown = grown + (accs[m] + tl.sum(product, 2) * scale,)
         elif KIND == "sparse_int8":
             ids = tl.reshape(others[i][:, :, None] >> (8 * tl.arange(0, 4))[None, None, :], [R, BW])
             first, second = _placed(weights[i], ids)
@@ -283,9 +293,10 @@ def _narrow(
     PDL: tl.constexpr, EARLY: tl.constexpr,
     inboxes, epochs, rank, SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """As `linear._in_registers`. KIND "int4": words [N, K / 8], a scale and, if ZERO, a zero for each G columns; "sparse": values
+    """As `linear._in_registers`. KIND "int4": words [N, K / 8], a scale and, if ZERO, a zero for each G columns; "fp8": numbers [N, K]
+    and a scale for each G columns; "sparse": values
     [N, K / 2] and words of places [N, K / 32]; "sparse_int8": the values as words of four, [N, K / 8]. MOST: the largest integer
-    that an activation becomes: of "int4" 2^22 - 1, of "sparse_int8" 2^20 - 1, so that the sum of a quad's products fits into 32
+    that an activation becomes (0: it stays a number): of "int4" 2^22 - 1, of "sparse_int8" 2^20 - 1, so that the sum of a quad's products fits into 32
     bits. APART: x holds limbs, and `gain` their factors, as `_limbs_apart` made them."""
     CHECK: tl.constexpr = N % (R * BLOCKS) != 0
     CHUNKS: tl.constexpr = (K + BK - 1) // BK
@@ -325,14 +336,16 @@ def _narrow(
             if NORM:
                 squares += value * value
                 value *= gains[i].to(tl.float32)
-            elif KIND != "sparse":
+            elif MOST > 0:
                 broken += value * 0  # an integer shows no NaN
             largest = tl.maximum(largest, tl.abs(value))
             values = values + (value,)
         factor = 1.0
         if NORM:
             factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        if KIND == "sparse":
+        if KIND == "fp8":
+            xs = xs + values
+        elif KIND == "sparse":
             for i in tl.static_range(CHUNKS):
                 xs = xs + (_quarters(values[i], BK // 4),)
         else:

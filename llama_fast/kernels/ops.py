@@ -42,11 +42,13 @@ MOST_ROWS_OF_HALVES = 16
 """The same where both take two bytes."""
 MOST_ROWS_OF_NARROW = 128
 """The same for weights that a library would first have to widen."""
-MOST_ROWS_OF_WORDS = {"int4": 64, "sparse": 32, "sparse_int8": 32}
-"""The same for weights of less than a byte."""
+MOST_ROWS_OF_WORDS = {"int4": 64, "sparse": 32, "sparse_int8": 32, "fp8": 64}
+"""The same for weights in words or groups."""
+PIECES = {"int4": (2, 4), "sparse": (2, 2), "sparse_int8": (2, 2), "fp8": (1, 1)}
+"""Pieces of the activations beside weights of this kind, and columns of each that stand together: see `several._in_pieces`."""
 MOST_ATTENTION_ROWS = 64  # tokens x query heads per key/value head
-MOST_INTEGER = {"int4": 2.0**22 - 1, "sparse_int8": 2.0**20 - 1, "sparse": 0.0}
-"""The largest integer that an activation becomes beside weights of this kind."""
+MOST_INTEGER = {"int4": 2.0**22 - 1, "sparse_int8": 2.0**20 - 1, "sparse": 0.0, "fp8": 0.0}
+"""The largest integer that an activation becomes beside weights of this kind; 0: it stays a number."""
 ARGMAX_STRETCH = 2048
 MOST_VOCABULARY = 32768  # that one program holds
 
@@ -93,7 +95,7 @@ def widened_at_every_step(rows: int, weight: Tensor | Narrow) -> str:
     """What is to be said where so few rows read a matrix that is then widened first; "" for others."""
     if not isinstance(weight, Narrow) or rows > max(MOST_ROWS_OF_WORDS.values()):
         return ""
-    kind = f"{weight.kind} weights" + (f" in groups of {weight.group}" if weight.kind == "int4" else "")
+    kind = f"{weight.kind} weights" + (f" in groups of {weight.group}" if group_of(weight) else "")
     return f"{rows} rows of {kind} are widened at every step, which takes as long as several steps of one row"
 
 
@@ -185,7 +187,7 @@ def _linear(
         several_rows(x, gain, eps, weight, ends, tile, blocks, shared)
     elif isinstance(weight, Narrow):
         parts = [x if part is None else part for part in (weight.places, weight.scale, weight.zero)]
-        most, apart = MOST_INTEGER[weight.kind], tile.apart and weight.kind != "sparse"
+        most, apart = MOST_INTEGER[weight.kind], tile.apart and MOST_INTEGER[weight.kind] > 0
         activations, norm = (x, x if gain is None else gain), gain is not None
         if apart:
             activations, norm = limbs_apart(x, gain, eps, most, pdl), False
@@ -240,37 +242,50 @@ def several_rows(
     (m, k), pdl = x.shape, shared["PDL"]
     padded, slices = max(next_power_of_2(m), 8), min(tile.slices, next_power_of_2(k // 32))
     scale, zero, places = (x if part is None else part for part in (weight.scale, weight.zero, weight.places))
-    each, how = tile.columns // max(tile.slices, 1), "one"
-    two_of_them = k // weight.group % 2 == 0 and scale.dtype in (torch.bfloat16, torch.float16)
-    if weight.kind == "int4" and each > weight.group:
-        how = "folded" if two_of_them and x.dtype == torch.bfloat16 else "one"
-        each = each if how == "folded" else weight.group
-    elif each == weight.group and tile.loads % 2 == 0 and two_of_them:
-        how = "pairs"
+    each = slice_columns(tile.columns // max(tile.slices, 1), group_of(weight))
+    two_of_them = group_of(weight) > 0 and k // weight.group % 2 == 0 and scale.element_size() == 2
+    pairs = two_of_them and each >= weight.group
     shared["BK"] = each * max(slices, 1)
     step = tile._replace(columns=shared["BK"] * tile.loads)
+    splits, ahead = min(tile.splits, triton.cdiv(k, step.columns)), min(tile.ahead, triton.cdiv(k, step.columns))
     per_column = shared["R"] * weight.weight.nbytes / weight.shape[0] / k + padded * x.element_size()
-    pieces, factors = in_pieces(x, gain, eps, weight.kind, how == "folded", pdl)
-    launch(_several_rows, (blocks,))(
-        pieces, factors, weight.weight if weight.kind == "sparse" else weight.weight.view(torch.int8), places,
-        scale if how == "one" else scale.view(torch.int32), zero, *ends, KIND=weight.kind, G=weight.group,
-        ZERO=weight.zero is not None, SCALES=how, FP16=scale.dtype == torch.float16, MP=padded, SLICES=slices,
-        LOADS=tile.loads, AHEAD=min(tile.ahead, triton.cdiv(k, step.columns)),
+    values = weight.weight if weight.kind in ("sparse", "fp8") else weight.weight.view(torch.int8)
+    launch(_several_rows, (blocks, splits))(
+        *(split_scratch(blocks, splits * shared["R"] * padded, x.device) if splits > 1 else (x, x)),
+        in_pieces(x, gain, eps, weight.kind, weight.kind == "int4" and not slices, pdl), values, places,
+        scale.view(torch.int32) if pairs else scale, zero, *ends, KIND=weight.kind, G=weight.group,
+        ZERO=weight.zero is not None, PAIRS=pairs, FP16=scale.dtype == torch.float16, MP=padded, SLICES=slices,
+        LOADS=tile.loads, AHEAD=ahead if splits == 1 else 0, SPLITS=splits,
         STAGES=fitting_stages(step, math.ceil(per_column), machine(x.device).shared), **shared,
     )  # fmt: skip
 
 
-def in_pieces(x: Tensor, gain: Tensor | None, eps: float, kind: str, halved: bool, pdl: bool) -> tuple[Tensor, Tensor]:
-    """The rows of x [M, K], normed if there is a gain, in the order of what is stored as `kind`: see `several._in_pieces`. If halved,
-    as fp16 over factors [M]."""
-    (m, k), (pieces, run) = x.shape, (2, 4) if kind == "int4" else (4, 1)
-    out = torch.empty(pieces, m, k // pieces, dtype=torch.float16 if halved else x.dtype, device=x.device)
-    factors = torch.empty(m if halved else 0, dtype=torch.float32, device=x.device)
+def split_scratch(blocks: int, numbers: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For a product whose columns are split: so many partial sums of each block, and a counter each, zeros."""
+    part = torch.empty(blocks * numbers, dtype=torch.float32, device=device)
+    return part, arrivals(next_power_of_2(blocks), device)
+
+
+@functools.cache
+def arrivals(blocks: int, device: torch.device) -> Tensor:
+    """Counters that every launch leaves at zero. They are kept: a CUDA graph finds them where they were."""
+    return torch.zeros(blocks, dtype=torch.int32, device=device)
+
+
+def slice_columns(asked: int, group: int) -> int:
+    """Columns of a slice, near to those that a tile asks for: of up to 4 groups, or a part of one."""
+    return min(asked, max(1, min(4, asked // group)) * group) if group else asked
+
+
+def in_pieces(x: Tensor, gain: Tensor | None, eps: float, kind: str, swapped: bool, pdl: bool) -> Tensor:
+    """The rows of x [M, K], normed if there is a gain, in the order of what is stored as `kind`: see `several._in_pieces`."""
+    (m, k), (pieces, run) = x.shape, PIECES[kind]
+    out = torch.empty(pieces, m, k // pieces, dtype=x.dtype, device=x.device)
     launch(_in_pieces, (m,))(
-        x, x if gain is None else gain, out, factors, eps, m, K=k, BK=next_power_of_2(k), NORM=gain is not None, RUN=run,
-        P=pieces, HALVED=halved, PDL=pdl, num_warps=32 if k >= 8192 else 16, **launch_options(pdl),
+        x, x if gain is None else gain, out, eps, m, K=k, BK=next_power_of_2(k), NORM=gain is not None, RUN=run,
+        P=pieces, SWAPPED=swapped, PDL=pdl, num_warps=32 if k >= 8192 else 16, **launch_options(pdl),
     )  # fmt: skip
-    return out, factors
+    return out
 
 
 def over_ranks(mailbox: Mailbox | None, x: Tensor, tile: Tile) -> dict[str, Any]:

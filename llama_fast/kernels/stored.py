@@ -13,9 +13,13 @@ from torch import Tensor
 
 from llama_fast.kernels.tuning import Storage
 
+IN_GROUPS = ("int4", "fp8")
+"""Kinds whose scales belong to groups of columns."""
+
 
 class Narrow(NamedTuple):
-    """A matrix [N, K] of which a column takes less than a byte. `kind` and its parts: see `narrow._narrow`."""
+    """A matrix [N, K] of which a column takes less than a byte, or that has scales of groups. `kind` and its parts: see
+    `narrow._narrow`."""
 
     kind: str
     columns: int
@@ -37,14 +41,15 @@ def storage_of(weight: Tensor | Narrow) -> Storage:
 
 def group_of(weight: Tensor | Narrow) -> int:
     """Columns that share a scale, where they are less than a row; else 0."""
-    return weight.group if isinstance(weight, Narrow) and weight.kind == "int4" else 0
+    return weight.group if isinstance(weight, Narrow) and weight.kind in IN_GROUPS else 0
 
 
 def word_of(weight: Tensor | Narrow) -> str:
-    """How a weight is stored, in a word that tells all kinds apart: "int8", "float8_e4m3fn", "int4-g128", "int4-g32-zero", "sparse"."""
+    """How a weight is stored, in a word that tells all kinds apart: "int8", "float8_e4m3fn", "int4-g128", "int4-g32-zero",
+    "fp8-g128", "sparse"."""
     if not isinstance(weight, Narrow):
         return str(weight.dtype).removeprefix("torch.")
-    return weight.kind + (f"-g{weight.group}" + "-zero" * (weight.zero is not None) if weight.kind == "int4" else "")
+    return weight.kind + (f"-g{weight.group}" + "-zero" * (weight.zero is not None) if group_of(weight) else "")
 
 
 def storage_of_word(word: str) -> Storage:
@@ -77,9 +82,17 @@ def sparse24(parts: Mapping[str, Tensor]) -> tuple[Tensor | Narrow, Tensor | Non
     return Narrow(kind, 2 * values.shape[1], read, places=parts["places"]), scale
 
 
+def fp8_groups(parts: Mapping[str, Tensor]) -> tuple[Tensor | Narrow, Tensor | None]:
+    """Numbers of a byte, and a scale for each group of columns."""
+    numbers, scale = parts["weight"], parts["scale"]
+    columns = numbers.shape[1]
+    return Narrow("fp8", columns, numbers, scale, group=columns // scale.shape[1]), None
+
+
 LOADERS: Mapping[str, Callable[[Mapping[str, Tensor]], tuple[Tensor | Narrow, Tensor | None]]] = {
     "rows": rows,
     "int4": int4,
     "sparse24": sparse24,
+    "fp8_groups": fp8_groups,
 }
 """The parts of an encoding with this `loader` as (weight, scale of its rows)."""

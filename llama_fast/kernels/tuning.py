@@ -14,7 +14,8 @@ class Tile(NamedTuple):
     On tensor cores: stages: of the software pipeline. slices: of the columns of a load, a warp or more to each (0: all warps
     share all columns). ahead: loads before the wait for the kernel ahead.
     apart: of weights of less than a byte, the activations' limbs are made by a launch of their own. loads: of columns, in a step
-    of the pipeline, of such weights on tensor cores; a step is also what is loaded ahead.
+    of the pipeline, of such weights on tensor cores; a step is also what is loaded ahead. splits: programs that share such a
+    block's columns; the last of them adds up.
     """
 
     rows: int
@@ -28,6 +29,7 @@ class Tile(NamedTuple):
     slices: int = 1
     apart: bool = False
     loads: int = 1
+    splits: int = 1
 
 
 Storage = int | str
@@ -251,23 +253,23 @@ def several_tile(epilogue: str, n: int, k: int, m: int, kind: str, group: int) -
     """
     if kind == "int4" and m <= VECTOR_ROWS:
         return Tile(2 if epilogue == "gated" else 4, max(64, min(4096, next_power_of_2(k))), 4, apart=True, vector=True)
-    each, large = min(128, group) if kind == "int4" and group >= 64 else 128, n >= MANY_ROWS
+    each, large = 128, n >= MANY_ROWS
     if kind != "int4":
-        tile = Tile(16, 4 * each, 4, slices=4) if large else Tile(16, 8 * each, 8, slices=8, stages=2)
-    elif group < 64:
-        tile = Tile(16, 4 * each, 4, slices=4)  # what has 32 weight rows takes another way through shared memory
+        tile = Tile(16, 4 * each, 4, slices=4) if large else Tile(16, 8 * each, 8, slices=8, ahead=2)
     elif m <= 8 and not large:
         tile = Tile(16, 8 * each, 8, slices=8, ahead=4)
     elif m <= 8 and epilogue == "rope":
         tile = Tile(32, 4 * each, 4, slices=4, ahead=4)
-    elif m <= 16:
-        tile = Tile(32, 2 * each, 2, slices=2, loads=2) if large else Tile(16, 4 * each, 4, slices=4, loads=2)
-    elif not large:
-        tile = Tile(32, 4 * each, 4, slices=4, loads=2 if m <= 32 else 1)
-    elif m <= 32 and epilogue == "rope":
-        tile = Tile(16, 2 * each, 2, slices=2)
+    elif m <= 8:
+        tile = Tile(32, 2 * each, 2, slices=2, loads=2)
+    elif large and epilogue == "rope":
+        tile = Tile(64, each, 4, slices=0, loads=4 if m <= 16 else 2, stages=4 if m <= 32 else 3)
+    elif large:
+        tile = Tile(64, each, 4, slices=0, loads=2, stages=4 if m <= 16 else 3 if m <= 32 else 2)
+    elif m <= 32:
+        tile = Tile(16, 4 * each, 4, slices=4, loads=2)
     else:
-        tile = Tile(64, each, 4, slices=0, loads=1 if epilogue == "rope" else 2)
+        tile = Tile(32, 4 * each, 4, slices=4)
     return tile._replace(rows=tile.rows // 2) if epilogue == "gated" else tile
 
 

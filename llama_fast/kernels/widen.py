@@ -1,8 +1,9 @@
 """Stored weights as dense ones, a stretch of rows at a time, for the matrix products of many rows; and activations to go with them.
 
-int4 weights become fp16: a nibble less the middle has 3 bits and a sign, a bf16 scale has 8 bits, and the row's power of two is
+Weights with scales of groups become fp16. Of int4 a nibble less the middle has 3 bits and a sign, a bf16 scale has 8 bits, and the row's power of two is
 taken off; so nothing is rounded but what is 2^-10 of the row's largest and less, there below 2^-24 of that. With zero points a
-bit may be lost, of a fp16's 11. Sparse values keep their type's numbers.
+bit may be lost, of a fp16's 11; of fp8, whose numbers have 4 bits and a scale 8, one at most. Sparse values keep their type's
+numbers.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -26,11 +27,19 @@ def _widen(
     KIND: tl.constexpr, ZERO: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, K / BK): row `first` + program 0 of a weight as `narrow._narrow` reads it, to row program 0 of out [rows, K]; KIND "rows":
-    numbers of another type. "int4" divides a row by its power of two, which goes to powers [N]."""
+    numbers of another type. "int4" and "fp8", whose groups have scales, divide a row by its power of two, which goes to powers [N]."""
     row = first + tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BK + tl.arange(0, BK)
     live = col < K
-    if KIND == "int4":
+    if KIND == "fp8":
+        groups = tl.arange(0, BG)
+        of_row = tl.load(group_scale + row * (K // G) + groups, mask=groups < K // G, other=0).to(tl.float32)
+        power = 512 * _power_of_two(tl.maximum(tl.max(tl.abs(of_row), 0), 1e-30))  # weights under 2, as below
+        scale = tl.load(group_scale + row * (K // G) + col // G, mask=live, other=0).to(tl.float32) / power
+        value = tl.load(weight + row * K + col, mask=live, other=0.0).to(tl.float32) * scale
+        if tl.program_id(1) == 0:
+            tl.store(powers + row, power)
+    elif KIND == "int4":
         at_word = tl.program_id(1) * (BK // 8) + tl.arange(0, BK // 8)
         words = tl.load(weight + row * (K // 8) + at_word, mask=at_word < K // 8, other=0)
         j = tl.arange(0, 8)  # of eight columns: byte j % 4, its lower half for the first four

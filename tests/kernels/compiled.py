@@ -22,6 +22,7 @@ from llama_fast.caches.static import Static
 from llama_fast.compilers.eager import Eager
 from llama_fast.compilers.graphed import first_block_of
 from llama_fast.encodings.dense import Dense
+from llama_fast.encodings.fp8 import Fp8
 from llama_fast.encodings.int4 import Int4
 from llama_fast.encodings.int8 import Int8
 from llama_fast.encodings.sparse24 import Sparse24
@@ -152,7 +153,8 @@ def of_words() -> None:
     """Weights of less than a byte a column, by one row, by a few, and widened for many."""
     for kind, rows in (
         (Int4(), (1, 2, 8, 16, 32, 64)),
-        (Int4(32, True), (8,)),
+        (Int4(32, True), (8, 64)),
+        (Fp8(128), (1, 8, 64)),
         (Sparse24(), (1, 8)),
         (Sparse24(True), (1, 8)),
     ):
