@@ -189,7 +189,7 @@ class PagedCache:
         """
         if self._seat is None:
             table = Table(torch.full_like(self.table.pages_BP[:1], NOBODYS), self.page)
-            self._seat = PagedCache([PagedLayer(*layer.tensors, table) for layer in self.layers], self.pages)
+            self._seat = PagedCache([layer.through(table) for layer in self.layers], self.pages)
         self._seat._of = self, row
         self._fill_seat()
         return self._seat
