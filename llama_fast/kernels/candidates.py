@@ -110,7 +110,7 @@ def of_one_row(epilogue: str, n: int, k: int, storage: Storage, ranks: int = 8) 
 
 def of_several(product: Product, storage: Storage) -> Iterator[Tile]:
     """What the rule says of larger and smaller matrices, and what won with two rows."""
-    epilogue, out, columns, rows, word, activations = product
+    epilogue, out, columns, rows, _, activations = product
     if isinstance(storage, str):
         general = general_tile(epilogue, out, columns, rows, storage, activations)
         if general.vector:
