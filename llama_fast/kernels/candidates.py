@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from llama_fast.kernels.found import Product
-from llama_fast.kernels.stored import group_of_word, storage_of_word
+from llama_fast.kernels.stored import storage_of_word
 from llama_fast.kernels.tuning import (
     LONG_ROW,
     MANY_ROWS,
@@ -34,7 +34,7 @@ def candidates(product: Product) -> list[Tile]:
     """The rule's tile, then others."""
     _, out, columns, rows, word, activations = product
     storage = storage_of_word(word)
-    general = general_tile(product.epilogue, out, columns, rows, storage, activations, group_of_word(word))
+    general = general_tile(product.epilogue, out, columns, rows, storage, activations)
     if rows == 1:
         near = itertools.islice((tile for tile in won_nearby(product, storage) if tile != general), NEAREST)
         found: Iterable[Tile] = itertools.chain([general], near, of_one_row(product.epilogue, out, columns, storage))
@@ -110,9 +110,9 @@ def of_one_row(epilogue: str, n: int, k: int, storage: Storage, ranks: int = 8) 
 
 def of_several(product: Product, storage: Storage) -> Iterator[Tile]:
     """What the rule says of larger and smaller matrices, and what won with two rows."""
-    epilogue, out, columns, rows, word, activations = product
+    epilogue, out, columns, rows, _, activations = product
     if isinstance(storage, str):
-        general = general_tile(epilogue, out, columns, rows, storage, activations, group_of_word(word))
+        general = general_tile(epilogue, out, columns, rows, storage, activations)
         if general.vector:
             yield from (general._replace(blocks=2), general._replace(warps=8), general._replace(warps=8, blocks=2))
         else:

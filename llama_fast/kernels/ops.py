@@ -102,7 +102,7 @@ def widened_at_every_step(rows: int, weight: Tensor | Narrow) -> str:
 def tile_of(gpu: str, epilogue: str, weight: Tensor | Narrow, x: Tensor) -> Tile:
     """How a product is cut: as the tables say, as was found at first use, or by the rule."""
     (n, k), m = weight.shape, x.shape[0]
-    about = epilogue, n, k, m, storage_of(weight), x.element_size(), group_of(weight)
+    about = epilogue, n, k, m, storage_of(weight), x.element_size()
     return measured_tile(gpu, *about) or found_tiles(gpu).of(product_of(epilogue, weight, x)) or general_tile(*about)
 
 

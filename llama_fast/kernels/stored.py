@@ -58,11 +58,6 @@ def storage_of_word(word: str) -> Storage:
     return dtype.itemsize if isinstance(dtype, torch.dtype) else word.partition("-")[0]
 
 
-def group_of_word(word: str) -> int:
-    """The columns that share a scale, of what `word_of` tells: "int4-g32-zero" -> 32; 0 where it names none."""
-    return int(word.split("-g")[1].split("-")[0]) if "-g" in word else 0
-
-
 def rows(parts: Mapping[str, Tensor]) -> tuple[Tensor | Narrow, Tensor | None]:
     """A weight [N, K] of one type, and a scale [N, 1] if it has one."""
     return parts["weight"], parts.get("scale")

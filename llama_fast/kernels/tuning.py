@@ -195,7 +195,7 @@ def linear_tile(gpu: str, *about: Any) -> Tile:
 
 
 def measured_tile(
-    gpu: str, epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2, group: int = 128
+    gpu: str, epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2
 ) -> Tile | None:
     """The tables' tile. For several rows that is the rule's, wherever one row of this shape was measured: the rule was made of these
     shapes."""
@@ -208,17 +208,14 @@ def measured_tile(
         tile = table.get((name, kind, n, k, storage))
         if tile is not None:
             measured_so = m == 1 or table is TWO_ROWS
-            return tile if measured_so else general_tile(epilogue, n, k, m, storage, of_activations, group)
+            return tile if measured_so else general_tile(epilogue, n, k, m, storage, of_activations)
     return None
 
 
-def general_tile(
-    epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2, group: int = 128
-) -> Tile:
-    """The rule's tile for a weight [n, k] that is stored so, in groups of so many columns, and m rows of activations of so many
-    bytes each."""
+def general_tile(epilogue: str, n: int, k: int, m: int, storage: Storage, of_activations: int = 2) -> Tile:
+    """The rule's tile for a weight [n, k] that is stored so, and m rows of activations of so many bytes each."""
     if isinstance(storage, str):
-        return narrow_tile(epilogue, k, storage) if m == 1 else several_tile(epilogue, n, k, m, storage, group)
+        return narrow_tile(epilogue, k, storage) if m == 1 else several_tile(epilogue, n, k, m, storage)
     if m == 1:
         return one_row_tile(epilogue, k, storage)
     if m > 8:
@@ -245,11 +242,11 @@ def narrow_tile(epilogue: str, k: int, kind: str) -> Tile:
     return Tile(rows // 2 if epilogue == "gated" else rows, columns, warps=4 if columns >= 1024 else 2)
 
 
-def several_tile(epilogue: str, n: int, k: int, m: int, kind: str, group: int) -> Tile:
-    """For two rows and more of weights of less than a byte. Two rows of int4 go as one does, with limbs made apart; more, and all
-    of sparse ones, to tensor cores, a slice of the columns of one group to a warp.
+def several_tile(epilogue: str, n: int, k: int, m: int, kind: str) -> Tile:
+    """For two rows and more of weights in words or groups. Two rows of int4 go as one does, with limbs made apart; all others go to
+    tensor cores, a slice of a load's columns to a warp. Nine rows and more of a large int4 matrix go by warp groups.
 
-    A matrix of few rows makes few programs, so that each has more warps, and loads ahead. Many rows go by warp groups.
+    A matrix of few rows makes few programs, so that each has more warps, and loads ahead.
     """
     if kind == "int4" and m <= VECTOR_ROWS:
         return Tile(2 if epilogue == "gated" else 4, max(64, min(4096, next_power_of_2(k))), 4, apart=True, vector=True)

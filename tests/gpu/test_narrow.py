@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(
 
 
 @pytest.mark.parametrize("name", NARROW)
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 20, 33])
 @pytest.mark.parametrize(("n", "k"), [(1536, 1024), (4099, 2816)])
 def test_a_product_is_the_decoded_matrixs(name: str, m: int, n: int, k: int) -> None:
     from llama_fast.kernels import ops

@@ -132,18 +132,18 @@ def check_scales() -> None:
     """Scales that are read two at a time, of an even number of groups, or one by one, of an odd one; a slice is of one group, of
     several, or of a part of one. The products are exact, so that what is left is the rounding of sums."""
     kinds = Int4(128), Int4(128, True), Int4(64, True), Int4(32), Int4(32, True), Fp8(128), Fp8(32)
-    for k, loads, kind, each in itertools.product((512, 384), (1, 2), kinds, (64, 128)):
-        for scales in (torch.bfloat16, torch.float16):
-            parts = kind.encode(rand(20, k, seed=8), torch.bfloat16)
-            parts["scale"] = (parts["scale"] * 1.003).to(scales)
-            stored, scale = LOADERS[kind.loader](parts)
-            x, gain = rand(5, k, seed=7, dtype=torch.bfloat16), rand(k, seed=6, dtype=torch.bfloat16)
-            x[1] *= 1e6  # beyond fp16
-            tile = Tile(16, 2 * each, 2, slices=2, loads=loads, ahead=1)
-            got = ops.linear(x, stored, scale, dtype=torch.float32, tile=tile).double()
-            want = x.double() @ kind.decode(parts).double().T
-            error = ((got - want).norm(dim=1) / want.norm(dim=1)).max()
-            assert error < 2**-20, f"{kind.name} {k} {loads} {each} {scales}: {error:.2e}"
+    ways = (512, 1, 128, torch.bfloat16), (384, 2, 64, torch.float16), (512, 2, 128, torch.float16)
+    for kind, (k, loads, each, scales) in itertools.product(kinds, ways):
+        parts = kind.encode(rand(20, k, seed=8), torch.bfloat16)
+        parts["scale"] = (parts["scale"] * 1.003).to(scales)
+        stored, scale = LOADERS[kind.loader](parts)
+        x, gain = rand(5, k, seed=7, dtype=torch.bfloat16), rand(k, seed=6, dtype=torch.bfloat16)
+        x[1] *= 1e6  # beyond fp16
+        tile = Tile(16, 2 * each, 2, slices=2, loads=loads, ahead=1)
+        got = ops.linear(x, stored, scale, dtype=torch.float32, tile=tile).double()
+        want = x.double() @ kind.decode(parts).double().T
+        error = ((got - want).norm(dim=1) / want.norm(dim=1)).max()
+        assert error < 2**-20, f"{kind.name} {k} {loads} {each} {scales}: {error:.2e}"
         got = ops.linear(x, stored, scale, gain=gain, eps=1e-5, dtype=torch.float32, tile=tile)
         close(f"normed {kind.name}", got, normed(x, gain, 1e-5) @ kind.decode(parts).double().T, torch.bfloat16)
 
@@ -159,8 +159,10 @@ def check_narrow() -> int:
             (kind, (2, Tile(16, 2 * each, 2, slices=2), 37)),
             (kind, (3, Tile(16, 4 * each, 4, slices=4, loads=2, ahead=1), 10)),
             (kind, (9, Tile(32, each, 4, slices=0, ahead=2), 26)),
+            (kind, (4, Tile(16, 2 * each, 2, slices=2, splits=3), 37)),
         ]
     shapes += [(Int4(128, False), (5, Tile(16, 256, 2, slices=2, loads=2, stages=1), 10))]
+    shapes += [(kind, (20, Tile(32, 128, 4, slices=0, loads=2, splits=2), 26)) for kind in (Int4(), Int4(32))]
     vector = Tile(4, 256, 2, blocks=2, apart=True, vector=True)
     shapes += [(kind, (2, vector, 10)) for kind in (Int4(), Int4(32, True))]
     for kind, (m, tile, n) in shapes:
@@ -200,6 +202,7 @@ def check_narrow() -> int:
         got = many_rows.gate(many_rows.wide_linear(x, pair, pair_scale, gain, 1e-5), dtype)
         close(f"gated {what}", got, torch.nn.functional.silu(gate) * up, dtype, roundings=2)  # products are stored too
         n_checked += 4
+    assert not any(ops.arrivals(blocks, x.device).any() for blocks in (1, 2, 4)), "counters must be left at zero"
     check_scales()
     stored, scale, _ = narrow(Int4(96), 10, 96, seed=1)
     assert "3 rows of int4 weights in groups of 96 are widened" in ops.widened_at_every_step(3, stored)

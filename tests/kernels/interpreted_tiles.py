@@ -29,7 +29,7 @@ ops.ARGMAX_STRETCH = 16
 CONFIG = LlamaConfig(
     dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64, vocab_size=35, max_context=64
 )
-ENCODINGS = ("dense", "int8", "int4", "sparse24", "sparse24-int8")
+ENCODINGS = ("dense", "int8", "int4", "sparse24", "sparse24-int8", "fp8-g128")
 
 
 def rand(*shape: int, seed: int) -> Tensor:

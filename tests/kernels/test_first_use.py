@@ -17,7 +17,7 @@ from llama_fast.kernels import first_use
 from llama_fast.kernels.candidates import candidates
 from llama_fast.kernels.first_use import FirstUse, Ranks
 from llama_fast.kernels.found import SWITCH, Found, Product, entry, found_tiles, kept_in, read, rows_class, write
-from llama_fast.kernels.stored import group_of_word, storage_of_word
+from llama_fast.kernels.stored import storage_of_word
 from llama_fast.kernels.tuning import ONE_ROW, Tile, general_tile, next_power_of_2
 
 SHAPES = {
@@ -35,7 +35,7 @@ def test_few_candidates_are_tried_and_the_rules_tile_is_one_of_them(word: str) -
     for (epilogue, n, k), rows in itertools.product(itertools.chain(*SHAPES.values()), (1, 2, 8)):
         found = candidates(Product(epilogue, n, k, rows, word, 2))
         assert 2 <= len(found) == len(set(found)) <= 12
-        general = general_tile(epilogue, n, k, rows, storage_of_word(word), group=group_of_word(word))
+        general = general_tile(epilogue, n, k, rows, storage_of_word(word))
         assert found[0]._replace(convert="plain") == general._replace(convert="plain")
         for tile in found:
             for size in (tile.rows, tile.columns, tile.warps, tile.slices):
