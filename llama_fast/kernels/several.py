@@ -97,10 +97,10 @@ def _placed_pairs(values, words, SLICES: tl.constexpr, R: tl.constexpr, C: tl.co
     columns 2 and 3: each [.., R, C / 2]."""
     BATCH: tl.constexpr = SLICES if SLICES else 1
     eight = tl.reshape(words, [BATCH, R, C // 32, 1]) >> (4 * tl.arange(0, 8))[None, None, None, :]
-    id = tl.reshape(eight, [BATCH, R, C // 4, 1])
+    id = tl.reshape(eight, [BATCH, R, C // 4])
+    of_lower, of_upper = tl.split(tl.reshape(values, [BATCH, R, C // 4, 2]))
     if INTERPRETED or values.dtype == tl.float32:
-        lower, upper = places_of(tl.reshape(id, [BATCH, R, C // 4]) & 7)
-        of_lower, of_upper = tl.split(tl.reshape(values, [BATCH, R, C // 4, 2]))
+        lower, upper = places_of(id & 7)
         zeros = tl.zeros_like(of_lower)
         even = (
             tl.where(lower == 0, of_lower, zeros),
@@ -113,10 +113,21 @@ def _placed_pairs(values, words, SLICES: tl.constexpr, R: tl.constexpr, C: tl.co
         first, last = tl.join(even[0], odd[0]), tl.join(even[1], odd[1])
         return tl.reshape(first, values.shape), tl.reshape(last, values.shape)
     else:
-        ids = tl.reshape(tl.broadcast_to(id, [BATCH, R, C // 4, 2]), values.shape)
-        return tl.inline_asm_elementwise(
-            PLACED_PAIRS, "=&r,=&r,r,r,r", [values, ids], dtype=(values.dtype, values.dtype), is_pure=True, pack=2
+        # Words of two values are made here, and parted again: which elements a packed assembly statement is given together
+        # depends on the layout that the compiler chose, and need not be neighbours.
+        lower, upper = of_lower.to(tl.int16, bitcast=True), of_upper.to(tl.int16, bitcast=True)
+        word = (upper.to(tl.int32) << 16) | (lower.to(tl.int32) & 0xFFFF)
+        first, last = tl.inline_asm_elementwise(
+            PLACED_PAIRS, "=&r,=&r,r,r", [word, id], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
+        return _two_of_word(first, values.shape, values.dtype), _two_of_word(last, values.shape, values.dtype)
+
+
+@triton.jit
+def _two_of_word(word, shape: tl.constexpr, kind: tl.constexpr):
+    """The lower and the upper half of each word [..], as neighbours of the last axis of a tensor of this shape."""
+    lower, upper = word.to(tl.int16).to(kind, bitcast=True), (word >> 16).to(tl.int16).to(kind, bitcast=True)
+    return tl.reshape(tl.join(lower, upper), shape)
 
 
 @triton.jit
