@@ -47,18 +47,17 @@ class Said:
         """Copies: positions are counted on in place, and a CUDA graph overwrites its results."""
         self._kept.append((first_B.clone(), logits_BTV.clone()))
 
-    def behind(self, row: int, prompt_tokens: int, n: int) -> Tensor:
+    def behind(self, row: int, prompt_tokens: int, n: int, checked: bool = False) -> Tensor:
         """The logits [n, V] of a row's new tokens; NaN for a token that none were computed for.
 
-        Where calls that went further covered a position again, the last holds: the one before stood on tokens that were rejected.
-        A call that begins no further is of a row that has ended, and only keeps its slot.
+        Where several calls covered a position the first holds, as the slot of a row that has ended may go on to say anything; of
+        tokens that were `checked` after they had been proposed the last, as the one before stood on tokens that were rejected.
         """
         logits_nV = torch.full_like(self._kept[0][1][row, :1], torch.nan).repeat(n, 1)
-        reached = -1
+        told: set[int] = set()
         for first_B, logits_BTV in self._kept:
-            first = int(first_B[row])
-            for t, logits_V in enumerate(logits_BTV[row] if first > reached else ()):
-                if 0 <= (at := first + t + 1 - prompt_tokens) < n:
+            for at, logits_V in enumerate(logits_BTV[row], int(first_B[row]) + 1 - prompt_tokens):
+                if 0 <= at < n and (checked or at not in told):
                     logits_nV[at] = logits_V
-            reached = max(reached, first)
+                    told.add(at)
         return logits_nV

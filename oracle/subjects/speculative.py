@@ -30,7 +30,7 @@ class SpeculativeSubject(FastSubject):
             self.generations.append(done)
             for b, completion in enumerate(done.completions[:real]):
                 tokens = completion.tokens
-                found.append((tokens, said.behind(b, completion.prompt_tokens, len(tokens))))
+                found.append((tokens, said.behind(b, completion.prompt_tokens, len(tokens), checked=True)))
         return found
 
     def until(self, prompts: Rows, n: int, eos_ids: Collection[int]) -> list[tuple[list[int], str]]:
