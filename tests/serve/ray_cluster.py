@@ -56,6 +56,7 @@ class Cluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # the machine may be busy
+            "RAY_raylet_start_wait_time_s": "300",
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         }
         self.output = self.folder / "serve.log"
@@ -65,6 +66,7 @@ class Cluster:
         try:
             self._start()
         except BaseException:
+            print(self.said()[-4000:])
             self.close()
             raise
         return self

@@ -192,7 +192,7 @@ class Gateway:
             except BackPressureError:
                 raise ApiError(429, "the queue is full", code="queue_full") from None
             except DeploymentUnavailableError:
-                raise ApiError(503, "no replica can be started", code="no_replica") from None
+                raise ApiError(503, "no replica is available", code="no_replica") from None
             except RayError as error:
                 said = " ".join(str(error).split())[-300:]
                 raise ApiError(500, f"the replica could not answer: {said}", code="replica_failed") from None
@@ -229,6 +229,8 @@ async def everyone(handle: Any, method: str) -> list[Any]:
     """
     try:
         told = await handle.broadcast(method).results_async(timeout_s=PATIENCE, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return []
     except TimeoutError:
         raise ApiError(503, f"not all replicas answered within {PATIENCE:g} s", code="slow_replica") from None
     return [one for one in told if not isinstance(one, BaseException)]
