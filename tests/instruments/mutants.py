@@ -69,7 +69,9 @@ BLOCKS = "--model blocks.gguf --dtype bfloat16"
 ADAPTER = "--model tiny --encoding int8 --adapter lora"
 ORDER = "--model order --dtype bfloat16"
 COMPILED = "--model tiny --encoding int4 --compile"
-UNCOMPILED = {COMPILED: "--model tiny --dtype bfloat16 --encoding int4"}
+COMPILED_INT8 = "--model tiny --encoding int8 --compile"
+COMPILED_DENSE = "--model tiny --dtype bfloat16 --compile"
+COMPILED_BLOCKS = "--model blocks.gguf --compile"
 ONLY = {DRAFT: ["acceptance law", "float32 ngram"]}
 """Parts that no other plan asks: the rest of a draft's run is that of the same plan without it. The law of rounds is left out,
 which takes as long as all else."""
@@ -88,11 +90,21 @@ def encoded(*names: str) -> list[str]:
     return [f"--model tiny --dtype bfloat16 --encoding {name}" for name in names]
 
 
+def ranked(name: str) -> str:
+    return f"{RANKS} --encoding {name}"
+
+
 SCOPE: dict[str, tuple[list[str], str]] = {
-    "model/rope.py": ([DENSE, "--model llama3", "--model yarn"], f"{MODEL_TESTS} tests/ref/test_rope_fields.py"),
-    "model/matvec.py": ([DENSE, BLOCKS, COMPILED], f"{MODEL_TESTS} tests/fast/compilers/test_compiled.py"),
-    "model/tiles.py": ([COMPILED], MODEL_TESTS),
-    "model/matrices.py": ([DENSE, GROWING, INT8, ADAPTER, BIASES], MODEL_TESTS),
+    "model/rope.py": (
+        [DENSE, "--model llama3", "--model yarn", "--model linear", "--model dynamic"],
+        f"{MODEL_TESTS} tests/ref/test_rope_fields.py",
+    ),
+    "model/matvec.py": (
+        [DENSE, BLOCKS, COMPILED, COMPILED_INT8, COMPILED_DENSE],
+        f"{MODEL_TESTS} tests/fast/compilers/test_compiled.py",
+    ),
+    "model/tiles.py": ([COMPILED, COMPILED_INT8], MODEL_TESTS),
+    "model/matrices.py": ([DENSE, GROWING, INT8, ADAPTER, BIASES, ORDER], MODEL_TESTS),
     "model/attention.py": ([DENSE, WINDOW, COMPILED], f"{MODEL_TESTS} tests/fast/compilers/test_compiled.py"),
     "model/": ([DENSE, GROWING, INT8, BIASES, WINDOW], MODEL_TESTS),
     "engine/sampling.py": ([DENSE, DRAFT], ENGINE_TESTS),
@@ -103,21 +115,27 @@ SCOPE: dict[str, tuple[list[str], str]] = {
     "engine/room.py": ([DENSE, PAGED], ENGINE_TESTS),
     "engine/pages.py": ([PAGED], ENGINE_TESTS),
     "engine/caches.py": ([DENSE, PAGED, GROWING], ENGINE_TESTS),
-    "encodings/int8.py": ([INT8, RANKS + " --encoding int8"], ENCODING_TESTS),
+    "encodings/int8.py": ([INT8, ranked("int8")], ENCODING_TESTS),
     "encodings/int8_groups.py": ([*encoded("int8-g32-zero"), ORDER], ENCODING_TESTS),
-    "encodings/whole_numbers.py": ([*encoded("int8-g32-zero", "int4", "int4-g32-zero"), ORDER], ENCODING_TESTS),
+    "encodings/whole_numbers.py": (
+        [*encoded("int8-g32-zero", "int4", "int4-g32-zero"), ORDER, ranked("int4-g32")],
+        ENCODING_TESTS,
+    ),
     "encodings/int4.py": (encoded("int4", "int4-g32-zero"), ENCODING_TESTS),
     "encodings/grid.py": (encoded("int4", "int4-g32-zero", "int8-g32"), ENCODING_TESTS),
-    "encodings/fp8.py": (encoded("fp8", "fp8-g128"), ENCODING_TESTS),
-    "encodings/sparse24.py": (encoded("sparse24", "sparse24-int8"), ENCODING_TESTS),
+    "encodings/fp8.py": ([*encoded("fp8", "fp8-g128"), ranked("fp8-g32")], ENCODING_TESTS),
+    "encodings/sparse24.py": (
+        [*encoded("sparse24", "sparse24-int8"), ranked("sparse24-int8")],
+        ENCODING_TESTS,
+    ),
     "encodings/scales.py": (encoded("int8", "int4-g32-zero", "fp8"), ENCODING_TESTS),
-    "encodings/cutting.py": ([RANKS + " --encoding int4-g32"], ENCODING_TESTS + " tests/fast/parallel"),
+    "encodings/cutting.py": ([ranked("int4-g32")], ENCODING_TESTS + " tests/fast/parallel"),
     "encodings/decoding.py": ([*encoded("int4"), BLOCKS], ENCODING_TESTS),
-    "encodings/ggml.py": ([BLOCKS], ENCODING_TESTS),
-    "encodings/stored.py": ([BLOCKS], ENCODING_TESTS),
+    "encodings/ggml.py": ([BLOCKS, "--model blocks.gguf --ranks 2", COMPILED_BLOCKS], ENCODING_TESTS),
+    "encodings/stored.py": ([BLOCKS, "--model blocks.gguf --ranks 2"], ENCODING_TESTS),
     "encodings/halves.py": ([BLOCKS, *encoded("int4")], ENCODING_TESTS),
-    "encodings/ordered.py": ([ORDER], ENCODING_TESTS),
-    "encodings/tiled.py": ([COMPILED], ENCODING_TESTS),
+    "encodings/ordered.py": ([ORDER, "--model order --ranks 2"], ENCODING_TESTS),
+    "encodings/tiled.py": ([COMPILED, COMPILED_INT8], ENCODING_TESTS),
     "encodings/": ([DENSE, INT8, *encoded("int4-g32")], ENCODING_TESTS),
     "caches/growing.py": ([GROWING, WINDOW], CACHE_TESTS),
     "caches/paged.py": ([PAGED], CACHE_TESTS),
@@ -204,6 +222,8 @@ def write_models(folder: Path) -> None:
         "tiny": None,
         "llama3": RopeScaling("llama3", 8.0, original_context=64),
         "yarn": RopeScaling("yarn", 4.0, original_context=64, beta_fast=8.0),
+        "linear": RopeScaling("linear", 4.0),
+        "dynamic": RopeScaling("dynamic", 2.0, original_context=256),
     }
     configs = {name: replace(SHAPE, rope_scaling=scaling) for name, scaling in scalings.items()}
     configs["window"] = replace(SHAPE, window=24)
@@ -283,9 +303,7 @@ class Ran:
         self.seconds.update(seconds)
 
     def plan_runs(self, words: str, file: str, lines: range) -> bool:
-        """A compiler runs lines as no trace shows: of a compiled plan the same one counts, not compiled."""
-        ways = (words, UNCOMPILED.get(words, words))
-        return any(line in lines for way in ways for line in self.plans.get(way, {}).get(file, ()))
+        return any(line in lines for line in self.plans[words].get(file, ()))
 
     def tests_of(self, paths: str, file: str, lines: range) -> list[str]:
         """Those that run one of these lines, the quickest first; whole files where the line runs as they are imported."""
@@ -393,12 +411,8 @@ class Judge:
         if "/parallel/" in mutant.file or not tests:
             tests = [*(test for test in tests if "::" in test), *paths.split()]
         tests = list(dict.fromkeys(tests))
-        return self._asked(
-            mutant,
-            "tests",
-            {f"{len(tests)} tests": Question(tests=tests, seconds=4 * TESTS_SECONDS, processor_seconds=TESTS_SECONDS)},
-            "",
-        )
+        question = Question(tests=tests, seconds=4 * TESTS_SECONDS, processor_seconds=TESTS_SECONDS)
+        return self._asked(mutant, "tests", {f"{len(tests)} tests": question}, "")
 
     def _of_plan(self, words: str, mutant: Mutant) -> Question:
         seconds = LEAST_SECONDS + TIMES_AS_LONG * self.ran.seconds[words]
@@ -406,7 +420,7 @@ class Judge:
         return Question(
             placed(words, self.models),
             seconds=seconds,
-            processor_seconds=COMPILED_SECONDS if words in UNCOMPILED else PROCESSOR_SECONDS,
+            processor_seconds=COMPILED_SECONDS if "--compile" in words else PROCESSOR_SECONDS,
             only=only,
             loops_last=loops_last,
         )
@@ -420,7 +434,7 @@ class Judge:
                     seen_by, how = who, f"{answer.code}, {words}: {failure_in(answer.output)}"
                     break
         seconds = round(mutant.seconds + time.monotonic() - began, 1)
-        return replace(mutant, told=told, hidden=hidden(mutant, self.ran), seen_by=seen_by, how=how, seconds=seconds)
+        return replace(mutant, told=told, seen_by=seen_by, how=how, seconds=seconds)
 
 
 def report(mutants: Sequence[Mutant]) -> None:
@@ -513,7 +527,8 @@ def main() -> None:
 
             with ThreadPoolExecutor(asked.processes) as pool:
                 list(pool.map(one_more, todo))
-    report([fates[each.key] for each in wanted if each.key in fates])
+    judged = [fates[each.key] for each in wanted if each.key in fates]
+    report([replace(mutant, hidden=hidden(mutant, ran)) for mutant in judged])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 The warm process never imports `llama_fast`, `oracle` or a test, so that each fork reads them from the tree as it stands by then.
 `verify` asks what the command asks, but it ends at its first answer that is not AGREE, the process beside starts when it is
 listened to, and the order may be another. With `cover`, an answer holds the lines of `llama_fast` that ran, of tests by the test
-that ran them.
+that ran them. A compiler runs lines as no trace shows: there nothing is compiled, and what asks whether it is gets a yes.
 """
 
 from __future__ import annotations
@@ -200,6 +200,11 @@ LOOPS = ("face", "seeds", "objects", "rows that come and go", "loop", "sampling"
 def _verify(words: list[str], question: Question, lines: Path) -> int:
     sys.argv = ["llama-oracle", "verify", "--device", "cpu", *words]
     with _covered(lines) if question.cover else contextlib.nullcontext():
+        if question.cover and "--compile" in words:
+            import torch._dynamo
+
+            torch._dynamo.config.disable = True
+            torch.compiler.is_compiling = lambda: True
         import oracle.cli
         import oracle.verify
         from oracle.questions.checkpoints import OtherProcess
