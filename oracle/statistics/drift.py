@@ -85,14 +85,14 @@ BUDGETS: Mapping[str, DriftBudget] = {
     "int4-g32-zero": DriftBudget(0.6, 0.55, 0.45, 1.6, 1 / 15 * WIDENED),
     # half of the weights are dropped, however large they are beside the rest of their row; without a text a small model then
     # predicts next to nothing (docs/quality.md), and little is left to keep to
-    "sparse24": DriftBudget(6.5, 0.0, 1.0, 400, 2**-9 * 1.001, drops_two_of_four=True),  # the rest is rounded to bf16
+    "sparse24": DriftBudget(6.5, 0.0, 1.0, 400, 2**-8 * 1.001, drops_two_of_four=True),  # the rest is rounded to bf16
     "sparse24-int8": DriftBudget(6.5, 0.0, 1.0, 400, 0.5 / 127 * WIDENED, drops_two_of_four=True),
 }
 SIZED = re.compile(r"(?P<kind>int8|int4|fp8)-g(?P<group>\d+)(?P<zero>-zero)?")
 
 
 def budget_of(name: str) -> DriftBudget | None:
-    """The budget of an encoding, by its name. Of one whose name has sizes in it, as "int4-g16", that of the next larger group
+    """The budget of an encoding, by its name. Of one whose name has sizes in it, as "int4-g96", that of the next larger group
     that has one: smaller groups cost less. None for "dense", and for what is coarser than all that is written here.
     """
     if name in BUDGETS:

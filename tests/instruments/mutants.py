@@ -223,7 +223,7 @@ def write_models(folder: Path) -> None:
         "llama3": RopeScaling("llama3", 8.0, original_context=64),
         "yarn": RopeScaling("yarn", 4.0, original_context=64, beta_fast=8.0),
         "linear": RopeScaling("linear", 4.0),
-        "dynamic": RopeScaling("dynamic", 2.0, original_context=256),
+        "dynamic": RopeScaling("dynamic", 2.0),
     }
     configs = {name: replace(SHAPE, rope_scaling=scaling) for name, scaling in scalings.items()}
     configs["window"] = replace(SHAPE, window=24)

@@ -133,7 +133,7 @@ def test_every_encoding_has_a_budget() -> None:
     assert BUDGETS.keys() == encodings().keys() - {"dense", "stored"}
 
 
-@pytest.mark.parametrize("name", [*BUDGETS, "int4-g16", "int4-g16-zero", "int8-g32", "int8-g64-zero", "fp8-g32"])
+@pytest.mark.parametrize("name", [*BUDGETS, "int8-g32", "int8-g64-zero", "fp8-g32"])
 def test_the_step_of_a_weight_holds_and_is_nearly_reached(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(600, 256, generator=generator) * torch.randn(600, 1, generator=generator).exp()
@@ -149,7 +149,7 @@ def test_the_step_of_a_weight_holds_and_is_nearly_reached(name: str) -> None:
 
 
 def test_an_encoding_with_sizes_in_its_name_has_the_budget_of_the_next_larger_group() -> None:
-    assert budget_of("int4-g48") == BUDGETS["int4-g64"] and budget_of("int4-g16-zero") == BUDGETS["int4-g32-zero"]
+    assert budget_of("int4-g96") == BUDGETS["int4"] and budget_of("int4-g96-zero") == BUDGETS["int4-zero"]
     assert budget_of("int4-g128") == BUDGETS["int4"] and budget_of("int4-g128-zero") == BUDGETS["int4-zero"]
     assert budget_of("int4-g256") is None and budget_of("dense") is None and budget_of("int3-g8") is None
 

@@ -305,7 +305,7 @@ def test_ranks_are_judged_by_the_command(
     assert {f"corner: {name}" for name in CORNERS} <= {part["name"] for part in document["parts"]}
 
 
-@pytest.mark.parametrize("name", ["sparse24-int8", "int4-g32", "int8-g16-zero"])
+@pytest.mark.parametrize("name", ["sparse24-int8", "int4-g32", "int8-g32-zero"])
 def test_a_narrow_encoding_is_wired_right_and_its_weights_are_compared(tiny: Checkpoint, name: str) -> None:
     certificate = verify(tiny, optimised(encoding_named(name)), CPU, torch.float32)
     assert certificate.outcome is Outcome.AGREE, certificate.to_text()
