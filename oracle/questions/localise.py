@@ -209,8 +209,9 @@ def judge_weights(
 
 
 def lawfully_dropped(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Which weights [out, columns] were lawfully made zero: at most two of four columns, and none larger than one that is kept."""
+    """Which weights [out, columns] were lawfully made zero: at most two of four, and none larger than one that is kept."""
     size_OG4, zero_OG4 = theirs.float().abs().unflatten(1, (-1, 4)), (ours == 0).unflatten(1, (-1, 4))
     smallest_kept_OG1 = size_OG4.masked_fill(zero_OG4, math.inf).amin(-1, keepdim=True)
     few_OG1 = zero_OG4.sum(-1, keepdim=True) <= 2
-    return (zero_OG4 & few_OG1 & (size_OG4 <= smallest_kept_OG1)).flatten(1)
+    lawful_OG4: Tensor = zero_OG4 & few_OG1 & (size_OG4 <= smallest_kept_OG1)
+    return lawful_OG4.flatten(1)
