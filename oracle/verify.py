@@ -58,7 +58,7 @@ from oracle.questions.tokens import Encode
 from oracle.questions.witnesses import of_words
 from oracle.report.certificate import Certificate
 from oracle.statistics.compare import Outcome, Verdict, empty, unit_roundoff
-from oracle.statistics.drift import BUDGETS, Drift, Tally, judge_drift, measure
+from oracle.statistics.drift import Drift, Tally, budget_of, judge_drift, measure
 from oracle.subjects.adapters import ReadOnce, RefSubject, Weights, Yardstick, angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
 from oracle.subjects.subject import Subject, Trace
@@ -421,11 +421,10 @@ def _verify_encoding(
         )
         return
     lossy = name not in ("dense", "stored")
-    budget = BUDGETS.get(name)
+    budget = budget_of(name)
     if lossy and budget is None:
         certificate.parts["drift"] = empty("drift", f"no budget is written down for the encoding {name!r}")
         return
-    step = 0.0 if budget is None else budget.weight_step
     # truth computes with these already: of an encoding what it decodes to, else the checkpoint's
     held: Any = truth.weights if lossy else runner.reference_weights()
     original: Any = truth.weights
@@ -433,11 +432,9 @@ def _verify_encoding(
         original = Weights(checkpoint.weights, None, runner.device)
     elif name == "stored":  # narrow numbers are kept exactly, where those stored as floats have the arithmetic's type
         held, original = (Weights(each, runner.dtype, runner.device) for each in (held, checkpoint.weights))
-    if step is None:
-        certificate.notes.append(f"weights not compared one by one: {name} drops some, whatever their size")
-    else:
-        progress("weights against the original ones")
-        certificate.ask("weights", partial(judge_weights, held, original, step))
+    progress("weights against the original ones")
+    step, drops = (0.0, False) if budget is None else (budget.weight_step, budget.drops_two_of_four)
+    certificate.ask("weights", partial(judge_weights, held, original, step, drops))
     if encode is None:
         certificate.notes.append("drift not asked: random weights predict nothing that could drift")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -27,14 +28,13 @@ def verify_speculation(
 ) -> None:
     """Add to a certificate: the law of `accept` by enumeration, that of whole rounds by sampling, and greedy streams with every
     proposer, in both types."""
-    certificate.parts["acceptance law"] = judge_acceptance()
+    certificate.ask("acceptance law", judge_acceptance)
     progress("the law of whole rounds")
-    certificate.parts["law of rounds"] = judge_rounds(device)
+    certificate.ask("law of rounds", partial(judge_rounds, device))
     for of_type in dict.fromkeys((torch.float32, dtype)):
         name = str(of_type).removeprefix("torch.")
         progress(f"{name}: speculation")
         runner = build(checkpoint, plan, device, of_type)
         for draft in proposers(of_type):
-            verdict = judge_speculation(runner, checkpoint, draft, prompts)
             kind = type(draft).__name__.lower()
-            certificate.parts[f"{name} {kind}"] = verdict
+            certificate.ask(f"{name} {kind}", partial(judge_speculation, runner, checkpoint, draft, prompts))

@@ -176,11 +176,17 @@ def judge_rope_table(table_Td2: Tensor, angle_Td: Tensor, radius: float = 1.0) -
     return Verdict((Check("rope table", float(share_Td.max()), 1.0, place, table_Td2.shape[0]),))
 
 
-def judge_weights(held: Mapping[str, Tensor], original: Mapping[str, Tensor], largest_step: float) -> Verdict:
+def judge_weights(
+    held: Mapping[str, Tensor],
+    original: Mapping[str, Tensor],
+    largest_step: float,
+    drops_two_of_four: bool = False,
+) -> Verdict:
     """Weights as a runner computes with them against the original ones, tensor by tensor.
 
     `largest_step` bounds each number's error as a share of the largest in its row (0: equal bit for bit). This is
-    where an encoding's own faults show: a swapped or transposed scale is wiring that both sides share.
+    where an encoding's own faults show: a swapped or transposed scale is wiring that both sides share. `drops_two_of_four`:
+    zeros that stand for the smallest weights of each four columns are no errors, if they are two at most.
     """
     worst, where, count = 0.0, "", 0
     missing = sorted(set(original) ^ set(held))
@@ -191,9 +197,21 @@ def judge_weights(held: Mapping[str, Tensor], original: Mapping[str, Tensor], la
         if ours.shape != theirs.shape:
             return Verdict((Check("weights", 1.0, 0.0, f"{name}: shape {list(ours.shape)} for {list(theirs.shape)}"),))
         size = theirs.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
-        share = float(((ours.float() - theirs.float()).abs() / size).max())
+        share_of = (ours.float() - theirs.float()).abs() / size
+        if drops_two_of_four and share_of.dim() == 2 and share_of.shape[1] % 4 == 0:
+            share_of = share_of.masked_fill(lawfully_dropped(ours, theirs), 0.0)
+        share = float(share_of.max())
         share = math.inf if math.isnan(share) else share
         count += 1
         if share > worst:
             worst, where = share, name
     return Verdict((Check("weights", worst, largest_step, where, count),))
+
+
+def lawfully_dropped(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Which weights [out, columns] were lawfully made zero: at most two of four, and none larger than one that is kept."""
+    size_OG4, zero_OG4 = theirs.float().abs().unflatten(1, (-1, 4)), (ours == 0).unflatten(1, (-1, 4))
+    smallest_kept_OG1 = size_OG4.masked_fill(zero_OG4, math.inf).amin(-1, keepdim=True)
+    few_OG1 = zero_OG4.sum(-1, keepdim=True) <= 2
+    lawful_OG4: Tensor = zero_OG4 & few_OG1 & (size_OG4 <= smallest_kept_OG1)
+    return lawful_OG4.flatten(1)

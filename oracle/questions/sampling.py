@@ -56,6 +56,9 @@ class Sampler(Protocol):
     def probabilities(self, logits_BV: Tensor, setting: Setting) -> Tensor:
         """[B, V]."""
 
+    def several(self, logits_BTV: Tensor, settings: Sequence[Setting]) -> Tensor:
+        """[B, T, V]: of several positions of each row, by a setting of its own."""
+
     def draw(self, logits_BV: Tensor, setting: Setting, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Token ids [B]; temperature 0 is the argmax."""
 
@@ -73,7 +76,26 @@ def judge_sampling(sampler: Sampler, device: torch.device) -> Verdict:
             worst, where = float(error.max()), f"{setting}: row {row}, token {token}"
     numbers = sum(logits_BV.numel() for _, logits_BV in asked)
     checks = [Check("largest error of a probability", worst, ROUNDING, where, numbers), _fineness(sampler, device)]
+    checks.append(_several(sampler, narrow_BV))
     return Verdict((*checks, _greedy(sampler, device), *_draws(sampler, device), *_rows(sampler, device)))
+
+
+def _several(sampler: Sampler, logits_BV: Tensor) -> Check:
+    """Three positions of every row at once, where rows are told unlike things: each as it would be alone. At temperature 0 all
+    weight is the likeliest token's."""
+    unlike = (*SETTINGS, Setting(0.0), Setting(0.0, top_k=3))
+    worst, where = 0.0, ""
+    for first in range(len(unlike)):
+        settings = [unlike[(first + 3 * row) % len(unlike)] for row in range(len(logits_BV))]
+        logits_BTV = torch.stack([logits_BV.roll(shift, -1) for shift in (0, 7, 20)], 1)
+        found_BTV = sampler.several(logits_BTV.clone(), settings).double().cpu()
+        for row, (setting, logits_TV) in enumerate(zip(settings, logits_BTV, strict=True)):
+            wanted_TV = distribution(logits_TV, setting if setting.temperature else Setting(1.0, top_k=1))
+            error = float((found_BTV[row] - wanted_TV).abs().nan_to_num(nan=math.inf).max())
+            if error > worst:
+                worst, where = error, f"row {row} of {len(settings)}: {setting}"
+    count = len(unlike) * logits_BV.numel() * 3
+    return Check("largest error of a probability, several positions of unlike rows", worst, ROUNDING, where, count)
 
 
 def _wide_logits() -> Tensor:

@@ -8,8 +8,9 @@ come from resampling blocks of 32 positions, not single ones. Fewer than four bl
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,14 +56,15 @@ class Drift:
 
 @dataclass(frozen=True)
 class DriftBudget:
-    """What an encoding may cost. `weight_step`: largest error of a weight as a share of the largest in its row; None: there is
-    no such bound, as where weights are dropped."""
+    """What an encoding may cost. `weight_step`: largest error of a weight as a share of the largest in its row.
+    `drops_two_of_four`: of each four columns the two smallest weights may be zero instead."""
 
     kld_mean: float
     top1_agreement: float
     top1_behind_plain: float
     perplexity_ratio: float
-    weight_step: float | None
+    weight_step: float
+    drops_two_of_four: bool = False
 
 
 WIDENED = (1 + 2**-7) * 1.001
@@ -83,9 +85,28 @@ BUDGETS: Mapping[str, DriftBudget] = {
     "int4-g32-zero": DriftBudget(0.6, 0.55, 0.45, 1.6, 1 / 15 * WIDENED),
     # half of the weights are dropped, however large they are beside the rest of their row; without a text a small model then
     # predicts next to nothing (docs/quality.md), and little is left to keep to
-    "sparse24": DriftBudget(6.5, 0.0, 1.0, 400, None),
-    "sparse24-int8": DriftBudget(6.5, 0.0, 1.0, 400, None),
+    "sparse24": DriftBudget(6.5, 0.0, 1.0, 400, 2**-8 * 1.001, drops_two_of_four=True),  # the rest is rounded to bf16
+    "sparse24-int8": DriftBudget(6.5, 0.0, 1.0, 400, 0.5 / 127 * WIDENED, drops_two_of_four=True),
 }
+SIZED = re.compile(r"(?P<kind>int8|int4|fp8)-g(?P<group>\d+)(?P<zero>-zero)?")
+
+
+def budget_of(name: str) -> DriftBudget | None:
+    """The budget of an encoding, by its name. Of one whose name has sizes in it, as "int4-g96", that of the next larger group
+    that has one: smaller groups cost less. None for "dense", and for what is coarser than all that is written here.
+    """
+    if name in BUDGETS:
+        return BUDGETS[name]
+    sized = SIZED.fullmatch(name)
+    if sized is None:
+        return None
+    group, zero = int(sized["group"]), sized["zero"] or ""
+    if sized["kind"] == "int8":  # with a zero point, half of 1/255 of a range that is at most twice as long
+        return replace(BUDGETS["int8"], weight_step=1 / 255 * WIDENED) if zero else BUDGETS["int8"]
+    if sized["kind"] == "fp8":
+        return BUDGETS["fp8"]
+    at_most = {32: f"int4-g32{zero}", 64: f"int4-g64{zero}", 128: f"int4{zero}"}
+    return next((BUDGETS[of] for size, of in at_most.items() if group <= size), None)
 
 
 @dataclass(frozen=True)

@@ -226,5 +226,11 @@ class FastSampler:
     def probabilities(self, logits_BV: Tensor, setting: Setting) -> Tensor:
         return self._chooser(setting, [0] * len(logits_BV)).probabilities(logits_BV)
 
+    def several(self, logits_BTV: Tensor, settings: Sequence[Setting]) -> Tensor:
+        chooser = BatchSampler.of_free_rows(len(settings), self.device, logits_BTV.shape[-1])
+        chooser.kernels = self.kernels
+        chooser.set_rows(0, [sampling_of(setting) for setting in settings])
+        return chooser.probabilities(logits_BTV)
+
     def draw(self, logits_BV: Tensor, setting: Setting, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         return self._chooser(setting, seeds)(logits_BV, torch.tensor(list(positions), device=self.device))

@@ -5,9 +5,14 @@
 Places are drawn by the seed from the files of `SCOPE`, each as likely as any other, and of each place one of its mutations.
 Type annotations are left out: nothing evaluates them. A mutant is written into a copy of the tree and judged by
 `llama-oracle verify` alone, on tiny models and under the plans in which its file runs; then, if that agrees, by the tests that
-cover the file. Who does not end in time has seen it. The file that is written is also where the next run goes on.
+run its line. Who does not end in time has seen it. The file that is written is also where the next run goes on, and beside it
+stands what ran where (`.plans.json`, `.tests.json`), which is measured once.
 
-Printed are both scores, and every survivor with its place and its line. On two cores a mutant takes 10 to 60 s.
+All is asked in forks of one warm process (`tests.instruments.warm`). A plan or a test that never runs the line of a mutant is
+not asked: it could not see it. For what `verify` cannot see by its nature there are rules that look at the source and at what
+ran, and at no mutant's fate; see `hidden`. The score is told of all mutants and of those that `verify` could see.
+
+Printed are the scores, and every survivor with its place and its line. On one core a mutant takes 2 to 30 s.
 """
 
 from __future__ import annotations
@@ -19,15 +24,16 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -40,12 +46,18 @@ from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import LlamaConfig
 from llama_ref.rope_scaling import RopeScaling
 from tests.fast.test_stored_gguf import model as gguf_model
+from tests.instruments.warm import Answer, Question, Warm
 from tests.ref.lora_files import write_adapter
 from tests.ref.quantised_files import write as write_quantised
 
+T = TypeVar("T")
+
 ROOT = Path(__file__).parents[2]
 COPIED = ("llama_fast", "llama_ref", "oracle", "tests", "docs", "conftest.py", "pyproject.toml", "tox.ini", "README.md")
-VERIFY_SECONDS, TESTS_SECONDS = 300, 600
+LEAST_SECONDS, TIMES_AS_LONG = 25, 6
+"""How long a mutant may take: some seconds, and several times as long as the same question without one."""
+PROCESSOR_SECONDS, COMPILED_SECONDS, TESTS_SECONDS = 60, 180, 300
+"""Of the processor: a plan takes 5 to 12 s, one that is compiled 35."""
 SHAPE = LlamaConfig(128, 2, 8, 2, 32, 384, 257, 256)
 
 DENSE = "--model tiny --dtype bfloat16"
@@ -57,10 +69,20 @@ BLOCKS = "--model blocks.gguf --dtype bfloat16"
 ADAPTER = "--model tiny --encoding int8 --adapter lora"
 ORDER = "--model order --dtype bfloat16"
 COMPILED = "--model tiny --encoding int4 --compile"
-ENGINE_TESTS = "tests/fast/engine tests/fast/test_api.py tests/fast/speculative/test_speculative.py"
+COMPILED_INT8 = "--model tiny --encoding int8 --compile"
+COMPILED_DENSE = "--model tiny --dtype bfloat16 --compile"
+COMPILED_BLOCKS = "--model blocks.gguf --compile"
+ONLY = {DRAFT: ["acceptance law", "float32 ngram"]}
+"""Parts that no other plan asks: the rest of a draft's run is that of the same plan without it. The law of rounds is left out,
+which takes as long as all else."""
+PAGED = "--model tiny --cache paged"
+WINDOW = "--model window --cache growing"
+BIASES = "--model biases --projections separate"
+ENGINE_TESTS = "tests/fast/engine tests/fast/test_api.py tests/fast/speculative/test_speculative.py tests/fast/grammars"
 ENCODING_TESTS = (
     "tests/fast/encodings tests/fast/calibration tests/leaves tests/fast/test_stored_gguf.py tests/fast/test_build.py"
 )
+CACHE_TESTS = "tests/fast/test_llama.py tests/fast/engine tests/leaves tests/fast/test_build.py"
 MODEL_TESTS = "tests/fast/model tests/fast/test_llama.py tests/fast/test_build.py tests/fast/test_adapter.py"
 
 
@@ -68,32 +90,56 @@ def encoded(*names: str) -> list[str]:
     return [f"--model tiny --dtype bfloat16 --encoding {name}" for name in names]
 
 
+def ranked(name: str) -> str:
+    return f"{RANKS} --encoding {name}"
+
+
 SCOPE: dict[str, tuple[list[str], str]] = {
-    "model/rope.py": ([DENSE, "--model llama3", "--model yarn"], f"{MODEL_TESTS} tests/ref/test_rope_fields.py"),
-    "model/matvec.py": ([DENSE, BLOCKS, COMPILED], f"{MODEL_TESTS} tests/fast/compilers/test_compiled.py"),
-    "model/tiles.py": ([COMPILED], MODEL_TESTS),
-    "model/matrices.py": ([DENSE, GROWING, INT8, ADAPTER], MODEL_TESTS),
-    "model/": ([DENSE, GROWING, INT8], MODEL_TESTS),
-    "engine/sampling.py": ([DENSE], ENGINE_TESTS),
+    "model/rope.py": (
+        [DENSE, "--model llama3", "--model yarn", "--model linear", "--model dynamic"],
+        f"{MODEL_TESTS} tests/ref/test_rope_fields.py",
+    ),
+    "model/matvec.py": (
+        [DENSE, BLOCKS, COMPILED, COMPILED_INT8, COMPILED_DENSE],
+        f"{MODEL_TESTS} tests/fast/compilers/test_compiled.py",
+    ),
+    "model/tiles.py": ([COMPILED, COMPILED_INT8], MODEL_TESTS),
+    "model/matrices.py": ([DENSE, GROWING, INT8, ADAPTER, BIASES, ORDER], MODEL_TESTS),
+    "model/attention.py": ([DENSE, WINDOW, COMPILED], f"{MODEL_TESTS} tests/fast/compilers/test_compiled.py"),
+    "model/": ([DENSE, GROWING, INT8, BIASES, WINDOW], MODEL_TESTS),
+    "engine/sampling.py": ([DENSE, DRAFT], ENGINE_TESTS),
     "engine/request.py": ([DENSE, DRAFT], ENGINE_TESTS),
-    "engine/engine.py": ([DENSE, DRAFT], ENGINE_TESTS),
-    "engine/steps.py": ([DENSE, DRAFT], ENGINE_TESTS),
+    "engine/engine.py": ([DENSE, PAGED, DRAFT], ENGINE_TESTS),
+    "engine/steps.py": ([DENSE, PAGED, DRAFT], ENGINE_TESTS),
     "engine/transfer.py": ([DENSE, DRAFT], ENGINE_TESTS),
-    "encodings/int8.py": ([INT8, RANKS + " --encoding int8"], ENCODING_TESTS),
+    "engine/room.py": ([DENSE, PAGED], ENGINE_TESTS),
+    "engine/pages.py": ([PAGED], ENGINE_TESTS),
+    "engine/caches.py": ([DENSE, PAGED, GROWING], ENGINE_TESTS),
+    "encodings/int8.py": ([INT8, ranked("int8")], ENCODING_TESTS),
     "encodings/int8_groups.py": ([*encoded("int8-g32-zero"), ORDER], ENCODING_TESTS),
+    "encodings/whole_numbers.py": (
+        [*encoded("int8-g32-zero", "int4", "int4-g32-zero"), ORDER, ranked("int4-g32")],
+        ENCODING_TESTS,
+    ),
     "encodings/int4.py": (encoded("int4", "int4-g32-zero"), ENCODING_TESTS),
-    "encodings/fp8.py": (encoded("fp8", "fp8-g128"), ENCODING_TESTS),
-    "encodings/sparse24.py": (encoded("sparse24", "sparse24-int8"), ENCODING_TESTS),
+    "encodings/grid.py": (encoded("int4", "int4-g32-zero", "int8-g32"), ENCODING_TESTS),
+    "encodings/fp8.py": ([*encoded("fp8", "fp8-g128"), ranked("fp8-g32")], ENCODING_TESTS),
+    "encodings/sparse24.py": (
+        [*encoded("sparse24", "sparse24-int8"), ranked("sparse24-int8")],
+        ENCODING_TESTS,
+    ),
     "encodings/scales.py": (encoded("int8", "int4-g32-zero", "fp8"), ENCODING_TESTS),
-    "encodings/cutting.py": ([RANKS + " --encoding int4-g32"], ENCODING_TESTS + " tests/fast/parallel"),
-    "encodings/ggml.py": ([BLOCKS], ENCODING_TESTS),
-    "encodings/stored.py": ([BLOCKS], ENCODING_TESTS),
-    "encodings/halves.py": ([BLOCKS], ENCODING_TESTS),
-    "encodings/ordered.py": ([ORDER], ENCODING_TESTS),
-    "encodings/tiled.py": ([COMPILED], ENCODING_TESTS),
+    "encodings/cutting.py": ([ranked("int4-g32")], ENCODING_TESTS + " tests/fast/parallel"),
+    "encodings/decoding.py": ([*encoded("int4"), BLOCKS], ENCODING_TESTS),
+    "encodings/ggml.py": ([BLOCKS, "--model blocks.gguf --ranks 2", COMPILED_BLOCKS], ENCODING_TESTS),
+    "encodings/stored.py": ([BLOCKS, "--model blocks.gguf --ranks 2"], ENCODING_TESTS),
+    "encodings/halves.py": ([BLOCKS, *encoded("int4")], ENCODING_TESTS),
+    "encodings/ordered.py": ([ORDER, "--model order --ranks 2"], ENCODING_TESTS),
+    "encodings/tiled.py": ([COMPILED, COMPILED_INT8], ENCODING_TESTS),
     "encodings/": ([DENSE, INT8, *encoded("int4-g32")], ENCODING_TESTS),
-    "caches/growing.py": ([GROWING], "tests/fast/test_llama.py tests/fast/engine tests/leaves"),
-    "caches/": ([DENSE, GROWING], "tests/fast/test_llama.py tests/fast/engine tests/leaves"),
+    "caches/growing.py": ([GROWING, WINDOW], CACHE_TESTS),
+    "caches/paged.py": ([PAGED], CACHE_TESTS),
+    "caches/": ([DENSE, GROWING], CACHE_TESTS),
     "parallel/": ([DENSE, RANKS], "tests/fast/parallel tests/parallel"),
 }
 """By the beginning of a path below llama_fast, the first that fits: what `verify` is told, and the tests that cover it."""
@@ -101,12 +147,17 @@ SCOPE: dict[str, tuple[list[str], str]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One mutation at one place, and its fate: seen by "verify", by "tests", or by "" (nobody)."""
+    """One mutation at one place, and its fate: seen by "verify", by "tests", or by "" (nobody); "untested": not by verify.
+
+    `hidden`: the rule by which `verify` cannot see it.
+    """
 
     file: str
     line: int
+    column: int
     operator: str
     occurrence: int
+    hidden: str = ""
     told: str = ""
     seen_by: str = "unasked"
     how: str = ""
@@ -152,7 +203,7 @@ def places(path: Path) -> dict[tuple[tuple[int, int], tuple[int, int]], list[Mut
         at = [place for node in nodes for place in operator().mutation_positions(node)]
         for occurrence, (start, end) in enumerate(at):
             if not any(a <= start and end <= b for a, b in hidden):
-                mutant = Mutant(path.relative_to(ROOT).as_posix(), start[0], name, occurrence)
+                mutant = Mutant(path.relative_to(ROOT).as_posix(), *start, name, occurrence)
                 found.setdefault((start, end), []).append(mutant)
     return found
 
@@ -171,9 +222,13 @@ def write_models(folder: Path) -> None:
         "tiny": None,
         "llama3": RopeScaling("llama3", 8.0, original_context=64),
         "yarn": RopeScaling("yarn", 4.0, original_context=64, beta_fast=8.0),
+        "linear": RopeScaling("linear", 4.0),
+        "dynamic": RopeScaling("dynamic", 2.0),
     }
-    for name, scaling in scalings.items():
-        config = replace(SHAPE, rope_scaling=scaling)
+    configs = {name: replace(SHAPE, rope_scaling=scaling) for name, scaling in scalings.items()}
+    configs["window"] = replace(SHAPE, window=24)
+    configs["biases"] = replace(SHAPE, attention_bias=True, mlp_bias=True, tie_embeddings=True)
+    for name, config in configs.items():
         tensors = dict(named_tensors(random_checkpoint(config, 1), Plan(), None, torch.device("cpu")))
         save_checkpoint(folder / name, config, tensors, "dense")
     first = {"attn_q": "q4_1", "attn_k": "iq4_nl", "attn_v": "q6_k", "attn_output": "iq4_xs"}
@@ -184,47 +239,6 @@ def write_models(folder: Path) -> None:
     gguf_model(folder / "blocks.gguf", "q4_k", mixed)
     write_quantised(folder / "order", "gptq-order")
     write_adapter(folder / "lora", SHAPE, ("q_proj", "o_proj", "up_proj"))  # of what is joined, some have none
-
-
-def ended(words: Sequence[str], tree: Path, seconds: float) -> tuple[int | None, str]:
-    """Exit code (None: it did not end in time) and output of a command in a tree."""
-    paths = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(
-        words,
-        cwd=tree,
-        env=os.environ | paths,
-        stdout=pipe,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, _ = child.communicate(timeout=seconds)
-        return child.returncode, out
-    except subprocess.TimeoutExpired:
-        return None, "not ended in time"
-    finally:  # with all that it started
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
-def verified(told: str, tree: Path, models: Path) -> tuple[int | None, str]:
-    words = [str(models / word) if (models / word).exists() else word for word in told.split()]
-    return ended([sys.executable, "-m", "oracle", "verify", "--device", "cpu", *words], tree, VERIFY_SECONDS)
-
-
-def tested(paths: str, tree: Path) -> tuple[int | None, str]:
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths.split()]
-    return ended(words, tree, TESTS_SECONDS)
-
-
-def failure_in(output: str) -> str:
-    """The line that tells most of what failed."""
-    lines = [line.strip() for line in output.splitlines()]
-    marks = ("FAIL", "FAILED", "ERROR", "llama-oracle:", "----")
-    return next((line for line in lines if line.startswith(marks)), lines[-1] if lines else "")[:160]
 
 
 @contextlib.contextmanager
@@ -243,42 +257,215 @@ def planted(mutant: Mutant, tree: Path) -> Iterator[str]:
         os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
 
 
-def judged(mutant: Mutant, tree: Path, models: Path, innocent: set[str]) -> Mutant:
-    """The mutant with its fate. `innocent`: commands that pass without any, which is asked of each once."""
-    plans, tests = judges_of(mutant.file)
-    began, seen_by, how = time.perf_counter(), "", ""
-    for words in [*plans, tests]:
-        is_tests = words == tests
-        ask = partial(tested, tests, tree) if is_tests else partial(verified, words, tree, models)
-        if words not in innocent:
-            code, output = ask()
-            if code != 0:
-                sys.exit(f"{words} ends with {code} without a mutant: {failure_in(output)}")
-            innocent.add(words)
-        with planted(mutant, tree) as told:
-            code, output = ask()
-        if code != 0:
-            seen_by, how = "tests" if is_tests else "verify", f"{code}, {words}: {failure_in(output)}"
-            break
-    return replace(mutant, told=told, seen_by=seen_by, how=how, seconds=round(time.perf_counter() - began, 1))
+@dataclass(frozen=True)
+class Ran:
+    """What ran without any mutant: by plan and by test the lines of each file, and how long each took."""
+
+    plans: dict[str, dict[str, list[int]]]
+    tests: dict[str, dict[str, dict[str, list[str]]]]
+    seconds: dict[str, float]
+
+    def plans_measured(self, ask: Callable[[Question], Answer], models: Path, file: Path, processes: int) -> None:
+        """From the file, and what is not there asked and written there."""
+        if file.exists():
+            lines, seconds = json.loads(file.read_text())
+            self.plans.update(lines)
+            self.seconds.update(seconds)
+
+        def measure(words: str) -> None:
+            asked = Question(verify=placed(words, models), seconds=1500, cover=True, only=ONLY.get(words, []))
+            answer = innocent(words, ask(asked))
+            self.plans[words] = {name: sorted(map(int, of_file)) for name, of_file in answer.lines.items()}
+            self.seconds[words] = answer.seconds
+            file.write_text(json.dumps([self.plans, {words: self.seconds[words] for words in self.plans}]))
+            print(f"{words}: {answer.seconds} s", flush=True)
+
+        wanted = dict.fromkeys(words for plans, _ in SCOPE.values() for words in plans)
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(measure, [words for words in wanted if words not in self.plans]))
+
+    def tests_measured(self, warm: Warm, file: Path) -> None:
+        """From the file, or asked and written there."""
+        if not file.exists():
+            lines: dict[str, dict[str, dict[str, list[str]]]] = {}
+            seconds: dict[str, float] = {}
+            for path in dict.fromkeys(path for _, tests in SCOPE.values() for path in tests.split()):
+                answer = innocent(path, warm.ask(Question(tests=[path], seconds=1200, cover=True)))
+                lines[path] = answer.lines
+                for line in answer.output.splitlines():
+                    words = line.split(maxsplit=2)
+                    if len(words) == 3 and words[1] in ("call", "setup") and words[0].endswith("s"):
+                        seconds[words[2]] = seconds.get(words[2], 0) + float(words[0][:-1])
+                print(f"{path}: {answer.seconds} s", flush=True)
+            file.write_text(json.dumps([lines, seconds]))
+        lines, seconds = json.loads(file.read_text())
+        self.tests.update(lines)
+        self.seconds.update(seconds)
+
+    def plan_runs(self, words: str, file: str, lines: range) -> bool:
+        return any(line in lines for line in self.plans[words].get(file, ()))
+
+    def tests_of(self, paths: str, file: str, lines: range) -> list[str]:
+        """Those that run one of these lines, the quickest first; whole files where the line runs as they are imported."""
+        found: dict[str, float] = {}
+        for path in paths.split():
+            of_file = self.tests[path].get(file, {})
+            for test in {test for line in lines for test in of_file.get(str(line), ())}:
+                found[test or path] = self.seconds.get(test, 0.0) if test else 1e9
+        return sorted(found, key=lambda test: (found[test], test))
+
+
+def placed(words: str, models: Path) -> str:
+    return " ".join(str(models / word) if (models / word).exists() else word for word in words.split())
+
+
+def innocent(words: str, answer: Answer) -> Answer:
+    if answer.code != 0:
+        sys.exit(f"{words} ends with {answer.code} without a mutant: {failure_in(answer.output)}")
+    return answer
+
+
+def failure_in(output: str) -> str:
+    """The line that tells most of what failed."""
+    lines = [line.strip() for line in output.splitlines()]
+    marks = ("FAIL", "FAILED", "ERROR", "llama-oracle:", "----")
+    return next((line for line in lines if line.startswith(marks)), lines[-1] if lines else "")[:160]
+
+
+@cache
+def parents(file: str) -> dict[ast.AST, ast.AST]:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
+def around(mutant: Mutant) -> list[ast.AST]:
+    """The nodes that hold the mutant's place, the innermost first."""
+    place = mutant.line, mutant.column
+    holding = [
+        node
+        for node in parents(mutant.file)
+        if isinstance(node, ast.stmt | ast.expr | ast.ExceptHandler)
+        and (node.lineno, node.col_offset) <= place < (node.end_lineno or 0, node.end_col_offset or 0)
+    ]
+    return sorted(holding, key=lambda node: (-node.lineno, -node.col_offset, node.end_lineno, node.end_col_offset))
+
+
+def statement_lines(mutant: Mutant) -> range:
+    """The lines of the statement that holds the place; of one with a body those of its head."""
+    inner = [node for node in around(mutant) if isinstance(node, ast.stmt)]
+    if not inner:
+        return range(mutant.line, mutant.line + 1)
+    first, body = inner[0], getattr(inner[0], "body", None)
+    last = body[0].lineno - 1 if body else (first.end_lineno or first.lineno)
+    return range(min(first.lineno, mutant.line), max(last, first.lineno, mutant.line) + 1)
+
+
+def hidden(mutant: Mutant, ran: Ran) -> str:
+    """Why `verify` cannot see it, by rules that ask neither what it changes nor whether somebody saw it; "" where it could.
+
+    * "not run": no plan of the instrument runs its statement (a GPU's branch; an answer to bad input).
+    * "refusal": inside a `raise`, or in the condition of an `if` or an `assert` that does nothing but refuse. `verify` gives
+      no input that is to be refused.
+    * "words": inside what `__str__` or `__repr__` says, or of a message to whoever waits for ranks (`fail`, `explained`,
+      `first_line` of `parallel/ranks.py`).
+    """
+    lines, nodes = statement_lines(mutant), around(mutant)
+    if not any(ran.plan_runs(words, mutant.file, lines) for words in ran.plans):
+        return "not run"
+    above = parents(mutant.file)
+    for node in nodes:
+        parent = above.get(node)
+        if isinstance(node, ast.Raise | ast.Assert):
+            return "refusal"
+        if isinstance(parent, ast.If) and node is parent.test and isinstance(parent.body[-1], ast.Raise):
+            return "refusal"
+        if isinstance(node, ast.FunctionDef) and node.name in (
+            "__str__",
+            "__repr__",
+            "fail",
+            "explained",
+            "first_line",
+        ):
+            return "words"
+    return ""
+
+
+class Judge:
+    """Asks who sees a mutant."""
+
+    def __init__(self, warm: Warm, tree: Path, models: Path, ran: Ran):
+        self.warm, self.tree, self.models, self.ran = warm, tree, models, ran
+
+    def verify(self, mutant: Mutant) -> Mutant:
+        """Its fate before `verify` alone, under the plans of its file that run its line; if none does, under two that do."""
+        lines = statement_lines(mutant)
+        runs = [words for words in self.ran.plans if self.ran.plan_runs(words, mutant.file, lines)]
+        asked = [words for words in judges_of(mutant.file)[0] if words in runs] or runs[:2]
+        asked = asked if asked else judges_of(mutant.file)[0][:1]
+        return self._asked(mutant, "verify", {words: self._of_plan(words, mutant) for words in asked}, "untested")
+
+    def test(self, mutant: Mutant) -> Mutant:
+        """Its fate before the tests; what runs in processes of its own, as ranks do, before all of its file's."""
+        paths = judges_of(mutant.file)[1]
+        tests = self.ran.tests_of(paths, mutant.file, statement_lines(mutant))
+        if "/parallel/" in mutant.file or not tests:
+            tests = [*(test for test in tests if "::" in test), *paths.split()]
+        tests = list(dict.fromkeys(tests))
+        question = Question(tests=tests, seconds=4 * TESTS_SECONDS, processor_seconds=TESTS_SECONDS)
+        return self._asked(mutant, "tests", {f"{len(tests)} tests": question}, "")
+
+    def _of_plan(self, words: str, mutant: Mutant) -> Question:
+        seconds = LEAST_SECONDS + TIMES_AS_LONG * self.ran.seconds[words]
+        only, loops_last = ONLY.get(words, []), "/engine/" not in mutant.file and "--ranks" not in words
+        return Question(
+            placed(words, self.models),
+            seconds=seconds,
+            processor_seconds=COMPILED_SECONDS if "--compile" in words else PROCESSOR_SECONDS,
+            only=only,
+            loops_last=loops_last,
+        )
+
+    def _asked(self, mutant: Mutant, who: str, questions: dict[str, Question], nobody: str) -> Mutant:
+        began, seen_by, how = time.monotonic(), nobody, ""
+        with planted(mutant, self.tree) as told:
+            for words, question in questions.items():
+                answer = self.warm.ask(question)
+                if answer.code != 0:
+                    seen_by, how = who, f"{answer.code}, {words}: {failure_in(answer.output)}"
+                    break
+        seconds = round(mutant.seconds + time.monotonic() - began, 1)
+        return replace(mutant, told=told, seen_by=seen_by, how=how, seconds=seconds)
 
 
 def report(mutants: Sequence[Mutant]) -> None:
     for folder in sorted({mutant.file.rsplit("/", 1)[0] for mutant in mutants}):
-        of_folder = [mutant for mutant in mutants if mutant.file.rsplit("/", 1)[0] == folder]
-        _score(folder, of_folder)
+        _score(folder, [mutant for mutant in mutants if mutant.file.rsplit("/", 1)[0] == folder])
     _score("all", mutants)
-    for mutant in sorted(mutants, key=lambda mutant: (mutant.seen_by, mutant.file, mutant.line)):
+    for mutant in sorted(mutants, key=lambda mutant: (mutant.seen_by, mutant.hidden, mutant.file, mutant.line)):
         if mutant.seen_by != "verify":
-            print(f"{mutant.seen_by or 'SURVIVES':8} {mutant.file}:{mutant.line}: {mutant.told}  ({mutant.operator})")
+            fate = f"{mutant.seen_by or 'SURVIVES':8} {mutant.hidden:8}"
+            print(f"{fate} {mutant.file}:{mutant.line}: {mutant.told}  ({mutant.operator}) {mutant.how}")
 
 
 def _score(name: str, mutants: Sequence[Mutant]) -> None:
-    alone = sum(mutant.seen_by == "verify" for mutant in mutants)
-    tests = sum(mutant.seen_by == "tests" for mutant in mutants)
-    n = len(mutants)
-    print(f"{name}: {alone} of {n} seen by verify alone ({alone / n:.1%}), {alone + tests} with the tests", end=" ")
-    print(f"({(alone + tests) / n:.1%})")
+    visible = [mutant for mutant in mutants if not mutant.hidden]
+    alone, of_visible = (sum(mutant.seen_by == "verify" for mutant in each) for each in (mutants, visible))
+    tests, untested = (sum(mutant.seen_by == who for mutant in mutants) for who in ("tests", "untested"))
+    n, rules = len(mutants), sorted({mutant.hidden for mutant in mutants} - {""})
+    told = ", ".join(f"{sum(mutant.hidden == rule for mutant in mutants)} {rule}" for rule in rules)
+    print(f"{name}: verify alone sees {of_visible} of {len(visible)} that it could", end=" ")
+    print(f"({of_visible / max(1, len(visible)):.1%}), {alone} of all {n} ({alone / n:.1%}),", end=" ")
+    print(f"with the tests {alone + tests} ({(alone + tests) / n:.1%})", end="")
+    print(f"; {untested} before no test yet" * bool(untested) + f"; hidden: {told}" * bool(told))
+
+
+def copied(tree: Path) -> Path:
+    """A copy of the repository to plant mutants in."""
+    tree.mkdir()
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, tree / name)
+    return tree
 
 
 def main() -> None:
@@ -288,30 +475,60 @@ def main() -> None:
     parser.add_argument("--scope", default="", help="the beginning of paths below llama_fast: engine/")
     parser.add_argument("--out", type=Path, default=Path("mutants.json"))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after so long")
+    parser.add_argument("--processes", type=int, default=1, help="mutants that are judged at once")
+    parser.add_argument("--no-tests", action="store_true", help="ask `verify` alone")
+    parser.add_argument(
+        "--again", action="store_true", help="ask once more those that somebody else than verify saw, or nobody"
+    )
     asked = parser.parse_args()
     began = time.monotonic()
-    done = [Mutant(**one) for one in json.loads(asked.out.read_text())] if asked.out.exists() else []
-    wanted = drawn(asked.count, asked.seed, asked.scope)
-    left = [mutant for mutant in wanted if mutant.key not in {one.key for one in done}]
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree, models = Path(folder) / "tree", Path(folder) / "models"
-        tree.mkdir()
+    known = [Mutant(**one) for one in json.loads(asked.out.read_text())] if asked.out.exists() else []
+    fates = {one.key: one for one in known if not asked.again or one.seen_by == "verify"}
+    wanted, ran = drawn(asked.count, asked.seed, asked.scope), Ran({}, {}, {})
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
+        models = folder / "models"
         models.mkdir()
-        for name in COPIED:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-            copy(ROOT / name, tree / name)
         write_models(models)
-        innocent: set[str] = set()
-        for number, mutant in enumerate(left):
-            if time.monotonic() - began > 60 * asked.minutes:
-                break
-            done.append(judged(mutant, tree, models, innocent))
-            asked.out.write_text(json.dumps([asdict(one) for one in done], indent=1) + "\n")
-            last = done[-1]
-            print(
-                f"{number + 1}/{len(left)} {last.seen_by or 'SURVIVES'} {last.file}:{last.line} {last.told}", flush=True
-            )
-    report(done)
+        idle: SimpleQueue[Judge] = SimpleQueue()
+        for number in range(asked.processes):
+            tree = copied(folder / f"tree{number}")
+            idle.put(Judge(stack.enter_context(Warm(tree)), tree, models, ran))
+
+        def by_idle(do: Callable[[Judge], T]) -> T:
+            judge = idle.get()
+            try:
+                return do(judge)
+            finally:
+                idle.put(judge)
+
+        ran.plans_measured(
+            lambda question: by_idle(lambda judge: judge.warm.ask(question)),
+            models,
+            asked.out.with_suffix(".plans.json"),
+            asked.processes,
+        )
+        if not asked.no_tests:
+            by_idle(lambda judge: ran.tests_measured(judge.warm, asked.out.with_suffix(".tests.json")))
+        steps: list[tuple[str, Callable[[Judge, Mutant], Mutant]]] = [
+            ("unasked", Judge.verify),
+            ("untested", Judge.test),
+        ]
+        for state, ask in steps[: 1 if asked.no_tests else 2]:
+            todo = [one for one in (fates.get(each.key, each) for each in wanted) if one.seen_by == state]
+
+            def one_more(mutant: Mutant, ask: Callable[[Judge, Mutant], Mutant] = ask, count: int = len(todo)) -> None:
+                if time.monotonic() - began > 60 * asked.minutes:
+                    return
+                last = fates[mutant.key] = by_idle(lambda judge: ask(judge, mutant))
+                asked.out.write_text(json.dumps([asdict(one) for one in list(fates.values())], indent=1) + "\n")
+                told = f"{last.seen_by or 'SURVIVES'} {last.hidden} {last.file}:{last.line} {last.told}"
+                print(f"of {count}: {told} ({last.seconds} s)", flush=True)
+
+            with ThreadPoolExecutor(asked.processes) as pool:
+                list(pool.map(one_more, todo))
+    judged = [fates[each.key] for each in wanted if each.key in fates]
+    report([replace(mutant, hidden=hidden(mutant, ran)) for mutant in judged])
 
 
 if __name__ == "__main__":

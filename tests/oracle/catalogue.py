@@ -914,6 +914,36 @@ def composed(encode: Any, self: Any, text: str, bos: bool = True) -> list[int]:
     return encode(self, unicodedata.normalize("NFC", text), bos)  # type: ignore[no-any-return]
 
 
+def smaller_two(two_of_four: Callable[[Tensor], Any], wide: Tensor) -> Any:
+    """Kept where their inverses are the largest."""
+    places = two_of_four(1 / wide)[1]
+    kept = sparse24.spread(torch.ones(len(wide), wide.shape[1] // 2), places) > 0
+    return wide[kept].view(len(wide), -1), places
+
+
+def in_five_bits(two_of_four: Callable[[Tensor], Any], wide: Tensor) -> Any:
+    values, places = two_of_four(wide)
+    nibble_OW8 = (places[..., None].long() >> (4 * torch.arange(8))) & 15
+    word_OW = (nibble_OW8 << (5 * torch.arange(8))).sum(-1) % 2**32
+    return values, torch.where(word_OW >= 2**31, word_OW - 2**32, word_OW).to(torch.int32)
+
+
+def certain_of_the_first_position(probabilities: Callable[..., Tensor], self: BatchSampler, logits: Tensor) -> Tensor:
+    p = probabilities(self, logits)
+    if logits.dim() == 3:
+        greedy = torch.tensor([not one.temperature for one in self.settings if one is not None])
+        p = torch.where(greedy[:, None, None], p[:, :1].expand_as(p), p)
+    return p
+
+
+def first_row_at_later_positions(probabilities: Callable[..., Tensor], self: BatchSampler, logits: Tensor) -> Tensor:
+    p = probabilities(self, logits)
+    if logits.dim() == 3 and self.settings[0] is not None:
+        first = BatchSampler(self.settings[0], [0] * len(logits), logits.device)
+        p = torch.cat([p[:, :1], probabilities(first, logits)[:, 1:]], 1)
+    return p
+
+
 def f(name: str, family: str, plant: Callable[[Patch], None], first: str, **more: Any) -> Fault:
     return Fault(name, family, plant, first, **more)
 
@@ -1145,6 +1175,8 @@ LOOP_FAULTS = [
     f("seed forgotten", "loop", chosen_with(lambda one: replace(one, seed=int(torch.randint(2**31, ())))), "same seed", trial="loop"),
     f("seed ignored", "loop", chosen_with(lambda one: replace(one, seed=0)), "another seed", trial="loop"),
     f("k + 1 kept", "sampling", with_top_k(lambda k: k + 1), "probability", trial="sampling"),
+    f("certain tokens of the first position alone", "sampling", around(BatchSampler, "probabilities", certain_of_the_first_position), "unlike rows", trial="sampling"),
+    f("settings of the first row at later positions", "sampling", around(BatchSampler, "probabilities", first_row_at_later_positions), "unlike rows", trial="sampling"),
     f("upper half of the seed lost", "sampling", chosen_with(lambda one: replace(one, seed=one.seed % 2**32)), "draw alike", trial="sampling"),
     f("seed of row 0", "sampling", around(BatchSampler, "set_rows", first_seed), "draws over seeds", trial="sampling"),
     f("temperature inverted", "sampling", with_temperature(lambda t: 1 / t), "probability", trial="sampling"),
@@ -1307,6 +1339,8 @@ ENGINE_FAULTS = [
     f("zero points of the group beside", "groups", of_rows(rolled_groups("zero")), "seven rows", trial="requests", plan=G32_ZERO),
     f("fp8: scale of the next row", "groups", around(fp8.Fp8, "product", lambda product, self, x, parts: product(self, x, {**parts, "scale": parts["scale"].roll(1, 0)})), "seven rows", trial="requests", plan=FP8),
     f("2:4: places of the next row", "groups", around(sparse24.Sparse24, "product", lambda product, self, x, parts: product(self, x, {**parts, "places": parts["places"].roll(1, 0)})), "seven rows", trial="requests", plan=SPARSE),
+    f("2:4: the smaller two are kept", "groups", around(sparse24, "two_of_four", smaller_two), "weights", plan=SPARSE),
+    f("2:4: places packed in five bits", "groups", around(sparse24, "two_of_four", in_five_bits), "weights", plan=SPARSE),
     f("int8: the last outputs of a tile of 64", "tiles", around(int8.Int8, "product", last_rows_twice(64)), "seven rows", trial="requests", plan=INT8),
     f("dense: the last outputs of a tile of 40", "tiles", around(dense.Dense, "product", last_rows_twice(40)), "layers.0.v"),
     f("eight rows: the last is the first", "tiles", around(dense.Dense, "product", in_batches_of(8, lambda y: torch.cat([y.view(8, -1)[:7], y.view(8, -1)[:1]]).view_as(y))), "eight rows", trial="requests"),

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_fast.recipes import encodings
+from llama_fast.recipes import encoding_named, encodings
 from oracle.questions.localise import judge_weights
 from oracle.statistics.compare import Outcome
-from oracle.statistics.drift import BUDGETS, Drift, DriftBudget, Estimate, Tally, judge_drift, measure
+from oracle.statistics.drift import BUDGETS, Drift, DriftBudget, Estimate, Tally, budget_of, judge_drift, measure
 
 V = 40
 
@@ -133,18 +133,36 @@ def test_every_encoding_has_a_budget() -> None:
     assert BUDGETS.keys() == encodings().keys() - {"dense", "stored"}
 
 
-@pytest.mark.parametrize("name", [name for name, budget in BUDGETS.items() if budget.weight_step is not None])
+@pytest.mark.parametrize("name", [*BUDGETS, "int8-g32", "int8-g64-zero", "fp8-g32"])
 def test_the_step_of_a_weight_holds_and_is_nearly_reached(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(600, 256, generator=generator) * torch.randn(600, 1, generator=generator).exp()
     weight[::2] *= torch.randn(300, 256, generator=generator).abs()
     weight[:200] = weight[:200].sign() * (1 + weight[:200].abs().clamp(max=1.0)) / 2  # as even as ranges can be
-    kind, step = encodings()[name], BUDGETS[name].weight_step
-    assert step is not None
-    held = {"w": kind.decode(kind.encode(weight, torch.float32)).float()}
-    assert judge_weights(held, {"w": weight}, step).outcome is Outcome.AGREE
-    assert judge_weights(held, {"w": weight}, 0.8 * step).outcome is Outcome.DIFFER
+    kind, budget = encoding_named(name), budget_of(name)
+    assert budget is not None
+    step, drops = budget.weight_step, budget.drops_two_of_four
+    dtype = torch.bfloat16 if name == "sparse24" else torch.float32  # which keeps what it does not drop
+    held = {"w": kind.decode(kind.encode(weight, dtype)).float()}
+    assert judge_weights(held, {"w": weight}, step, drops).outcome is Outcome.AGREE
+    assert judge_weights(held, {"w": weight}, 0.8 * step, drops).outcome is Outcome.DIFFER
 
 
-def test_what_drops_weights_has_no_step() -> None:
-    assert {name for name, budget in BUDGETS.items() if budget.weight_step is None} == {"sparse24", "sparse24-int8"}
+def test_an_encoding_with_sizes_in_its_name_has_the_budget_of_the_next_larger_group() -> None:
+    assert budget_of("int4-g96") == BUDGETS["int4"] and budget_of("int4-g96-zero") == BUDGETS["int4-zero"]
+    assert budget_of("int4-g128") == BUDGETS["int4"] and budget_of("int4-g128-zero") == BUDGETS["int4-zero"]
+    assert budget_of("int4-g256") is None and budget_of("dense") is None and budget_of("int3-g8") is None
+
+
+def test_of_four_weights_only_the_two_smallest_may_be_dropped() -> None:
+    weight = torch.tensor([[4.0, -3.0, 2.0, 1.0, 0.5, 0.25, -8.0, 9.0]])
+    lawful = torch.tensor([[4.0, -3.0, 0.0, 0.0, 0.0, 0.0, -8.0, 9.0]])
+    for kept, outcome in (
+        (lawful, Outcome.AGREE),
+        (weight, Outcome.AGREE),
+        (torch.tensor([[4.0, 0.0, 2.0, 0.0, 0.0, 0.0, -8.0, 9.0]]), Outcome.DIFFER),  # a larger one
+        (torch.tensor([[4.0, 0.0, 0.0, 0.0, 0.0, 0.0, -8.0, 9.0]]), Outcome.DIFFER),  # three
+        (torch.tensor([[4.0, 0.0, -3.0, 0.0, 0.0, 0.0, -8.0, 9.0]]), Outcome.DIFFER),  # in another's place
+    ):
+        assert judge_weights({"w": kept}, {"w": weight}, 1e-3, True).outcome is outcome
+    assert judge_weights({"w": lawful}, {"w": weight}, 1e-3).outcome is Outcome.DIFFER

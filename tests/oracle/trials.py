@@ -35,6 +35,7 @@ from oracle.questions.survival import survived
 from oracle.questions.threads import RankedSubject, judge_ranks
 from oracle.questions.witnesses import Told, judge_conversations, judge_ids, numbers
 from oracle.statistics.compare import Verdict, unit_roundoff
+from oracle.statistics.drift import budget_of
 from oracle.subjects.adapters import angles, radius
 from oracle.subjects.fast import FastSampler, FastSubject
 from oracle.subjects.others import HFSubject
@@ -76,14 +77,16 @@ def model(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, seed: int = 1)
     cut, traces = shown_stages(subject, truth, case.rows)
     stages = judge_stages(cut, traces, truth, yardstick, config.n_layers, unit_roundoff(dtype))
     table = angles(config, config.max_context)
-    lossy = 0.0 if plan.encoding.name == "dense" else 0.5 / 127 * (1 + 2**-7) * 1.001
+    lossy, budget = plan.encoding.name != "dense", budget_of(plan.encoding.name)
+    step, drops = (0.0, False) if budget is None else (budget.weight_step, budget.drops_two_of_four)
     parts = {
         "rope table": judge_rope_table(runner.model.rope_table, table, radius(config)),
         "stages": summary(stages),
         "weights": judge_weights(
             runner.reference_weights(),
             {k: v[:].to(dtype) if not lossy else v[:] for k, v in checkpoint.weights.items()},
-            lossy,
+            step,
+            drops,
         ),
         "logits": judge(subject, Bench(truth, yardstick), case),
     }
