@@ -11,11 +11,19 @@ the last one to finish adds up the partial results.
 import triton
 import triton.language as tl
 
-from llama_fast.kernels.common import dot, start_next, wait
+from llama_fast.kernels.common import INTERPRETED, dot, start_next, wait
 
 # Finite, so that a row with no visible slot in a split gives weight 0 in the sum over splits and not NaN.
 HIDDEN = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Four bytes w of a word as fp16: w + 128 into the mantissa of 1024, then less 1152. Without the conversions that a GPU does slowly.
+BYTES_AS_HALVES: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 t, less; mov.b32 less, 0xE480E480; xor.b32 t, $2, 0x80808080;"
+    " prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342;"
+    " add.rn.f16x2 $0, $0, less; add.rn.f16x2 $1, $1, less; }"
+)
+VALUE_STEPS = tl.constexpr(16.0)
+"""Weights of eight-bit values are so many times larger, that fp16 holds small ones."""
 
 
 @triton.jit
@@ -50,6 +58,15 @@ def _steps(base, table, lo, hi, HKV: tl.constexpr, BS: tl.constexpr, PAGE: tl.co
 
 
 @triton.jit
+def _integers(x, kind: tl.constexpr):
+    """int8 to fp16 or float32."""
+    if INTERPRETED or kind == tl.float32:
+        return x.to(kind)
+    else:
+        return tl.inline_asm_elementwise(BYTES_AS_HALVES, "=&r,=&r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
+
+
+@triton.jit
 def _attend_to(
     q, k, v, k_steps, v_steps, table, lo, hi, first, row_t, log2_scale, peak, total, acc, HKV: tl.constexpr,
     DP: tl.constexpr, RP: tl.constexpr, BS: tl.constexpr, PAGE: tl.constexpr, EIGHT: tl.constexpr,
@@ -57,7 +74,7 @@ def _attend_to(
     """One tile of BS slots of the online softmax, in powers of two. EIGHT: keys and values are integers, of steps."""
     slot = lo + tl.arange(0, BS)
     if EIGHT:
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        k, v = _integers(k, q.dtype), _integers(v, q.dtype)
     if RP == 1:
         scores = tl.sum(tl.reshape(q, [1, DP]).to(tl.float32) * k.to(tl.float32), 1)[None, :]
     else:
@@ -72,7 +89,7 @@ def _attend_to(
     p = tl.exp2(scores - new_peak[:, None])
     total = total * shrink + tl.sum(p, 1)
     if EIGHT:
-        p *= _steps(v_steps, table, lo, hi, HKV, BS, PAGE)[None, :]
+        p *= VALUE_STEPS * _steps(v_steps, table, lo, hi, HKV, BS, PAGE)[None, :]
     if RP == 1:
         acc = acc * shrink[:, None] + tl.sum(tl.reshape(p, [BS, 1]) * v.to(tl.float32), 0)[None, :]
     else:
@@ -135,6 +152,12 @@ def _attend(
             k = tl.where(new, _slots(k_base, table, lo, first, hi, HKV, HD, DP, BS, PAGE), k)
             v = tl.where(new, _slots(v_base, table, lo, first, hi, HKV, HD, DP, BS, PAGE), v)
         log2_scale = softmax_scale * LOG2_E
+        if (
+            EIGHT and query.dtype != tl.float32
+        ):  # integers are exact in fp16, and queries are smaller than their largest
+            largest = tl.maximum(tl.max(tl.abs(query.to(tl.float32)), 1), 1e-30)
+            query = (query.to(tl.float32) / largest[:, None]).to(tl.float16)
+            log2_scale = (log2_scale * largest)[:, None]
         peak = tl.full([RP], HIDDEN, tl.float32)
         total = tl.zeros([RP], tl.float32)
         acc = tl.zeros([RP, DP], tl.float32)
@@ -149,6 +172,8 @@ def _attend(
                 query, k_tile, v_tile, k_steps, v_steps, table, tile, hi, first, row_t, log2_scale, peak, total, acc,
                 HKV, DP, RP, BS, PAGE, EIGHT,
             )  # fmt: skip
+        if EIGHT:
+            acc *= 1 / VALUE_STEPS
         if active == 1:
             tl.store(out + at_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask_rows)
         else:
