@@ -152,12 +152,12 @@ def _attend(
             k = tl.where(new, _slots(k_base, table, lo, first, hi, HKV, HD, DP, BS, PAGE), k)
             v = tl.where(new, _slots(v_base, table, lo, first, hi, HKV, HD, DP, BS, PAGE), v)
         log2_scale = softmax_scale * LOG2_E
-        if (
-            EIGHT and query.dtype != tl.float32
-        ):  # integers are exact in fp16, and queries are smaller than their largest
+        if EIGHT and query.dtype != tl.float32:
+            # over a power of two, so that fp16 holds all digits of bf16
             largest = tl.maximum(tl.max(tl.abs(query.to(tl.float32)), 1), 1e-30)
-            query = (query.to(tl.float32) / largest[:, None]).to(tl.float16)
-            log2_scale = (log2_scale * largest)[:, None]
+            power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            query = (query.to(tl.float32) / power[:, None]).to(tl.float16)
+            log2_scale = (log2_scale * power)[:, None]
         peak = tl.full([RP], HIDDEN, tl.float32)
         total = tl.zeros([RP], tl.float32)
         acc = tl.zeros([RP, DP], tl.float32)
