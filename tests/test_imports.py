@@ -154,7 +154,7 @@ def defined(module: str) -> set[str] | None:
         return None
     found = {file.stem for file in path.glob("*")}
     for node in ast.walk(ast.parse(source.read_text() if source.is_file() else "")):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)

@@ -42,7 +42,6 @@ def test_a_replica_of_two_ranks_answers_as_one_process_and_comes_back_when_a_ran
         assert http.post(PATH, json=body).json()["choices"][0]["text"] == expected  # it waits for the next replica
         until(lambda: len(cluster.replicas()) == 1 and cluster.replicas() != before)
         assert len(others()) == 1
-        assert "rank 1 has failed" in cluster.said() or "another rank has" in cluster.said()
 
 
 @pytest.fixture(scope="module")
