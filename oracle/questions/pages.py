@@ -24,7 +24,7 @@ PAGE = 2
 ROWS, AHEAD, CHUNK = 4, 2, 3
 BEGIN = 6
 """Tokens that most prompts have in common."""
-NEW = (3, 13, 9, 11, 7)
+NEW = (3, 13, 9, 11, 7, 8)
 """Tokens that the rows of a round get."""
 LONGEST_PAGED = BEGIN + 3 + 2 * max(NEW)
 """Positions of the longest row."""
@@ -67,6 +67,7 @@ def pages_check(runner: Runner) -> list[Check]:
     V = runner.config.vocab_size
     begin, other = random_row(V, BEGIN, seed=31), random_row(V, 5, seed=40)
     firsts = [*([*begin, *random_row(V, n, seed=32 + n)] for n in (1, 3, 2)), other, [*other[:2], *begin[2:], 1]]
+    firsts.append([(begin[0] + 1) % V, *begin[1:], 1])  # a page that differs in its first token alone
     longest = LONGEST_PAGED
     unlike, where, rows = 0, "", 0
     for asked in ASKED:

@@ -239,6 +239,11 @@ def found_by_tokens_alone(find: Any, self: Any, tokens: Any) -> list[int]:
     return [of_tokens[part] for part in parts[: (*known, False).index(False)]]
 
 
+def without_the_first_token(parts: Any, self: Any, tokens: Any) -> list[tuple[int, ...]]:
+    first, *others = parts(self, tokens) or [()]
+    return [first[1:], *others] if first else []
+
+
 def counted_once(hold: Any, self: Any, held: Any) -> None:
     """A page that two rows hold is free when one of them ends."""
     hold(self, held)
@@ -1156,6 +1161,7 @@ SHARED = "pages"
 PAGE_FAULTS = [
     f("a stale page is found", "pages", around(pages.Pages, "_forgotten", never_forgotten), SHARED, trial="requests", plan=PAGED),
     f("found by its tokens, whatever was before", "pages", around(pages.Pages, "find", found_by_tokens_alone), SHARED, trial="requests", plan=PAGED),
+    f("found by its tokens but the first", "pages", around(pages.Pages, "_parts", without_the_first_token), SHARED, trial="requests", plan=PAGED),
     f("free while another row reads it", "pages", counted_wrongly, SHARED, trial="requests", plan=PAGED),
     f("a page of another request", "pages", around(room.SharedPages, "grow", newest_page_of_row_0), SHARED, trial="requests", plan=PAGED),
     f("known before it is full", "pages", with_what_is_not_read, SHARED, trial="requests", plan=PAGED),
