@@ -172,7 +172,7 @@ class PagedCache:
                         )
                     self._reserved.append(row)
                     self.table.pages_BP[row, stretch] = len(self._reserved)
-                    self._forget()
+                    self._forget(row)
 
     def rows(self, first: int, count: int) -> PagedCache:
         assert 0 <= first < first + count <= self.batch
@@ -210,17 +210,18 @@ class PagedCache:
         if self.table.pages_BP.is_cuda:
             given = given.pin_memory()  # the copy takes its turn on the device, and the host goes on
         self.table.pages_BP[row, first:].copy_(given, non_blocking=True)
-        self._forget()
+        self._forget(row)
 
     def see(self, pages: int | None) -> None:
         """Let attention read the first so many pages of a row, None: all. Shapes of steps follow from it."""
         self.table.see(self.row_pages if pages is None else pages)
 
-    def _forget(self) -> None:
+    def _forget(self, row: int) -> None:
+        """A row's table was written."""
         self.table.forget()
         for part in self._parts.values():
             part.table.forget()
-        if self._seat is not None:
+        if self._seat is not None and self._seat._of == (self, row):
             self._fill_seat()
 
 

@@ -2,6 +2,8 @@
 
 Decode, and the check of a few proposed tokens, are such steps; a short prompt or continuation is one too, padded to one of few
 widths. Longer ones are launched as they are written: they are bound by arithmetic, and each length would be recorded anew.
+A recording holds addresses: the prompts of an engine's slots are recorded once for all in a cache of pages, whose rows are read
+by way of one table, and once for each slot in a static one.
 
 Shapes: B batch, T tokens, V vocabulary.
 """

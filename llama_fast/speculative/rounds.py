@@ -137,6 +137,8 @@ class Rounds:
             prompt_BT, _ = pad([row.ids for row in rows], device)
             state.history_BL[:, : prompt_BT.shape[1]] = prompt_BT
             self.known[first : first + B] = [NOTHING] * B
+            if not last:  # rounds go on beside it, and are to have room behind what it has read
+                self.settle(opens)
         cache = part_of(self.all_cache, first, B)
         if last:
             self.sampler.set_rows(first, [row.request.sampling for row in rows])
@@ -173,7 +175,7 @@ class Rounds:
         one_shape = self.manner.aligned or self.target.plan.compiler.compiles_each_shape
         rows = len(self.slots) if one_shape else min(len(self.slots), 1 << (needed - 1).bit_length())
         self.take_part(rows)
-        requests = [row.request for row in self.rows if row is not None]
+        requests = [row.request for row in self.slots if row is not None]
         terms = self.terms = self.manner.settle(requests, self.cache, self.choose.code)
         longest = max(request.max_new_tokens for request in requests)
         if opens:

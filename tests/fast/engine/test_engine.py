@@ -299,6 +299,25 @@ def test_what_is_under_way_for_a_row_that_left_is_not_for_the_next_one_in_its_sl
     assert under_way[2] > 0 and check_answers("static", played) == 0
 
 
+def test_rounds_beside_a_prompt_that_is_read_in_part_have_room_behind_it() -> None:
+    """The longest request that the context holds is read by chunks while others speculate as far as they have room."""
+    longest = Request([(7 * i) % 101 for i in range(60)], 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Rounds, "next_k", lambda rounds: max((k for k in rounds.terms.ks if k < max(rounds.left)), default=0)
+        )
+        engine = Engine(RUNNERS["static"], 3, CONFIG.max_context, draft=Ngram(shortest=1), chunk=29)
+        first = [("add", Request(PROMPTS[n], new)) for n, new in ((2, 40), (0, 2), (1, 40))]
+        actions = [*first, ("step", 4), ("add", longest)]  # in the slot between two others
+        played = Played(engine, actions)
+    for id, request in played.requests.items():
+        own = generate(RUNNERS["static"], [request.ids], request.max_new_tokens).completions[0].tokens
+        assert [event.token for event in played.events[id]] == own
+    counted = engine.statistics
+    assert counted is not None and counted.rounds > 0 and counted.plain_steps > 0
+    nothing_is_left(engine)
+
+
 def test_who_comes_late_is_answered_beside_the_others() -> None:
     """Its first token is there long before theirs have ended, and few rows in many slots are a round of few."""
     engine = Engine(RUNNERS["static"], 8, LENGTH, draft=Draft(RUNNERS["growing"], 2))
