@@ -77,9 +77,7 @@ def check_addresses(plan: Plan) -> None:
         raise ValueError("{} needs a cache whose addresses stay: Static(), not {}()".format(*kinds))
 
 
-def construct(
-    whole: LlamaConfig, stored: Arriving, plan: Plan, operations: Operations, dtype: torch.dtype
-) -> Llama:
+def construct(whole: LlamaConfig, stored: Arriving, plan: Plan, operations: Operations, dtype: torch.dtype) -> Llama:
     """This process's part of the model `whole` over stored weights, which are taken out of `stored` as they are used."""
     config, layers = plan.shard.local_config(whole), plan.shard.layers(whole)
     embeds, ends = plan.shard.ends

@@ -139,7 +139,7 @@ class Runner:
         """`start`, or `extend` where there is a start, of which the answer is not waited for."""
         start_B, lengths_B = where
         cache.reserve(torch.zeros_like(lengths_B) if start_B is None else start_B, tokens_BT.shape[1])
-        answer = self._through(self.run_prefill, tokens_BT, where, cache, inside(choose))
+        answer = self.through(self.run_prefill, tokens_BT, where, cache, inside(choose))
         end_B = lengths_B if start_B is None else start_B + lengths_B
         return chosen_apart(answer, choose, end_B) if choose.is_apart else answer
 
@@ -147,15 +147,17 @@ class Runner:
     def begin_step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: BatchSampler) -> Answer:
         """`step`, of which the answer is not waited for."""
         cache.reserve(start_B, tokens_BT.shape[1])
-        answer = self._through(self.run_decode, tokens_BT, start_B, cache, inside(choose))
+        answer = self.through(self.run_decode, tokens_BT, start_B, cache, inside(choose))
         return chosen_apart(answer, choose, start_B + tokens_BT.shape[1]) if choose.is_apart else answer
 
-    def _through(self, phase: Phase, tokens_BT: Tensor, where: Any, cache: KVCache, choose: BatchSampler) -> Answer:
-        """A phase, through all stages where the model is in several."""
+    def through(self, phase: Phase, tokens_BT: Tensor, where: Any, cache: KVCache, choose: BatchSampler) -> Answer:
+        """A phase of this process's part of the model, between what the stage before gives and what the next one takes."""
         line = self.plan.shard.line
         if line is None:
             if self.plan.shard.ends != (True, True):
-                raise ValueError(f"{self.plan.shard}: a stage runs with the others, as `ranks.join` brings them together")
+                raise ValueError(
+                    f"{self.plan.shard}: a stage runs with the others, as `ranks.join` brings them together"
+                )
             found = phase(self.model, tokens_BT, where, cache, choose)
             return lambda: found
         (B, T), D, V = tokens_BT.shape, self.config.dim, self.config.vocab_size
@@ -182,7 +184,7 @@ class Runner:
         B, T = tokens_BT.shape
         cache = self.allocate(B, T)
         cache.reserve(torch.zeros(B, dtype=torch.int64), T)
-        return self._through(self.run_prefill, tokens_BT, (None, None), cache, self.greedy(B))()[1]
+        return self.through(self.run_prefill, tokens_BT, (None, None), cache, self.greedy(B))()[1]
 
     def prepared(self, choose: BatchSampler, positions: int) -> BatchSampler:
         """`choose`, for requests of so many positions: where no compiler merges them, uniforms are hashed at once, and tokens

@@ -120,9 +120,7 @@ def agreement(runner: Runner) -> Callable[[float], float]:
     everyone = runner.plan.shard.everyone
     if everyone.alone:
         return lambda seconds: seconds
-    return lambda seconds: float(
-        everyone(torch.full((8,), seconds, dtype=torch.float32, device=runner.device))[0]
-    )
+    return lambda seconds: float(everyone(torch.full((8,), seconds, dtype=torch.float32, device=runner.device))[0])
 
 
 @dataclass(frozen=True)
