@@ -186,6 +186,10 @@ class Rounds:
         """Tokens that each row still wants; 0: it has ended."""
         return [row.left for row in self.rows]
 
+    @property
+    def next_slots(self) -> tuple[int, int]:
+        return 0, self.cache.batch
+
     def is_due(self) -> bool:
         """Whether a step is to be launched before the oldest under way is read; of how many proposals is settled here."""
         if not any(self.left) or any(step.k == PROMPT for step in self.launched):

@@ -216,11 +216,11 @@ def penalised_check(subject: FastSubject, rows: Rows) -> Check:
 
 def told_logprobs(runner: Runner, rows: Rows) -> tuple[list[list[int | None]], list[Tensor], list[list[TokenLogprob]]]:
     """Drawn tokens by column, the logits [B, V] that each column came from, and what each row was told beside them."""
-    recorder = Recorder(runner)
+    recorder = Recorder(runner, len(rows))
     requests = requests_of(rows, NEW, Sampling(1.0, seed=9), logprobs=TOP)
     events = list(stream(cast(Runner, recorder), requests))
     told = [[event.logprob for event in row if event is not None and event.logprob is not None] for row in zip(*events)]
-    return [[None if event is None else event.token for event in column] for column in events], recorder.logits, told
+    return [[None if event is None else event.token for event in column] for column in events], recorder.columns(), told
 
 
 def told_check(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.choosing import SamplingKernels
+from llama_fast.contracts import Answer
 from llama_fast.engine.generate import generate
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler, Sampling
@@ -159,14 +160,13 @@ class FastSubject:
         """Tokens, the reason of their end and the logits [n, V] of each prompt, from the runner's own loop."""
         found: list[tuple[list[int], str, Tensor]] = []
         for group, real in self._groups(prompts):
-            recorder = Recorder(self.runner)
+            recorder = Recorder(self.runner, len(group))
             length = max(2, *(len(row) for row in group)) + n
             cache = self._lent(len(group), length)
             done = generate(cast(Runner, recorder), group, n, sampling, eos_ids, cache)
-            logits_BnV = torch.stack(recorder.logits, 1)
             found += [
-                (completion.tokens, completion.finish_reason, logits_nV[: len(completion.tokens)])
-                for completion, logits_nV in list(zip(done.completions, logits_BnV, strict=True))[:real]
+                (completion.tokens, completion.finish_reason, torch.stack(logits)[: len(completion.tokens)])
+                for completion, logits in list(zip(done.completions, recorder.logits, strict=True))[:real]
             ]
         return found
 
@@ -234,21 +234,38 @@ class FastSampler:
 
 
 class Recorder:
-    """A runner that also keeps the logits of every step. They are cloned: a CUDA graph overwrites its outputs."""
+    """A runner that also keeps the logits of every step, by rows. They are cloned: a CUDA graph overwrites its outputs."""
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: Runner, batch: int):
         self._runner = runner
-        self.logits: list[Tensor] = []
+        self.logits: list[list[Tensor]] = [[] for _ in range(batch)]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def start(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        token_B, logits_BV = self._runner.start(*arguments)
-        self.logits.append(logits_BV.clone())
-        return token_B, logits_BV
+        return self._kept(0, self._runner.start(*arguments))
 
     def step(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        token_B, logits_BTV = self._runner.step(*arguments)
-        self.logits.append(logits_BTV[:, -1].clone())
-        return token_B, logits_BTV
+        return self._kept(0, self._runner.step(*arguments))
+
+    def begin_prompt(self, *arguments: Any) -> Answer:
+        return self._awaited(arguments[-1], self._runner.begin_prompt(*arguments))
+
+    def begin_step(self, *arguments: Any) -> Answer:
+        return self._awaited(arguments[-1], self._runner.begin_step(*arguments))
+
+    def columns(self) -> list[Tensor]:
+        """The logits [B, V] of each step, of rows that all had as many."""
+        return [torch.stack(rows) for rows in zip(*self.logits, strict=True)]
+
+    def _awaited(self, choose: BatchSampler, answer: Answer) -> Answer:
+        """Of a model in stages some rows have a step of their own."""
+        first = choose.first
+        return lambda: self._kept(first, answer())
+
+    def _kept(self, first: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = found[1] if found[1].ndim == 2 else found[1][:, -1]
+        for row, logits_V in enumerate(logits.clone(), first):
+            self.logits[row].append(logits_V)
+        return found

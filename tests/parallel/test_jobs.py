@@ -61,12 +61,12 @@ def test_a_rung_for_one_process_is_refused_under_a_launcher(model: Path) -> None
 
 
 def test_the_number_of_ranks() -> None:
-    assert jobs.ranks_for(NAMED["smollm2-135m"], CPU) == 3
-    assert jobs.ranks_for(NAMED["llama-2-7b"], CPU) == 2
+    assert jobs.ranks_for(NAMED["smollm2-135m"], CPU, RUNGS["tp"]) == 3
+    assert jobs.ranks_for(NAMED["llama-2-7b"], CPU, RUNGS["tp"]) == 2
     with pytest.raises(
-        ValueError, match="n_heads=1, n_kv_heads=1 and ffn_dim=72 divide over no number of ranks above one"
+        ValueError, match="n_heads=1, n_kv_heads=1 and ffn_dim=72 divide over no number of ranks from 2 on"
     ):
-        jobs.ranks_for(dataclasses.replace(CONFIG, n_heads=1, n_kv_heads=1), CPU)
+        jobs.ranks_for(dataclasses.replace(CONFIG, n_heads=1, n_kv_heads=1), CPU, RUNGS["tp"])
     assert not any(rung.over_ranks or rung.needs_cpu for rung in rungs_of(CPU)), "on a CPU only when asked for"
 
 
@@ -74,17 +74,17 @@ def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     visible = 8
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)  # as it is when asked
     gpu = torch.device("cuda")
-    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu) == 8
-    assert jobs.ranks_for(NAMED["smollm2-135m"], gpu) == 3, "nine heads, three of keys and values"
+    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu, RUNGS["tp"]) == 8
+    assert jobs.ranks_for(NAMED["smollm2-135m"], gpu, RUNGS["tp"]) == 3, "nine heads, three of keys and values"
     visible = 2
-    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu) == 2
+    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu, RUNGS["tp"]) == 2
     with pytest.raises(
         ValueError, match="n_heads=9, n_kv_heads=3 and ffn_dim=1536 divide over no number of the 2 GPUs"
     ):
-        jobs.ranks_for(NAMED["smollm2-135m"], gpu)
+        jobs.ranks_for(NAMED["smollm2-135m"], gpu, RUNGS["tp"])
     visible = 1
-    with pytest.raises(ValueError, match="need two GPUs, 1 is visible"):
-        jobs.ranks_for(NAMED["llama-2-7b"], gpu)
+    with pytest.raises(ValueError, match="the rung tp needs 2 GPUs, 1 is visible"):
+        jobs.ranks_for(NAMED["llama-2-7b"], gpu, RUNGS["tp"])
 
 
 def test_what_does_not_divide_is_left_out_unless_asked_for(
