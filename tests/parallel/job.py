@@ -167,6 +167,20 @@ def cycle() -> None:
         assert total.tolist() == [shard.size * (shard.size + 1) / 2] * 3
 
 
+def cycle_stages(stages: int) -> None:
+    """Join in stages, say something to everybody and to the next stage, leave."""
+    with in_stages("cpu", stages) as shard:
+        assert shard.line is not None
+        size = dist.get_world_size()
+        total = shard.everyone(torch.full((3,), float(dist.get_rank() + 1)))
+        assert total.tolist() == [size * (size + 1) / 2] * 3
+        hidden = torch.zeros(2, 3, 4) if shard.line.first else shard.line.take(torch.empty(2, 3, 4))
+        if not shard.line.last:
+            shard.line.give(hidden + 1)
+        token_B, logits = shard.line.tell(torch.full((2,), int(hidden.sum())), hidden)()
+        assert token_B.tolist() == [24 * (stages - 1)] * 2 and (logits == stages - 1).all()
+
+
 def absent() -> None:
     """Rank 1 lives and beats, but does not come to the sum."""
     with tensor_parallel("cpu", collective_seconds=3) as shard:
@@ -190,5 +204,7 @@ if __name__ == "__main__":
         dtypes = [getattr(torch, word) for word in words[1].split(",")]
         encodings: list[Encoding] = [{"dense": Dense(), "int8": Int8()}[word] for word in words[2].split(",")]
         assert agree(shapes, dtypes, encodings, compile="compiled" in words)
+    if what == "cycle-stages":
+        cycle_stages(int(words[0]))
     if what == "stages":
         assert stages_agree(int(words[0]), *(word.split(",") for word in words[1:4]), words[4])

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import psutil
 
@@ -20,12 +20,20 @@ JOB = Path(__file__).with_name("job.py")
 class Launched:
     """`python -m torch.distributed.run` with these arguments; a context that leaves no process behind."""
 
-    def __init__(self, ranks: int, *arguments: object, options: Sequence[str] = ("--standalone",)):
+    def __init__(
+        self,
+        ranks: int,
+        *arguments: object,
+        options: Sequence[str] = ("--standalone",),
+        within: Sequence[str] = (),
+        more: Mapping[str, str] = MappingProxyType({}),
+    ):
+        """`within`: a command that runs another one elsewhere; `more`: of the environment."""
         command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={ranks}"]
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [*command, *map(str, arguments)],
-            env=environment(),
+            [*within, *command, *map(str, arguments)],
+            env={**environment(), **more},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
