@@ -130,12 +130,12 @@ def default_model() -> None:
                 print(f"default model, {encoding.name}: AGREE on {shard.size} ranks, {held:.2f} of the weights on each")
 
 
-def speculate() -> None:
+def speculate(stages: int = 1) -> None:
     """Every rank must propose, accept and draw alike: the same number of tokens a round, chosen from measured times."""
-    target, small = (replace(TWELVE, n_layers=layers) for layers in (2, 1))
+    target, small = (replace(TWELVE, n_layers=layers * stages) for layers in (2, 1))
     prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3]]
     compared = 0
-    with tensor_parallel("cpu") as shard:
+    with in_stages("cpu", stages) as shard:
         plan = Plan(cache=Static(), shard=shard)
         runner = build(random_checkpoint(target, 3), plan, "cpu")
         alone = build(random_checkpoint(target, 3), Plan(cache=Static()), "cpu")
@@ -149,15 +149,15 @@ def speculate() -> None:
             for sampling in (Sampling(), Sampling(0.9, top_k=50, seed=7)):
                 done = generate(runner, prompts, 60, sampling, draft=draft())
                 mine = [completion.tokens for completion in done.completions]
-                everyone: list[Any] = [None] * shard.size
+                everyone: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(everyone, mine)
                 assert all(other == mine for other in everyone), f"{name}: the ranks' texts differ"
                 if sampling.temperature == 0:
                     plain = [completion.tokens for completion in generate(alone, prompts, 60).completions]
                     assert mine == plain, f"{name}: not what one rank writes without a draft"
                 compared += 1
-        if shard.rank == 0:
-            print(f"{compared} speculative texts alike on {shard.size} ranks")
+        if dist.get_rank() == 0:
+            print(f"{compared} speculative texts alike on {dist.get_world_size()} ranks")
 
 
 def cycle() -> None:
@@ -191,9 +191,11 @@ def absent() -> None:
 
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
-    alone: dict[str, Callable[[], None]] = {"cycle": cycle, "speculate": speculate, "default": default_model}
+    alone: dict[str, Callable[[], None]] = {"cycle": cycle, "default": default_model}
     if what in alone:
         alone[what]()
+    if what == "speculate":
+        speculate(*map(int, words))
     if what == "absent":
         try:
             absent()
