@@ -45,6 +45,7 @@ BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0  # compilers and loaders may keep Python's lock for seconds
 STORE_SECONDS = 5.0
 MEETING_SECONDS = 45.0
+NO_ANSWER = f"it has not answered for {SILENCE_SECONDS:.0f} s"
 ONE_SHOT_BYTES = 1 << 18  # on two H200: 9.2 us, NCCL 12.7; larger messages were not measured
 COLLECTIVE_SECONDS = 600.0  # ranks may compile or load for minutes before they meet
 
@@ -292,7 +293,7 @@ def leave_group() -> None:
 
 
 class Watch:
-    """A thread that beats, listens to the next rank's beat, and ends this process on a signal or on silence."""
+    """Threads that beat, listen to the next rank's beat, and end this process on a signal or on silence."""
 
     def __init__(self, place: Place):
         self.place = place
@@ -305,6 +306,12 @@ class Watch:
         """What a signal leaves this process to end by itself, as a server does that tells its clients."""
         self.signal: int | None = None
         """The first signal that came while there was such grace."""
+        self.next_rank = (place.rank + 1) % place.size
+        self.heard_at = self.answered_at = time.monotonic()
+        """When the next rank was heard last, and when the launcher's store answered."""
+        self.trouble = NO_ANSWER
+        self.silent = threading.Event()
+        """Whether the heartbeat has ended."""
 
     def start(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -325,26 +332,37 @@ class Watch:
         self.thread.join(patience_seconds)  # after a failure it may be at a port where nobody answers
 
     def run(self) -> None:
-        store: Any | None = None
-        heard, since = -1, time.monotonic()
-        next_rank = (self.place.rank + 1) % self.place.size
+        threading.Thread(target=self.beat, daemon=True, name="heartbeat").start()
         while not self.ended.is_set():
             readable, _, _ = select.select([self.wake], [], [], BEAT_SECONDS)
             if readable:
                 self.obey(self.wake.recv(1)[0])
                 continue
+            silence, unanswered = (time.monotonic() - since for since in (self.heard_at, self.answered_at))
+            if self.ended.is_set():
+                break
+            if unanswered > SILENCE_SECONDS:
+                fail(f"the launcher cannot be reached any more: {self.trouble}", 1)
+            if silence > SILENCE_SECONDS:
+                fail(f"rank {self.next_rank} has not been heard for {SILENCE_SECONDS:.0f} s", 1)
+        self.silent.wait(STORE_SECONDS)
+
+    def beat(self) -> None:
+        """In a thread of its own: a store whose host is gone without a word leaves a call of it waiting for ever."""
+        store: Any | None = None
+        heard = 0
+        while not self.ended.wait(BEAT_SECONDS):
             try:
                 store = store or connect()
                 store.add(f"beat/{self.place.rank}", 1)
-                beats = store.add(f"beat/{next_rank}", 0)
+                beats = store.add(f"beat/{self.next_rank}", 0)
             except Exception as error:  # the store's client raises RuntimeError and its own kinds, by version
-                if time.monotonic() - since > SILENCE_SECONDS and not self.ended.is_set():
-                    fail(f"the launcher cannot be reached any more: {first_line(error)}", 1)
+                self.trouble = first_line(error)
                 continue
-            if beats != heard:
-                heard, since = beats, time.monotonic()
-            elif heard and time.monotonic() - since > SILENCE_SECONDS and not self.ended.is_set():
-                fail(f"rank {next_rank} has not been heard for {SILENCE_SECONDS:.0f} s", 1)
+            self.answered_at, self.trouble = time.monotonic(), NO_ANSWER
+            if beats != heard or not heard:  # silence counts from the first beat on
+                heard, self.heard_at = beats, self.answered_at
+        self.silent.set()
 
     def obey(self, number: int) -> None:
         if self.grace_seconds and number in (signal.SIGINT, signal.SIGTERM):

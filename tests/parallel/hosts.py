@@ -81,6 +81,7 @@ class Hosts:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for job in self.jobs:
             job.__exit__(kind, error, at)
+        self.wire.send_signal(signal.SIGCONT)
         self.wire.kill()
         self.wire.communicate()
         self._clear()

@@ -48,7 +48,7 @@ def test_the_page_shows_what_the_model_says() -> None:
 
 
 def test_every_rung_has_its_script() -> None:
-    assert {script.stem for script in SCRIPTS} == {*RUNGS, "tp-nodes", "tp-int8-nodes"}
+    assert {script.stem for script in SCRIPTS} == {*RUNGS, "tp-nodes", "tp-int8-nodes", "tp-pp-nodes"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
