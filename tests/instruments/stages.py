@@ -28,7 +28,9 @@ SLOTS = 256
 
 def rates(runner: Runner, rows: int) -> list[float]:
     prompts = [[(7 * row + i) % 1000 % runner.config.vocab_size for i in range(6)] for row in range(rows)]
-    cache, new = runner.allocate(rows, SLOTS), 200 if rows == 1 else 64
+    new = 200 if rows == 1 else 64
+    cache = runner.allocate(rows, min(SLOTS, runner.config.max_context))
+    new = min(new, runner.config.max_context - 8)
     done = [generate(runner, prompts, new, cache=cache) for _ in range(6)]
     return sorted(one.decode_tokens_per_second for one in done[1:])
 

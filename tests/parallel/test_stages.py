@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_fast.parallel import ranks
 from tests.parallel.launched import JOB, Launched, environment, errors
 from tests.parallel.test_endings import ENDLESS, model
 
@@ -67,25 +68,12 @@ def test_however_it_ends_it_ends_everywhere(model: Path, how: signal.Signals) ->
     assert ("interrupted" if how == signal.SIGINT else "another rank has") in errors(output)[0], output
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stages", "says"),
-    [
-        (3, 2, "stages=2 do not divide 3 ranks: each stage takes as many"),
-        (3, 3, "n_layers=2 are too few for 3 stages"),
-        (None, 2, "stages=2: no launcher started this process: use torchrun"),
-    ],
-)
-def test_what_cannot_be_is_said_in_one_line(model: Path, ranks: int | None, stages: int, says: str) -> None:
-    words = (*CLI, model, "--stages", stages)
-    if ranks is None:
-        done = subprocess.run(
-            [sys.executable, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=60
-        )
-        code, output = done.returncode, done.stderr
-    else:
-        with Launched(ranks, *words) as job:
-            code, output = job.ended()
-    assert code != 0 and errors(output) == [f"error: {says}"], output
+def test_ranks_that_make_no_stages(model: Path) -> None:
+    with Launched(3, *CLI, model, "--stages", 2) as job:
+        code, output = job.ended()
+    assert code != 0 and errors(output) == ["error: stages=2 do not divide 3 ranks: each stage takes as many"], output
+    with pytest.raises(ValueError, match="stages=2: no launcher started this process: use torchrun"):
+        ranks.join("cpu", stages=2)
 
 
 def test_the_rungs_in_stages_are_climbed_and_judged(model: Path, tmp_path: Path) -> None:
