@@ -216,6 +216,24 @@ def test_rows_that_join_and_leave_are_answered_as_by_one_process(stages: int, ca
     assert found == [alone] * stages
 
 
+def test_a_token_on_its_way_to_a_row_that_leaves_is_not_noted_for_who_joins_in_its_slot() -> None:
+    """Both say the same, and what is said once is hardly said again."""
+    checkpoint, penalty = random_checkpoint(DEEP, 3, "cpu", torch.float32), Sampling(repetition_penalty=50.0)
+    asked = [Request([5, 9, 17], 2, penalty), Request([4, 2], 12), Request([5, 9, 17], 8, penalty)]
+
+    def ask(runner: Any) -> Any:
+        engine = Engine(runner, 2, 32)
+        said: dict[int, list[int]] = {engine.add(request): [] for request in asked}
+        while engine.busy:
+            for event in engine.step():
+                said[event.id].append(event.token)
+        return said
+
+    alone = ask(build(checkpoint, Plan(), "cpu"))
+    assert alone[0] == alone[2][:2] and len(set(alone[2])) == 8
+    assert staged(checkpoint, Plan(), 2, ask)[0] == [alone] * 2
+
+
 def test_stages_work_on_other_rows_while_an_answer_is_on_its_way() -> None:
     """The first stage gives what it has of the second group before it has heard of the first."""
     prompts = [[5, 9, 17], [4, 2], [8, 2, 6, 1], [50, 51, 52, 53, 54]]
