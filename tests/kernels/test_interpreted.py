@@ -25,11 +25,11 @@ def unable() -> str:
 
 @pytest.mark.skipif(bool(unable()), reason=unable())
 @pytest.mark.parametrize(
-    "group", ["attention", "qkv", "step", "linear", "narrow", "ends", "choosing", "faults", "tiles"]
+    "group", ["attention", "qkv", "step", "linear", "narrow", "ends", "choosing", "faults", "tiles", "stages"]
 )
 def test_kernels_agree_with_float64(group: str) -> None:
-    own = {"step": "interpreted_step.py", "faults": "interpreted_faults.py", "tiles": "interpreted_tiles.py"}
-    script = Path(__file__).with_name(own.get(group, "interpreted.py"))
+    own = group in ("step", "faults", "tiles", "stages")
+    script = Path(__file__).with_name(f"interpreted_{group}.py" if own else "interpreted.py")
     done = subprocess.run(
         [sys.executable, str(script), group], env=ENVIRONMENT, capture_output=True, text=True, timeout=590
     )
