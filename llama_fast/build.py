@@ -16,7 +16,7 @@ from torch import nn
 from llama_fast.contracts import Operations
 from llama_fast.devices import default_dtype, where
 from llama_fast.encodings.tiled import laid_in_tiles
-from llama_fast.engine.runner import Runner, decode, prefill
+from llama_fast.engine.runner import Runner, phases_of
 from llama_fast.model.llama import Block, Llama
 from llama_fast.model.matrices import Joined, Matrix, Separate, Stored, Table, apart
 from llama_fast.plan import Plan
@@ -52,8 +52,9 @@ def build(
             f"the fused kernels add no adapter to {checkpoint.encoding} weights: adapt the dense model, or take Compiled()"
         )
     stored = Arriving(encoded(checkpoint, plan, dtype, device))
-    model = construct(config, stored, plan, operations, dtype).eval().requires_grad_(False)
-    return Runner(checkpoint, config, plan, device, dtype, model, *plan.compiler.compile(prefill, decode, model))
+    model = construct(checkpoint.config, stored, plan, operations, dtype).eval().requires_grad_(False)
+    phases = plan.compiler.compile(*phases_of(plan.shard), model)
+    return Runner(checkpoint, config, plan, device, dtype, model, *phases)
 
 
 def rebuild(runner: Runner, plan: Plan) -> Runner:
@@ -65,7 +66,7 @@ def rebuild(runner: Runner, plan: Plan) -> Runner:
         raise ValueError(f"the weights of {runner.plan} are not those of {plan}")
     check_addresses(plan)
     plan.arithmetic.bind(runner.config, plan, runner.device)  # refuses a cache that its kernels cannot write
-    run_prefill, run_decode = plan.compiler.compile(prefill, decode, runner.model)
+    run_prefill, run_decode = plan.compiler.compile(*phases_of(plan.shard), runner.model)
     return replace(runner, plan=plan, run_prefill=run_prefill, run_decode=run_decode)
 
 
@@ -76,13 +77,19 @@ def check_addresses(plan: Plan) -> None:
         raise ValueError("{} needs a cache whose addresses stay: Static(), not {}()".format(*kinds))
 
 
-def construct(config: LlamaConfig, stored: Arriving, plan: Plan, operations: Operations, dtype: torch.dtype) -> Llama:
-    """The model over stored weights, which are taken out of `stored` as they are used."""
-    table = stored.pop("tok_embeddings")  # whole in every process: a token reads one row of it
-    on_cpu = next(iter(table.parts.values())).device.type == "cpu"
-    # behind joining: rows stand in tiles with their neighbours
-    lay = laid_in_tiles if operations.compilable and on_cpu else lambda stored: stored
+def construct(whole: LlamaConfig, stored: Arriving, plan: Plan, operations: Operations, dtype: torch.dtype) -> Llama:
+    """This process's part of the model `whole` over stored weights, which are taken out of `stored` as they are used."""
+    config, layers = plan.shard.local_config(whole), plan.shard.layers(whole)
+    embeds, ends = plan.shard.ends
+    tied = config.tie_embeddings
+    # whole where tokens are embedded, of which each reads a row; behind the first stage, of a tied one, what the head is
+    table = stored.pop("tok_embeddings") if embeds or (ends and tied) else None
     separate: list[str] = []
+
+    def lay(stored: Stored) -> Stored:
+        """On a CPU rows stand in tiles with their neighbours; behind joining."""
+        on_cpu = next(iter(stored.parts.values())).device.type == "cpu"
+        return laid_in_tiles(stored) if operations.compilable and on_cpu else stored
 
     def matrix(stored: Stored) -> Matrix:
         return Matrix(lay(stored))
@@ -101,13 +108,19 @@ def construct(config: LlamaConfig, stored: Arriving, plan: Plan, operations: Ope
         projections |= {role: matrix(stored.pop(f"{layer}.{name}")) for role, name in ALONE.items()}
         return Block(config, norms, projections, operations)
 
-    blocks = [block(f"layers.{i}") for i in range(config.n_layers)]
-    norm = stored.pop("norm").parts["weight"]
-    output = share_of(table, "output", plan, config) if config.tie_embeddings else stored.pop("output")
-    tied = output.shape == table.shape and config.tie_embeddings
-    table = lay(table)
-    head = plan.shard.head(Matrix(table if tied else lay(output)), config.vocab_size)
+    blocks = [block(f"layers.{i}") for i in layers]
+    norm = stored.pop("norm").parts["weight"] if ends else None
+    output: Stored | None = None
+    if ends and not tied:
+        output = stored.pop("output")
+    elif ends and table is not None:
+        output = share_of(table, "output", plan, config) if embeds else table
+    one = output is not None and table is not None and tied and output.shape == table.shape
+    table = None if table is None else lay(table)
+    output = table if one else None if output is None else lay(output)
+    embedding = Table(table, dtype) if embeds and table is not None else None
+    head = None if output is None else plan.shard.head(Matrix(output), config.vocab_size)
     if separate and plan.encoding.name != "stored":  # a GGUF file mixes types as a rule
         told = f"{len(separate)} groups of projections are not joined but multiplied one by one, the first in {separate[0]}"
         warnings.warn(told, stacklevel=3)
-    return Llama(config, Table(table, dtype), blocks, norm, head)
+    return Llama(config, embedding, blocks, norm, head, layers[0])

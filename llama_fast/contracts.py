@@ -120,8 +120,8 @@ class Operations(Protocol):
     def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:
         """What is the same for all blocks: positions, masks, angles."""
 
-    def embed(self, tokens_BT: Tensor, embedding: nn.Module) -> Tensor:
-        """The tokens' rows of the table, [B, T, D]."""
+    def embed(self, tokens_BT: Tensor, embedding: nn.Module | None) -> Tensor:
+        """The tokens' rows of the table, [B, T, D]; without a table they are hidden states [B, T, D] of the stage before."""
 
     def qkv(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, layer: LayerCache, step: Step) -> Tensor:
         """Norm, the three projections, rotation; keys and values go to the cache. The queries [B, T, H, d]."""
@@ -269,18 +269,62 @@ class AllReduce(Protocol):
         """The sum of x over all processes; with a residual, residual + sum in the residual's type."""
 
 
+Answer = Callable[[], tuple[Tensor, Tensor]]
+"""Waits for a pass that is under way: the next token [B] and the logits, as its phase gives them."""
+
+
+class Line(Protocol):
+    """How the stages of a model, one behind another, tell each other what they found. All make their calls in the same order."""
+
+    @property
+    def count(self) -> int:
+        """How many stages there are."""
+
+    @property
+    def first(self) -> bool: ...
+
+    @property
+    def last(self) -> bool: ...
+
+    def take(self, empty_BTD: Tensor) -> Tensor:
+        """The hidden states that the stage before has given, written into this tensor."""
+
+    def give(self, x_BTD: Tensor) -> None:
+        """Send hidden states to the next stage, which takes them when it comes to them."""
+
+    def tell(self, token_B: Tensor, logits: Tensor) -> Answer:
+        """Of the last stage: send every other what it chose, and from what. Of the others: receive that into these tensors."""
+
+
 class Shard(Protocol):
-    """Which part of every matrix this process holds."""
+    """Which part of the model this process holds: of every layer, or of some."""
 
     @property
     def all_reduce(self) -> AllReduce:
         """Applied to what `wo` and `w2` give."""
 
+    @property
+    def everyone(self) -> AllReduce:
+        """A sum over all processes of the plan, those of other stages included."""
+
+    @property
+    def line(self) -> Line | None:
+        """The way between stages; None: the model is in one piece."""
+
+    @property
+    def ends(self) -> tuple[bool, bool]:
+        """Whether this process embeds tokens, and whether it makes logits."""
+
+    def layers(self, config: LlamaConfig) -> range:
+        """The layers that this process holds, at least one; `config` is the whole model's. ValueError where there are too few."""
+
     def local_config(self, config: LlamaConfig) -> LlamaConfig:
         """The shapes of this process's part; ValueError with the numbers where they do not divide."""
 
     def part(self, name: str, shape: Sequence[int], config: LlamaConfig) -> tuple[slice, ...]:
-        """What this process holds of the tensor called `name`, as "layers.0.attention.wq": one slice for each axis."""
+        """What this process holds of the tensor called `name`, as "layers.0.attention.wq": one slice for each axis, the first
+        of them empty where it holds nothing. `config` is the whole model's.
+        """
 
     def head(self, linear: nn.Module, vocab_size: int) -> nn.Module:
         """The module that gives every process all logits, where `linear` gives those of its part of "output"."""

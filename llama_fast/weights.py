@@ -26,12 +26,14 @@ STRIPE_BYTES = 8 << 20
 def encoded(
     checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, device: torch.device
 ) -> Iterator[tuple[str, Stored]]:
-    """Every weight as (name without ".weight", stored), one at a time: this process's part of it, encoded on `device`.
+    """Every weight of which this process holds a part, as (name without ".weight", stored), one at a time, encoded on `device`.
 
     What the encoding leaves alone becomes `dtype`; None keeps it as stored.
     """
     checkpoint = as_planned(checkpoint, plan)
     for stem in checkpoint.parts:
+        if not is_held(checkpoint, stem, plan):
+            continue
         stored, bias = encode_one(checkpoint, stem, plan, dtype, device), bias_of(checkpoint, stem, plan)
         low_rank = low_rank_of(checkpoint, stem, plan, dtype, device)
         bias = None if bias is None else bias.to(device, dtype or bias.dtype)
@@ -101,6 +103,12 @@ def encode_one(
                 parts[name] = tensor.new_empty(stop - first, *tensor.shape[1:])
             parts[name][row - first : row - first + len(tensor)] = tensor
     return Stored(encoding, shape, parts)
+
+
+def is_held(checkpoint: Checkpoint, stem: str, plan: Plan) -> bool:
+    """Whether this process holds anything of a weight."""
+    shape = checkpoint.shapes[f"{stem}.weight"]
+    return len(range(*plan.shard.part(stem, shape, checkpoint.config)[0].indices(shape[0]))) > 0
 
 
 def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:

@@ -58,6 +58,7 @@ def verify(
     projections: Annotated[str, typer.Option(help="q, k, v and gate, up: joined or separate")] = "joined",
     rung: Annotated[str | None, typer.Option(help="judge the very plan of a rung of `llama-fast bench`")] = None,
     ranks: Annotated[int | None, typer.Option(help="judge a model cut over so many processes of this host")] = None,
+    stages: Annotated[int, typer.Option(help="the processes are so many pipeline stages, each cut over as many")] = 1,
     draft: Annotated[
         str | None, typer.Option(help="judge speculation too: a model with the same vocabulary, or ngram")
     ] = None,
@@ -72,7 +73,7 @@ def verify(
     """Judge prefill, decoding, every stage, text, sampling, stop rules, files; for a lossy encoding also its cost."""
 
     from llama_fast.devices import default_dtype, where
-    from llama_fast.parallel.ranks import Place
+    from llama_fast.parallel.ranks import Place, join
     from llama_fast.recipes import chosen_encoding
     from llama_ref.models import resolve
     from oracle.plans import Words, rung_plans
@@ -93,20 +94,27 @@ def verify(
     if fused and on.type != "cuda":
         raise ValueError("--fused needs a CUDA device: on a CPU judge --compile")
     proposed: Plan | None = None
-    over_ranks = False
+    of_rung: int | None = None
     if rung is not None:
         if plan != Words(encoding or "dense").plan() or encoding or draft:
             raise ValueError("--rung says what the plan and its draft are: leave the other flags")
-        plan, proposed, over_ranks = rung_plans(rung, on)
-    if over_ranks and not ranks and Place.of_environment() is None:
+        plan, proposed, of_rung = rung_plans(rung, on)
+    place = Place.of_environment()
+    if of_rung is not None and stages == 1:
+        stages = of_rung or (ranks or 1 if place is None else place.size)
+    if of_rung is not None and not ranks and Place.of_environment() is None:
         raise ValueError(f"--rung {rung} is for several processes: say --ranks 2, or start them with torchrun")
-    if cache_bits and (ranks or over_ranks or Place.of_environment() is not None):
+    if cache_bits and (ranks or of_rung is not None or Place.of_environment() is not None):
         raise ValueError("--cache-bits is asked of one process: leave --ranks")
     if cache_bits and draft:
         raise ValueError("--cache-bits is asked without a draft: rounding keys is a step function, and texts may part")
     if ranks is not None and Place.of_environment() is None:
-        check_ranks(resolve(model).open(), ranks)
+        check_ranks(resolve(model).open(), ranks, stages)
         raise typer.Exit(start_ranks(ranks, sys.argv[1:]))
+    if stages != 1 and Place.of_environment() is None:
+        raise ValueError(
+            f"--stages {stages}: it takes several processes: say --ranks {2 * stages}, or start them with torchrun"
+        )
     in_type = in_type or default_dtype(on)
     other = None if text is None else text.read_text(encoding="utf-8")
     found = resolve(model)
@@ -122,7 +130,7 @@ def verify(
     if Place.of_environment() is not None and subject == "ours":
         if draft is not None or proposed is not None:
             raise ValueError("--draft is asked of one process")
-        of_rank = verify_ranks(checkpoint, plan, on, in_type, encode, model, say)
+        of_rank = verify_ranks(checkpoint, plan, join(on, stages=stages), in_type, encode, model, say)
         finish(of_rank, json, html, quiet=of_rank.rank > 0)
     words = ["--model", model, "--device", on.type, "--dtype", str(in_type)[6:], "--plan", dumps(asdict(spelled))]
     words += [] if adapter is None else ["--adapter", adapter]

@@ -46,8 +46,10 @@ class Words:
         return replace(plan, fuse_projections=self.projections == "joined")
 
 
-def rung_plans(name: str, device: torch.device) -> tuple[Plan, Plan | None, bool]:
-    """The very plan that `llama-fast bench` times under a rung's name, its draft's, and whether several ranks climb it."""
+def rung_plans(name: str, device: torch.device) -> tuple[Plan, Plan | None, int | None]:
+    """The very plan that `llama-fast bench` times under a rung's name, and its draft's; of one that several ranks climb, how many
+    stages they are (0: each is one), else None.
+    """
     from llama_fast.ladder.rungs import rungs_named  # only here: the ladder stands above, and asks the oracle
 
     rungs = rungs_named(name, baseline=False)
@@ -56,4 +58,4 @@ def rung_plans(name: str, device: torch.device) -> tuple[Plan, Plan | None, bool
     plan, draft = rungs[0].plans(device)
     if rungs[0].needs_gpu and device.type != "cuda":
         raise ValueError(f"--rung {name}: it needs a CUDA device")
-    return plan, draft, rungs[0].over_ranks
+    return plan, draft, rungs[0].stages if rungs[0].over_ranks else None

@@ -1,4 +1,5 @@
-"""Judge a model that is cut over processes: `torchrun ... -m oracle verify`, or `llama-oracle verify --ranks 2` on one host.
+"""Judge a model that is cut over processes: `torchrun ... -m oracle verify`, or `llama-oracle verify --ranks 2` on one host;
+with `--stages 2` also one whose layers stand on several.
 
 Every rank builds its part, makes the same calls and judges the same answers against a truth of its own; all must hold the same
 bits. Asked are the model by every route, its blocks, its face, and tiny models whose shapes are the corners of cutting: biases, a
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from llama_fast.build import build
 from llama_fast.compilers.eager import Eager
-from llama_fast.parallel.ranks import Member, join
+from llama_fast.contracts import Shard
+from llama_fast.parallel.ranks import Member, check_stages
+from llama_fast.parallel.stages import Stages
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
 from llama_ref.checkpoint import Checkpoint, random_checkpoint
@@ -33,6 +36,7 @@ from oracle.questions.generation import judge_draws, judge_stopping
 from oracle.questions.judge import Bench, judge
 from oracle.questions.localise import first_beyond, judge_stages, layer_curve, summary
 from oracle.questions.seeds import judge_seeds
+from oracle.questions.slots import judge_slots
 from oracle.questions.tokens import Encode
 from oracle.report.certificate import Certificate
 from oracle.statistics.compare import Check, Verdict, unit_roundoff
@@ -83,11 +87,12 @@ class TellingSubject(FastSubject):
         return found
 
 
-def check_ranks(checkpoint: Checkpoint, count: int) -> None:
+def check_ranks(checkpoint: Checkpoint, count: int, stages: int = 1) -> None:
     """ValueError, with the numbers, where a model is not cut over so many; before processes are started for it."""
     if count < 2:
         raise ValueError(f"--ranks {count}: a model is cut over two or more")
-    TensorParallel(0, count).local_config(checkpoint.config)
+    check_stages(count, stages)
+    Stages(0, stages, TensorParallel(0, count // stages)).local_config(checkpoint.config)
 
 
 def start_ranks(count: int, words: Sequence[str]) -> int:
@@ -112,33 +117,37 @@ def start_ranks(count: int, words: Sequence[str]) -> int:
 def verify_ranks(
     checkpoint: Checkpoint,
     plan: Plan,
-    device: torch.device,
+    member: Member,
     dtype: torch.dtype,
     encode: Encode | None = None,
     model_name: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> RankCertificate:
-    """This rank's certificate; all ranks' outcomes and bits are in it."""
-    member = join(device)
-    shard = member.shard
-    assert isinstance(shard, TensorParallel)
-    plan, device = replace(plan, shard=shard), member.device
-    shard.local_config(checkpoint.config)  # ValueError, with numbers, before anything is built
+    """This rank's certificate; all ranks' outcomes and bits are in it. `member` leaves at the end."""
+    plan, device, rank = replace(plan, shard=member.shard), member.device, dist.get_rank()
+    plan.shard.local_config(checkpoint.config)  # ValueError, with numbers, before anything is built
     told = f"{plan}, {'nccl' if device.type == 'cuda' else 'gloo'}"
-    certificate = RankCertificate(subject_of(model_name, told, plan, device, dtype), rank=shard.rank)
-    say = progress if shard.rank == 0 else (lambda _: None)
+    certificate = RankCertificate(subject_of(model_name, told, plan, device, dtype), rank=rank)
+    say = progress if rank == 0 else (lambda _: None)
     for of_type in dict.fromkeys((torch.float32, dtype)):
-        say(f"{str(of_type)[6:]}: a model over {shard.size} ranks")
+        say(f"{str(of_type)[6:]}: a model over {member.size} ranks")
         _verify_model(certificate, checkpoint, plan, device, of_type, encode)
     say("corners of cutting, the library's face")
-    corners = {name: config for name, config in CORNERS.items() if _divides(config, shard)}
-    small = [walker(), *(random_checkpoint(config) for config in corners.values())]
-    plain, notes = for_small_models(replace(plan, compiler=Eager()), device, small)
+    stages = 1 if plan.shard.line is None else plan.shard.line.count
+    corners = {name: replace(config, n_layers=max(2, stages)) for name, config in CORNERS.items()}
+    corners = {name: config for name, config in corners.items() if _divides(config, plan.shard)}
+    small = [walker(layers=stages), *(random_checkpoint(config) for config in corners.values())]
+    walks = _divides(small[0].config, plan.shard)
+    plain, notes = for_small_models(replace(plan, compiler=Eager()), device, small if walks else small[1:])
     certificate.notes += notes
     for name, config in corners.items():
         certificate.ask(f"corner: {name}", partial(_corner, config, plain, device))
-    certificate.ask("face", lambda: judge_face(plain, device))
-    certificate.ask("seeds", lambda: judge_seeds(Faces(plain, device)))
+    if walks:
+        certificate.ask("face", lambda: judge_face(plain, device))
+        certificate.ask("slots", lambda: judge_slots(Faces(plain, device)))
+        certificate.ask("seeds", lambda: judge_seeds(Faces(plain, device)))
+    else:
+        certificate.notes.append(f"face, slots and seeds not asked: a walker's heads do not divide ({plan.shard})")
     certificate.parts["all ranks"] = _of_all_ranks(certificate, member)
     member.leave()
     return certificate
@@ -161,7 +170,7 @@ def _verify_model(
 
     def blocks() -> Verdict:
         cut, traces = shown_stages(subject, truth, case.rows)
-        whole: list[Trace] = [{stage: value for stage, value in trace.items() if is_whole(stage)} for trace in traces]
+        whole = everywhere([{stage: value for stage, value in trace.items() if is_whole(stage)} for trace in traces])
         stages = judge_stages(cut, whole, truth, yardstick, config.n_layers, unit_roundoff(dtype))
         certificate.layers[name] = layer_curve(stages)
         certificate.first_fault = certificate.first_fault or first_beyond(stages)
@@ -174,12 +183,23 @@ def _verify_model(
     certificate.ask(f"{name} repetition", partial(judge_repetition, subject, case.prompts, SHORT))
 
 
+def everywhere(traces: list[Trace]) -> list[Trace]:
+    """What all ranks show of each row: of a model in stages each has some of the blocks. This rank's own stands above others'."""
+    said: list[list[Trace]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(said, [{stage: value.cpu() for stage, value in trace.items()} for trace in traces])
+    rows: list[Trace] = []
+    for mine, *others in zip(traces, *said, strict=True):
+        device = next(iter(mine.values())).device
+        rows.append({stage: value.to(device) for other in others for stage, value in other.items()} | dict(mine))
+    return rows
+
+
 def is_whole(stage: str) -> bool:
     """Whether every rank holds all of a stage: whole blocks, and what stands before and after them."""
     return stage in ("embedding", "norm", "logits") or stage.rpartition(".")[2].isdigit()
 
 
-def _divides(config: LlamaConfig, shard: TensorParallel) -> bool:
+def _divides(config: LlamaConfig, shard: Shard) -> bool:
     try:
         shard.local_config(config)
     except ValueError:

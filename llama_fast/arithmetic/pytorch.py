@@ -41,7 +41,7 @@ class Operators:
     sampling_kernels: ClassVar[None] = None
 
     def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:
-        B, T = tokens_BT.shape
+        B, T = tokens_BT.shape[:2]
         step_1T = torch.arange(T, device=tokens_BT.device)[None, :]
         position_BT = step_1T.expand(B, T) if start_B is None else start_B[:, None] + step_1T
         mask_BTS = None
@@ -49,8 +49,8 @@ class Operators:
             mask_BTS = visible(position_BT, cache.length, self.window)
         return Step(start_B, position_BT, mask_BTS, rope_table[position_BT])
 
-    def embed(self, tokens_BT: Tensor, embedding: nn.Module) -> Tensor:
-        return embedding(tokens_BT)  # type: ignore[no-any-return]
+    def embed(self, tokens_BT: Tensor, embedding: nn.Module | None) -> Tensor:
+        return tokens_BT if embedding is None else embedding(tokens_BT)  # type: ignore[no-any-return]
 
     def qkv(self, x_BTD: Tensor, norm: nn.Module, matrix: nn.Module, layer: LayerCache, step: Step) -> Tensor:
         assert step.cos_sin_BTd2 is not None and step.position_BT is not None

@@ -103,7 +103,7 @@ class Kernels:
 
     def place(self, rope_table: Tensor, tokens_BT: Tensor, start_B: Tensor | None, cache: KVCache) -> Step:
         """Kernels find positions by the start of each row; a mask is made where PyTorch attends to more than the new tokens."""
-        B, T = tokens_BT.shape
+        B, T = tokens_BT.shape[:2]
         if self._cos_sin is None:
             self._cos_sin = rope_table[..., 0].contiguous(), rope_table[..., 1].contiguous()
         table = getattr(cache.layers[0], "table", None)  # of pages: slots are found once for all layers
@@ -118,7 +118,10 @@ class Kernels:
         mask_BTS = visible(position_BT, cache.length, None) if mask else None
         return Step(start_B, mask_BTS=mask_BTS, slots_BT=None if table is None else table.slots_at(position_BT))
 
-    def embed(self, tokens_BT: Tensor, embedding: nn.Module) -> Tensor:
+    def embed(self, tokens_BT: Tensor, embedding: nn.Module | None) -> Tensor:
+        if embedding is None:
+            self._embedded_by_kernel = False
+            return tokens_BT.clone()  # blocks write over it, and a pass may be run again to time its tiles
         weight, scale = matrix_of(embedding)
         self._embedded_by_kernel = scale is None and isinstance(weight, Tensor)
         if not self._embedded_by_kernel:

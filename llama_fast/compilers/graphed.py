@@ -71,10 +71,11 @@ def recorded_phases(prefill: Phase, decode: Phase, model: Llama) -> tuple[Phase,
         choose: Sampler,
     ) -> tuple[Tensor, Tensor]:
         start_B, lengths_B = where
-        width = padded_width(*tokens_BT.shape)
+        width = padded_width(*tokens_BT.shape[:2])
         if lengths_B is None or width is None or end_of(start_B, width) > min(cache.length, longest):
             return prefill(model, tokens_BT, where, cache, choose)
-        padded_BT = F.pad(tokens_BT, (0, width - tokens_BT.shape[1]))
+        T = tokens_BT.shape[1]
+        padded_BT = F.pad(tokens_BT, (0, 0) * (tokens_BT.ndim - 2) + (0, width - T))
         behind = () if start_B is None else (start_B,)
 
         def steps_to_come(some: Llama) -> None:
@@ -85,6 +86,8 @@ def recorded_phases(prefill: Phase, decode: Phase, model: Llama) -> tuple[Phase,
                 choose(torch.zeros_like(logits_BTV[:, -1]), at_B + 1)
 
         token_B, logits_BV = prompts(cache, padded_BT, lengths_B, *behind, to_come=steps_to_come)
+        if model.head is None:  # hidden states of all tokens
+            return token_B[:, :T], logits_BV[:, :T]
         if not choose.greedy:
             token_B = choose(logits_BV, lengths_B if start_B is None else start_B + lengths_B)
         return token_B, logits_BV
@@ -139,7 +142,8 @@ class Recordings:
     """A function of a model, a cache and tensors: run once as it is, which compiles its kernels, then recorded, then replayed.
 
     A graph belongs to a cache (it holds the cache's addresses) and to the shapes of the tensors, the first of them the tokens
-    [B, T], and is dropped with the cache. What a call returns is overwritten by the next one of its shapes.
+    [B, T] or hidden states [B, T, D], and is dropped with the cache. What a call returns is overwritten by the next one of its
+    shapes.
     """
 
     def __init__(self, model: Llama, function: Callable[..., tuple[Tensor, Tensor]]):
@@ -161,7 +165,7 @@ class Recordings:
                 self.function(one_block, cache, *inputs)
                 to_come(one_block)
 
-            self.model.operations.compile_ahead(first_launches, shapes[0].numel())
+            self.model.operations.compile_ahead(first_launches, shapes[0][:2].numel())
             self.choose_tiles(cache, inputs)
             results = self.function(self.model, cache, *inputs)
             known[shapes] = self.record(cache, inputs)
@@ -174,7 +178,7 @@ class Recordings:
 
     def choose_tiles(self, cache: KVCache, inputs: tuple[Tensor, ...]) -> None:
         some = with_blocks(self.model, self.model.blocks[:: -(-len(self.model.blocks) // SOME_BLOCKS)])
-        rows, weight_bytes = inputs[0].numel(), stored_bytes(self.model)
+        rows, weight_bytes = inputs[0].shape[:2].numel(), stored_bytes(self.model)
         self.model.operations.choose_tiles(lambda: self.function(some, cache, *inputs), rows, weight_bytes)
 
     def record(self, cache: KVCache, inputs: tuple[Tensor, ...]) -> Recorded:

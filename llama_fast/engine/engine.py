@@ -20,6 +20,7 @@ from collections import deque
 
 from llama_fast.contracts import KVCache
 from llama_fast.engine.caches import check_cache
+from llama_fast.engine.in_flight import GroupedSteps
 from llama_fast.engine.request import Event, Request, Row, Writer, check_bias, check_request
 from llama_fast.engine.room import Room, room_of
 from llama_fast.engine.runner import Runner
@@ -62,7 +63,8 @@ class Engine:
         self.slots: list[Row | None] = [None] * rows
         self.room: Room = room_of(cache, runner, keeps_prefixes, None if draft is None else draft.slack)
         rounds = None if draft is None else draft.begin(runner, self.slots, cache, length)
-        self.steps: Stepper = rounds or PlainSteps(runner, self.slots, cache, length, self.room.keeps_slots)
+        plain = PlainSteps if runner.plan.shard.line is None else GroupedSteps
+        self.steps: Stepper = rounds or plain(runner, self.slots, cache, length, self.room.keeps_slots)
         self.statistics: Statistics | None = None if rounds is None else rounds.statistics
         """What speculation did so far, with a draft."""
         self.reused_tokens = 0
@@ -109,7 +111,7 @@ class Engine:
         """Let requests join, launch what is due, and wait for the oldest step under way: what came of it."""
         self._read()
         while self.steps.is_due() and self._make_room():
-            self.room.look(0, len(self.slots))
+            self.room.look(*self.steps.next_slots)
             self.steps.launch()
             self._leave_launched()
         events = []

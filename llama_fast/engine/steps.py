@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import KVCache
+from llama_fast.contracts import Answer, KVCache
 from llama_fast.engine import logprobs
 from llama_fast.engine.caches import part_of
 from llama_fast.engine.logprobs import TokenLogprob
@@ -39,8 +39,12 @@ class Stepper(Protocol):
     def is_due(self) -> bool:
         """Whether another step is to be launched before the oldest under way is read."""
 
+    @property
+    def next_slots(self) -> tuple[int, int]:
+        """The slots that the next step goes through: the first, and how many."""
+
     def launch(self) -> None:
-        """A step of every slot."""
+        """A step of these slots."""
 
     def take(self) -> Taken:
         """Wait for the oldest step under way; what it brought to rows that have not ended. Nothing if there is none."""
@@ -80,25 +84,21 @@ def are_read_by(rows: Sequence[Row], most: int | None) -> bool:
     return last
 
 
-def read_on(
+def begin_reading(
     runner: Runner, rows: Sequence[Row], most: int | None, cache: KVCache, choose: BatchSampler
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Answer, Tensor]:
     """Read what these rows have not read, so many ids at most, into a cache that is theirs.
 
-    The next token [B] of each, its logits [B, V], and how many positions are read then [B].
+    The answer is the next token [B] of each and its logits [B, V]; told beside is how many positions are read then [B].
     """
     news = [row.ids[row.read :][:most] for row in rows]
     starts = [row.read for row in rows]
     tokens_BT, lengths_B = pad(news, runner.device)
-    if any(starts):
-        start_B = upload(starts, runner.device)
-        token_B, logits_BV = runner.extend(tokens_BT, start_B, lengths_B, cache, choose)
-        lengths_B = start_B + lengths_B
-    else:
-        token_B, logits_BV = runner.start(tokens_BT, lengths_B, cache, choose)
+    start_B = upload(starts, runner.device) if any(starts) else None
+    answer = runner.begin_prompt(tokens_BT, (start_B, lengths_B), cache, choose)
     for row, new in zip(rows, news, strict=True):
         row.read += len(new)
-    return token_B, logits_BV, lengths_B
+    return answer, lengths_B if start_B is None else start_B + lengths_B
 
 
 class PlainSteps:
@@ -130,13 +130,23 @@ class PlainSteps:
         if not last:
             choose = self.runner.greedy(1)  # behind a part of a prompt no token is wanted
         cache = part_of(self.cache, first, len(rows))
-        token_B, logits_BV, reach_B = read_on(self.runner, rows, most, cache, choose)
+        answer, reach_B = begin_reading(self.runner, rows, most, cache, choose)
         self.position_B[part] = reach_B  # where others take steps before a prompt is read on, it is written again
         self.onward_B[part] = int(last)
-        if last:
-            self.token_B1[part] = token_B[:, None]
-            choose.note(self.token_B1[part, 0])
-            self._report(self.token_B1[part], logits_BV, rows)
+        self._first_tokens(part, rows if last else (), choose, answer)
+
+    def _first_tokens(self, part: slice, rows: Sequence[Row], choose: BatchSampler, answer: Answer) -> None:
+        """Have the first tokens of these rows, in the slots `part`, where they are looked for; none behind a part of a prompt."""
+        if not rows:
+            return
+        token_B, logits_BV = answer()
+        self.token_B1[part] = token_B[:, None]
+        choose.note(self.token_B1[part, 0])
+        self._report(self.token_B1[part], logits_BV, rows)
+
+    @property
+    def next_slots(self) -> tuple[int, int]:
+        return 0, len(self.slots)
 
     def is_due(self) -> bool:
         if len(self.under_way) > self.readback.depth or not any(row is not None and row.due for row in self.slots):
@@ -145,6 +155,15 @@ class PlainSteps:
         return not self.under_way or not any(row is not None and row.guide is not None for row in self.slots)
 
     def launch(self) -> None:
+        self._tidy()
+        token_B, logits_BTV = self.runner.step(self.token_B1, self.position_B, self.cache, self.choose)
+        self.position_B.add_(self.onward_B)
+        self.token_B1.copy_(token_B[:, None])  # a CUDA graph overwrites its outputs at the next replay
+        self.choose.note(self.token_B1[:, 0])
+        self._report(self.token_B1, logits_BTV[:, -1], self.slots)
+
+    def _tidy(self) -> None:
+        """Slots that became free since the last step are left where they are."""
         for slot in self.left:
             if self.slots[slot] is None:
                 self.onward_B[slot] = 0
@@ -153,21 +172,23 @@ class PlainSteps:
         if self.left:
             self.choose.narrow()
             self.left.clear()
-        token_B, logits_BTV = self.runner.step(self.token_B1, self.position_B, self.cache, self.choose)
-        self.position_B.add_(self.onward_B)
-        self.token_B1.copy_(token_B[:, None])  # a CUDA graph overwrites its outputs at the next replay
-        self.choose.note(self.token_B1[:, 0])
-        self._report(self.token_B1, logits_BTV[:, -1], self.slots)
 
     def _report(self, token_B1: Tensor, logits_BV: Tensor, rows: Sequence[Row | None]) -> None:
         """Send to the host what was chosen for these rows."""
+        self._send(token_B1, logits_BV, most_told(self._expect(rows)))
+
+    def _expect(self, rows: Sequence[Row | None]) -> list[Row | None]:
+        """Of these rows those that a step gives a token, which is then under way."""
         running = [row if row is not None and row.due else None for row in rows]
-        tops = [row.request.logprobs for row in running if row is not None and row.request.logprobs is not None]
-        self.readback.push(logprobs.columns(token_B1, logits_BV, max(tops)) if tops else token_B1)
         self.under_way.append(running)
         for row in running:
             if row is not None:
                 row.launched += 1
+        return running
+
+    def _send(self, token_B1: Tensor, logits_BV: Tensor, told: int | None) -> None:
+        """Send tokens to the host, with log-probabilities of so many others; None: without any."""
+        self.readback.push(token_B1 if told is None else logprobs.columns(token_B1, logits_BV, told))
 
     def take(self) -> Taken:
         if not self.under_way:
@@ -191,3 +212,9 @@ class PlainSteps:
     def finish(self) -> None:
         self.under_way.clear()
         self.readback = Readback(self.runner.device)
+
+
+def most_told(rows: Sequence[Row | None]) -> int | None:
+    """Of how many tokens a row at most is told log-probabilities; None: no row is told any."""
+    tops = [row.request.logprobs for row in rows if row is not None and row.request.logprobs is not None]
+    return max(tops) if tops else None

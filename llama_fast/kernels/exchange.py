@@ -9,7 +9,7 @@ GPUs start programs in the order of their numbers: the least that waits always g
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 # (functions under triton.jit are compiled from their source; Triton ships no types)
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -179,19 +179,19 @@ def _(x: Tensor, columns: int, name: str) -> Tensor:
     return x.new_empty(x.shape[0], columns)
 
 
-def over_nvlink(rank: int, size: int, device: torch.device, apart: bool = False) -> Exchange:
-    """For the default process group, all of whose ranks call this. Raises RuntimeError where GPUs do not reach each other."""
+def over_nvlink(rank: int, size: int, device: torch.device, apart: bool = False, group: Any = None) -> Exchange:
+    """For a process group (by default all), all of whose ranks call this. RuntimeError where GPUs do not reach each other."""
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symmetric
 
-    group = dist.group.WORLD
+    group = group or dist.group.WORLD
     assert group is not None
     memory = symmetric.empty(2, size, WORDS, dtype=torch.int64, device=device)
     memory.zero_()
     handle = symmetric.rendezvous(memory, group)
     addresses = [handle.get_buffer(peer, memory.shape, memory.dtype).data_ptr() for peer in range(size)]
     torch.cuda.synchronize(device)
-    dist.barrier()  # no word may arrive before the zeros
+    dist.barrier(group)  # no word may arrive before the zeros
     inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
     epochs = torch.zeros(WORDS // BLOCK, dtype=torch.int32, device=device)
     return Exchange(Mailbox(rank, size, WORDS, BLOCK, inboxes, epochs), (memory, handle), apart)

@@ -28,7 +28,6 @@ from llama_fast.ladder.report import Summary
 from llama_fast.llama import Llama, Output
 from llama_fast.model.roofline import GB
 from llama_fast.parallel import ranks
-from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
 from llama_fast.recipes import chosen_encoding, encoding_named
 from llama_fast.speculative.proposers import Draft, Ngram
@@ -52,6 +51,9 @@ ModelFlag = Annotated[
 DeviceFlag = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.")]
 DtypeFlag = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default bf16 on a GPU, float32 on a CPU.")]
 AdapterFlag = Annotated[str | None, typer.Option(help="A LoRA directory of PEFT, applied to the model.")]
+StagesFlag = Annotated[
+    int, typer.Option(help="Pipeline stages that the ranks of torchrun are; each is cut over as many.", min=1)
+]
 EncodingFlag = Annotated[
     str | None, typer.Option(help="dense, int8, fp8, int4-g32, stored, ...; by default as the checkpoint is stored.")
 ]
@@ -105,6 +107,7 @@ def generate(
     speculate: Annotated[
         int | None, typer.Option(help="Tokens proposed in a round; chosen from what is measured by default.")
     ] = None,
+    stages: StagesFlag = 1,
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write texts, tokens and rates here.")] = None,
@@ -121,7 +124,7 @@ def generate(
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options |= {"stop": stop_strings(stop), "min_p": min_p, "repetition_penalty": repetition_penalty}
     options |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
-    member = ranks.join(where(device))
+    member = ranks.join(where(device), stages=stages)
     to, kind = member.device, dtype_named(dtype, member.device)
     found = ranks.one_after_another(lambda: resolve(model))
     checkpoint = found.open(to, kind, adapter)
@@ -325,6 +328,7 @@ def serve(
     speculate: Annotated[
         int | None, typer.Option(help="Tokens proposed in a round; chosen from what is measured by default.")
     ] = None,
+    stages: StagesFlag = 1,
     device: DeviceFlag = None,
     dtype: DtypeFlag = None,
 ) -> None:
@@ -359,7 +363,7 @@ def serve(
     )
     limits = Limits(max_body, timeout, max_queue)
     bound_prepared_products()
-    member = ranks.join(where(device))
+    member = ranks.join(where(device), stages=stages)
     llama, slots = setup.opened(member, partial(proposer_named, draft, draft_encoding, speculate))
     served = make_served(llama, name or model, engine_of(member, llama, slots), limits)
     if setup.warms_up:
@@ -506,7 +510,7 @@ def bench(
 
     named = rungs_named(rungs) if rungs else []  # a wrong name is said before a model is fetched
     member = ranks.join(where(device))
-    to, shard = member.device, member.shard
+    to = member.device
     for rung in named:
         if rung.needs_gpu and to.type != "cuda":
             raise ValueError(f"the rung {rung.name} needs a CUDA device")
@@ -520,26 +524,28 @@ def bench(
         found = ranks.one_after_another(lambda: resolve(model))
         checkpoint = found.open(to, default_dtype(to), adapter)
         ids = found.tokenizer().encode(prompt)
-        alone = shard.all_reduce.alone
+        alone = member.watch is None
         if rungs:
             chosen = rungs_named(rungs, baseline=alone and checkpoint.encoding == "dense")
         else:
             chosen = rungs_of(to, checkpoint.encoding, launched=not alone)
         here, elsewhere = ([rung for rung in chosen if rung.over_ranks is over] for over in (False, True))
-        if isinstance(shard, TensorParallel):
-            here, elsewhere = jobs.divided(chosen, shard, to), []
-        count, undivided = 1, {}
-        try:
-            count = jobs.ranks_for(checkpoint.config, to) if elsewhere else 1
-        except ValueError as error:
-            if rungs:
-                raise
-            elsewhere, undivided = [], {rung.name: str(error) for rung in elsewhere}
+        if not alone:
+            here, elsewhere = jobs.divided(chosen, member, to), []
+        counts, undivided = {}, {}
+        for rung in elsewhere:
+            try:
+                counts[rung.name] = jobs.ranks_for(checkpoint.config, to, rung)
+            except ValueError as error:
+                if rungs:
+                    raise
+                undivided[rung.name] = str(error)
+        elsewhere = [rung for rung in elsewhere if rung.name in counts]
         work, witnesses = Work(ids, new_tokens, samples, profile), Witnesses(rung_judge(checkpoint, ids), live)
         ladder = climb(checkpoint, model, here, to, work, witnesses)
         ladder = replace(ladder, left_out=ladder.left_out | undivided)
-        if isinstance(shard, TensorParallel):
-            ladder = jobs.of_all_ranks(ladder, shard)
+        if not alone:
+            ladder = jobs.of_all_ranks(ladder, member.size)
         save(ladder, out)  # whatever comes after
         same = ["--model", model, "--prompt", prompt, "--device", to.type]
         same += ["--samples", str(samples), "--new-tokens", str(new_tokens)]
@@ -549,7 +555,7 @@ def bench(
             if to.type == "cuda":
                 torch.cuda.empty_cache()  # the first rank works on this GPU too
             try:
-                ladder = replace(ladder, rungs=ladder.rungs + jobs.climb([rung], count, same, live.say))
+                ladder = replace(ladder, rungs=ladder.rungs + jobs.climb([rung], counts[rung.name], same, live.say))
             except ValueError as error:
                 failed[rung.name] = str(error)
         ladder = replace(ladder, left_out=ladder.left_out | failed)

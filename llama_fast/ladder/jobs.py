@@ -20,58 +20,80 @@ import torch.distributed as dist
 
 from llama_fast.ladder.bench import Ladder, RungResult, Spread
 from llama_fast.ladder.rungs import Rung
+from llama_fast.parallel.ranks import Member, check_stages
+from llama_fast.parallel.stages import Stages
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_ref.config import LlamaConfig
 
 ENDING_SECONDS = 45  # the launcher's own patience with a rank that does not end is 30
 
 
-def ranks_for(config: LlamaConfig, device: torch.device) -> int:
-    """On GPUs as many of the visible ones as the model divides over; on a CPU the fewest above one. ValueError if none."""
-    most, on_gpu = config.n_heads, device.type == "cuda"
+def ranks_for(config: LlamaConfig, device: torch.device, rung: Rung) -> int:
+    """On GPUs as many of the visible ones as the model divides over; on a CPU the fewest that make the rung.
+
+    ValueError, with the numbers, if there are none.
+    """
+    least = least_ranks(rung)
+    most, on_gpu = rung.stages_of(config.n_layers) * config.n_heads, device.type == "cuda"
     if on_gpu:
         most = torch.cuda.device_count()
-        if most < 2:
-            raise ValueError(f"rungs over several ranks need two GPUs, {most} is visible")
-    sizes = [size for size in range(2, most + 1) if divides(config, size)]
+        if most < least:
+            raise ValueError(f"the rung {rung.name} needs {least} GPUs, {most} {'is' if most == 1 else 'are'} visible")
+    sizes = [size for size in range(least, most + 1) if divides(config, size, rung)]
     if not sizes:
         upto = f"of the {most} GPUs" if on_gpu else "of ranks"
         raise ValueError(
-            f"n_heads={config.n_heads}, n_kv_heads={config.n_kv_heads} and ffn_dim={config.ffn_dim} "
-            f"divide over no number {upto} above one"
+            f"n_layers={config.n_layers}, n_heads={config.n_heads}, n_kv_heads={config.n_kv_heads} and "
+            f"ffn_dim={config.ffn_dim} divide over no number {upto} from {least} on as {rung.name} has them"
         )
     return max(sizes) if on_gpu else min(sizes)
 
 
-def divides(config: LlamaConfig, ranks: int) -> bool:
-    """Whether every rank gets an equal part of the model."""
+def least_ranks(rung: Rung) -> int:
+    """The fewest ranks that a rung is for: two, or of several stages two each."""
+    return 2 * max(1, rung.stages)
+
+
+def divides(config: LlamaConfig, ranks: int, rung: Rung) -> bool:
+    """Whether every rank gets a part of the model, and an equal one of its stage."""
+    stages = rung.stages_of(ranks)
     try:
-        TensorParallel(0, ranks).local_config(config)
+        check_stages(ranks, stages)
+        Stages(0, stages, TensorParallel(0, ranks // stages)).local_config(config)
     except ValueError:
         return False
     return True
 
 
-def divided(rungs: Sequence[Rung], shard: TensorParallel, device: torch.device) -> list[Rung]:
-    """The rungs as one rank climbs them; ValueError for one that is made for a single process."""
+def divided(rungs: Sequence[Rung], member: Member, device: torch.device) -> list[Rung]:
+    """The rungs as one rank climbs them; ValueError for one that is made for a single process, or for other ranks."""
     alone = [rung.name for rung in rungs if not rung.over_ranks]
     if alone:
-        raise ValueError(f"{shard.size} ranks were started, and {', '.join(alone)} is for one process: run it without")
+        raise ValueError(f"{member.size} ranks were started, and {', '.join(alone)} is for one process: run it without")
+    stages = {rung.stages_of(member.size) for rung in rungs}
+    for rung in rungs:
+        if rung.stages > 1 and member.size < least_ranks(rung):
+            raise ValueError(f"the rung {rung.name} needs {least_ranks(rung)} ranks, {member.size} were started")
+    shards = {count: member.in_stages(count) for count in sorted(stages)}
     return [
-        dataclasses.replace(rung, plan=dataclasses.replace(rung.plans(device)[0], shard=shard), on_gpu=None)
+        dataclasses.replace(
+            rung,
+            plan=dataclasses.replace(rung.plans(device)[0], shard=shards[rung.stages_of(member.size)]),
+            on_gpu=None,
+        )
         for rung in rungs
     ]
 
 
-def of_all_ranks(ladder: Ladder, shard: TensorParallel) -> Ladder:
+def of_all_ranks(ladder: Ladder, size: int) -> Ladder:
     """Rank 0's measurements with every rank's memory, and a verdict that all share."""
-    everyone: list[list[tuple[str, float]]] = [[] for _ in range(shard.size)]
+    everyone: list[list[tuple[str, float]]] = [[] for _ in range(size)]
     dist.all_gather_object(everyone, [(rung.verdict, rung.peak_memory_gb) for rung in ladder.rungs])
     rungs = []
     for rung, said in zip(ladder.rungs, zip(*everyone), strict=True):
         verdict = next((word for word, _ in said if word != "AGREE"), "AGREE")
         memory = [of_rank for _, of_rank in said]
-        rungs.append(dataclasses.replace(rung, verdict=verdict, ranks=shard.size, memory_by_rank_gb=memory))
+        rungs.append(dataclasses.replace(rung, verdict=verdict, ranks=size, memory_by_rank_gb=memory))
     return dataclasses.replace(ladder, rungs=rungs)
 
 

@@ -33,6 +33,12 @@ class Rung:
     """Plan and draft on a GPU, where they are others than on a CPU."""
     over_ranks: bool = False
     """Climbed by several processes, each with its part of the plan's work."""
+    stages: int = 1
+    """Pipeline stages that those processes are; 0: each is one."""
+
+    def stages_of(self, ranks: int) -> int:
+        """How many stages so many processes are."""
+        return self.stages or ranks
 
     def plans(self, device: torch.device) -> tuple[Plan, Plan | None]:
         """The plan on a device, and its draft's."""
@@ -85,6 +91,22 @@ RUNGS = {
             on_gpu=(fused(Int8()), None),
             over_ranks=True,
         ),
+        Rung(
+            "pp",
+            "as tp, but a pipeline: each rank holds some layers",
+            optimised(Dense(), compile=True),
+            on_gpu=(fused(Dense()), None),
+            over_ranks=True,
+            stages=0,
+        ),
+        Rung(
+            "tp-pp",
+            "two stages, each split over ranks",
+            optimised(Dense(), compile=True),
+            on_gpu=(fused(Dense()), None),
+            over_ranks=True,
+            stages=2,
+        ),
     )
 }
 
@@ -94,13 +116,16 @@ def rungs_of(device: torch.device, encoding: str = "dense", launched: bool = Fal
     what one has. By a rank of a job that was `launched`: those over ranks.
     """
     on_gpu = device.type == "cuda"
-    several = on_gpu and torch.cuda.device_count() > 1
+    several = (
+        on_gpu and torch.cuda.device_count() > 1
+    )  # stages make one text no faster: they are climbed when asked for
     return [
         rung
         for rung in RUNGS.values()
         if (on_gpu or not rung.needs_gpu)
         and not rung.needs_cpu
         and (rung.over_ranks if launched else several or not rung.over_ranks)
+        and rung.stages == 1
         and encoding in ("dense", rung.plans(device)[0].encoding.name)
     ]
 

@@ -64,22 +64,34 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens and their positions in, logits out; keys and values are kept in the cache that is passed."""
+    """Tokens and their positions in, logits out; keys and values are kept in the cache that is passed.
+
+    A stage of a model has some of the blocks. Behind the first there is no embedding, and hidden states come in; before the last
+    there is no head, and hidden states go out.
+    """
 
     rope_table: Tensor
 
     def __init__(
-        self, config: LlamaConfig, embedding: nn.Module, blocks: Sequence[Block], norm: Tensor, head: nn.Module
+        self,
+        config: LlamaConfig,
+        embedding: nn.Module | None,
+        blocks: Sequence[Block],
+        norm: Tensor | None,
+        head: nn.Module | None,
+        first_layer: int = 0,
     ):
-        """Assemble built parts; `norm` is the final norm's weight [D]."""
+        """Assemble built parts; `norm` is the final norm's weight [D]. `first_layer`: the number of the first block."""
         super().__init__()
         self.config = config
         self.operations = blocks[0].operations
+        self.first_layer = first_layer
         self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
-        self.norm = RMSNorm(norm, config.norm_eps)
+        self.norm = None if norm is None else RMSNorm(norm, config.norm_eps)
         self.head = head
-        self.register_buffer("rope_table", rope_table(config).to(norm.device), persistent=False)
+        device = blocks[0].attention_norm.weight.device
+        self.register_buffer("rope_table", rope_table(config).to(device), persistent=False)
 
     def forward(
         self,
@@ -89,7 +101,8 @@ class Llama(nn.Module):
         last_B: Tensor | None = None,
         show: Show | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] in float32, or [B, 1, V] at index `last_B` of each row alone.
+        """Logits [B, T, V] in float32, or [B, 1, V] at index `last_B` of each row alone; of a stage before the last hidden
+        states [B, T, D]. Behind the first stage `tokens_BT` are those of the stage before.
 
         Row b's token t stands at position start_B[b] + t and sees every position up to its own in the cache. A start of None
         means position 0 with nothing before. `show` is given every stage by its name ("layers.3.q_rope"), to look at at once:
@@ -98,11 +111,14 @@ class Llama(nn.Module):
         step = self.operations.place(self.rope_table, tokens_BT, start_B, cache)
         step = step if show is None else step._replace(show=show)
         x_BTD = self.operations.embed(tokens_BT, self.embedding)
-        step.see(embedding=x_BTD)
-        for i, (block, layer) in enumerate(zip(self.blocks, cache.layers)):
+        if self.embedding is not None:
+            step.see(embedding=x_BTD)
+        for i, (block, layer) in enumerate(zip(self.blocks, cache.layers), self.first_layer):
             of_block = step.part(f"layers.{i}")
             x_BTD = block(x_BTD, layer, of_block)
             of_block.see_part(x_BTD)
+        if self.head is None or self.norm is None:
+            return x_BTD
         if last_B is not None:
             x_BTD = x_BTD[torch.arange(len(x_BTD), device=last_B.device), last_B][:, None]
         return self.operations.head(x_BTD, self.norm, self.head, step)

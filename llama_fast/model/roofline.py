@@ -41,8 +41,9 @@ def weight_bytes_per_step(model: Llama, batch: int = 1) -> int:
 
     Of the embedding table that is a row for each token, or nothing beside the head, if the head is (part of) that table.
     """
-    table = dict(model.embedding.named_buffers())
-    tied = {tensor.untyped_storage().data_ptr() for tensor in model.head.buffers()}
+    table = {} if model.embedding is None else dict(model.embedding.named_buffers())
+    head = () if model.head is None else model.head.buffers()
+    tied = {tensor.untyped_storage().data_ptr() for tensor in head}
     looked_up = sum(
         min(batch, tensor.shape[0]) * tensor[0].nbytes
         for tensor in table.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -38,3 +39,13 @@ class Whole:
 
     def head(self, linear: nn.Module, vocab_size: int) -> nn.Module:
         return linear
+
+    @property
+    def everyone(self) -> AllReduce:
+        return self.all_reduce
+
+    line: ClassVar[None] = None
+    ends: ClassVar[tuple[bool, bool]] = (True, True)
+
+    def layers(self, config: LlamaConfig) -> range:
+        return range(config.n_layers)

@@ -1,6 +1,7 @@
 """Processes that work as one: join what `torchrun` started, leave without hanging, and end together when one fails.
 
     torchrun --nproc-per-node 2 -m llama_fast generate --model random:llama-2-7b
+    torchrun --nnodes 2 --nproc-per-node 2 ... -m llama_fast generate --model random:llama-2-70b --stages 2
 
 Nothing is launched here. A failure is said once, by the rank that meets it first; the launcher ends the others. Against
 what no launcher sees (a stopped process, a lost host, a dead launcher) every rank watches its neighbour's heartbeat.
@@ -25,9 +26,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from llama_fast.contracts import Shard
 from llama_fast.parallel.alone import Whole
+from llama_fast.parallel.stages import OverGroups, Stages
 from llama_fast.parallel.tensor_parallel import (
     Exchanger,
     OverGroup,
@@ -42,6 +45,7 @@ BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0  # compilers and loaders may keep Python's lock for seconds
 STORE_SECONDS = 5.0
 MEETING_SECONDS = 45.0
+NO_ANSWER = f"it has not answered for {SILENCE_SECONDS:.0f} s"
 ONE_SHOT_BYTES = 1 << 18  # on two H200: 9.2 us, NCCL 12.7; larger messages were not measured
 COLLECTIVE_SECONDS = 600.0  # ranks may compile or load for minutes before they meet
 
@@ -86,6 +90,22 @@ class Member:
         self.device = device
         self.watch = watch
 
+    @property
+    def size(self) -> int:
+        """Processes that work as one."""
+        return 1 if self.watch is None else self.watch.place.size
+
+    def in_stages(self, stages: int, exchanger: str | None = None) -> Shard:
+        """This process's part of a model in so many pipeline stages, each cut over as many ranks; all ranks call it alike.
+
+        ValueError where the ranks do not divide over the stages.
+        """
+        if self.watch is None:
+            if stages != 1:
+                raise ValueError(f"stages={stages}: no launcher started this process: use torchrun")
+            return self.shard
+        return laid_out(self.watch.place, self.device, stages, exchanger)
+
     def leave(self) -> None:
         """With all others, when all is done; nobody leaves before everybody is here. After a failure call `fail`."""
         if self.watch is not None:
@@ -94,45 +114,103 @@ class Member:
             leave_group()
 
 
-def join(device: torch.device | str, collective_seconds: float | None = None, exchanger: str | None = None) -> Member:
+def join(
+    device: torch.device | str,
+    collective_seconds: float | None = None,
+    exchanger: str | None = None,
+    stages: int = 1,
+) -> Member:
     """Join the group of the launcher that started this process: NCCL on GPUs, gloo on CPUs.
 
-    `exchanger` as in `exchanger_named`; by default the fastest that the devices allow. A collective that some rank does not
-    join within `collective_seconds` (LLAMA_FAST_TIMEOUT_SECONDS, or ten minutes) is an error. Raises ValueError where the
-    group cannot be formed.
+    The model is cut into `stages`, and each of them over as many ranks (all of them, for one). `exchanger` as in
+    `exchanger_named`; by default the fastest that the devices allow. A collective that some rank does not join within
+    `collective_seconds` (LLAMA_FAST_TIMEOUT_SECONDS, or ten minutes) is an error. Raises ValueError where the group cannot be
+    formed.
     """
     place = Place.of_environment()
     device = device_of_rank(torch.device(device))
     if place is None:
+        if stages != 1:
+            raise ValueError(f"stages={stages}: no launcher started this process: use torchrun")
         return Member(Whole(), device)
+    check_stages(place.size, stages)
     seconds = collective_seconds or float(os.environ.get("LLAMA_FAST_TIMEOUT_SECONDS", COLLECTIVE_SECONDS))
     watch = Watch(place)
     watch.start()
     try:
         form_group(place, device, seconds)
-        shard = TensorParallel(place.rank, place.size, exchanger_named(exchanger, place, device))
-        shard.all_reduce(torch.zeros(8, device=device))  # the first message connects the ranks
+        shard = laid_out(place, device, stages, exchanger)
     except BaseException:
         watch.stop()
         raise
     return Member(shard, device, watch)
 
 
+def check_stages(size: int, stages: int) -> None:
+    """ValueError where so many ranks do not make so many stages."""
+    if not 1 <= stages <= size or size % stages:
+        raise ValueError(f"stages={stages} do not divide {size} ranks: each stage takes as many")
+
+
+def laid_out(place: Place, device: torch.device, stages: int, exchanger: str | None = None) -> Shard:
+    """This rank's part, with the groups by which it speaks. Neighbouring ranks, as those of one host, share a stage."""
+    check_stages(place.size, stages)
+    size = place.size // stages
+    if stages == 1:
+        tensor = TensorParallel(place.rank, size, exchanger_named(exchanger, place, device))
+        tensor.all_reduce(torch.zeros(8, device=device))  # the first message connects the ranks
+        return tensor
+    mesh = init_device_mesh(device.type, (stages, size), mesh_dim_names=("stage", "tensor"))
+    rows, columns = mesh["tensor"].get_group(), mesh["stage"].get_group()
+    index, at = divmod(place.rank, size)
+    pairs: list[Any] = []
+    for stage in range(stages - 1):
+        both = [dist.new_group([stage * size + t, (stage + 1) * size + t]) for t in range(size)]
+        pairs.append(both[at])
+    everyone, line = OverGroup(), OverGroups(index, stages, columns, pairs)
+    everyone(torch.zeros(8, device=device))
+    within: Shard = Whole()
+    if size > 1:
+        within = TensorParallel(at, size, exchanger_named(exchanger, Place(at, size, place.local_rank), device, rows))
+        within.all_reduce(torch.zeros(8, device=device))
+    connect_line(line, device)
+    return Stages(index, stages, within, line, everyone)
+
+
+def connect_line(line: OverGroups, device: torch.device) -> None:
+    """The first messages of a line."""
+    hello = torch.zeros(1, 1, 1, device=device)
+    if not line.first:
+        line.take(hello)
+    if not line.last:
+        line.give(hello)
+    line.tell(torch.zeros(1, dtype=torch.int64, device=device), hello)()
+
+
 @contextlib.contextmanager
-def tensor_parallel(
-    device: torch.device | str, collective_seconds: float | None = None, exchanger: str | None = None
-) -> Iterator[TensorParallel]:
+def in_stages(
+    device: torch.device | str, stages: int, collective_seconds: float | None = None, exchanger: str | None = None
+) -> Iterator[Shard]:
     """`join` for programs that a launcher started, and leave at the end. Raises ValueError outside a launcher."""
-    member = join(device, collective_seconds, exchanger)
-    if not isinstance(member.shard, TensorParallel):
+    member = join(device, collective_seconds, exchanger, stages)
+    if member.watch is None:
         raise ValueError("no launcher started this process: use torchrun (RANK and WORLD_SIZE are not set)")
     try:
         yield member.shard
     except BaseException:
-        if member.watch is not None:
-            member.watch.stop(SILENCE_SECONDS)
+        member.watch.stop(SILENCE_SECONDS)
         raise
     member.leave()
+
+
+@contextlib.contextmanager
+def tensor_parallel(
+    device: torch.device | str, collective_seconds: float | None = None, exchanger: str | None = None
+) -> Iterator[TensorParallel]:
+    """The same for a model in one stage."""
+    with in_stages(device, 1, collective_seconds, exchanger) as shard:
+        assert isinstance(shard, TensorParallel)
+        yield shard
 
 
 def form_group(place: Place, device: torch.device, collective_seconds: float) -> None:
@@ -159,29 +237,33 @@ def form_group(place: Place, device: torch.device, collective_seconds: float) ->
         raise ValueError(f"the {place.size} ranks could not meet at {where}: {first_line(error)}") from error
 
 
-def exchanger_named(name: str | None, place: Place, device: torch.device) -> Exchanger:
+def exchanger_named(name: str | None, place: Place, device: torch.device, group: Any = None) -> Exchanger:
     """ "group": functional collectives. "one-shot": PyTorch's sum over symmetric memory. "exchange": our own kernels', in which
     the product of one row sends its own part; "apart": the same, but the sum behind it sends it.
 
-    None is "exchange" for the GPUs of one host that reach each other's memory, and "group" everywhere else.
+    None is "exchange" for the GPUs of one host that reach each other's memory, and "group" everywhere else. `place` is this
+    process's among those of `group`, by default all.
     """
     if name not in (None, "group", "one-shot", "exchange", "apart"):
         raise ValueError(f"unknown exchanger {name!r} (known: group, one-shot, exchange, apart)")
-    one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == place.size
+    hosts_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    one_host = (
+        hosts_ranks > 0 and hosts_ranks % place.size == 0
+    )  # neighbours: those of a host, or an equal part of them
     if name == "group" or (
         name is None and not (device.type == "cuda" and one_host and place.size > 1 and reach(device))
     ):
-        return OverGroup()
+        return OverGroup(group)
     if name == "one-shot":
         from torch.distributed import _symmetric_memory as symmetric
 
+        over: Any = group or dist.group.WORLD
         buffer = symmetric.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
-        group: Any = dist.group.WORLD
-        symmetric.rendezvous(buffer, group)
-        return OverSymmetricMemory(buffer, ONE_SHOT_BYTES)
+        symmetric.rendezvous(buffer, over)
+        return OverSymmetricMemory(buffer, ONE_SHOT_BYTES, group)
     from llama_fast.kernels.exchange import over_nvlink
 
-    return OverNvlink(over_nvlink(place.rank, place.size, device, apart=name == "apart"))
+    return OverNvlink(over_nvlink(place.rank, place.size, device, apart=name == "apart", group=group), group)
 
 
 def reach(device: torch.device) -> bool:
@@ -211,7 +293,7 @@ def leave_group() -> None:
 
 
 class Watch:
-    """A thread that beats, listens to the next rank's beat, and ends this process on a signal or on silence."""
+    """Threads that beat, listen to the next rank's beat, and end this process on a signal or on silence."""
 
     def __init__(self, place: Place):
         self.place = place
@@ -224,6 +306,12 @@ class Watch:
         """What a signal leaves this process to end by itself, as a server does that tells its clients."""
         self.signal: int | None = None
         """The first signal that came while there was such grace."""
+        self.next_rank = (place.rank + 1) % place.size
+        self.heard_at = self.answered_at = time.monotonic()
+        """When the next rank was heard last, and when the launcher's store answered."""
+        self.trouble = NO_ANSWER
+        self.silent = threading.Event()
+        """Whether the heartbeat has ended."""
 
     def start(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -244,26 +332,37 @@ class Watch:
         self.thread.join(patience_seconds)  # after a failure it may be at a port where nobody answers
 
     def run(self) -> None:
-        store: Any | None = None
-        heard, since = -1, time.monotonic()
-        next_rank = (self.place.rank + 1) % self.place.size
+        threading.Thread(target=self.beat, daemon=True, name="heartbeat").start()
         while not self.ended.is_set():
             readable, _, _ = select.select([self.wake], [], [], BEAT_SECONDS)
             if readable:
                 self.obey(self.wake.recv(1)[0])
                 continue
+            silence, unanswered = (time.monotonic() - since for since in (self.heard_at, self.answered_at))
+            if self.ended.is_set():
+                break
+            if unanswered > SILENCE_SECONDS:
+                fail(f"the launcher cannot be reached any more: {self.trouble}", 1)
+            if silence > SILENCE_SECONDS:
+                fail(f"rank {self.next_rank} has not been heard for {SILENCE_SECONDS:.0f} s", 1)
+        self.silent.wait(STORE_SECONDS)
+
+    def beat(self) -> None:
+        """In a thread of its own: a store whose host is gone without a word leaves a call of it waiting for ever."""
+        store: Any | None = None
+        heard = 0
+        while not self.ended.wait(BEAT_SECONDS):
             try:
                 store = store or connect()
                 store.add(f"beat/{self.place.rank}", 1)
-                beats = store.add(f"beat/{next_rank}", 0)
+                beats = store.add(f"beat/{self.next_rank}", 0)
             except Exception as error:  # the store's client raises RuntimeError and its own kinds, by version
-                if time.monotonic() - since > SILENCE_SECONDS and not self.ended.is_set():
-                    fail(f"the launcher cannot be reached any more: {first_line(error)}", 1)
+                self.trouble = first_line(error)
                 continue
-            if beats != heard:
-                heard, since = beats, time.monotonic()
-            elif heard and time.monotonic() - since > SILENCE_SECONDS and not self.ended.is_set():
-                fail(f"rank {next_rank} has not been heard for {SILENCE_SECONDS:.0f} s", 1)
+            self.answered_at, self.trouble = time.monotonic(), NO_ANSWER
+            if beats != heard or not heard:  # silence counts from the first beat on
+                heard, self.heard_at = beats, self.answered_at
+        self.silent.set()
 
     def obey(self, number: int) -> None:
         if self.grace_seconds and number in (signal.SIGINT, signal.SIGTERM):

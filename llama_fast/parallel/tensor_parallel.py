@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,17 +41,22 @@ class Exchanger(AllReduce, Protocol):
 
 
 class OverGroup:
-    """Sums over the default process group by functional collectives, which compilers and CUDA graphs capture."""
+    """Sums over a process group by functional collectives, which compilers and CUDA graphs capture."""
 
     alone = False
     exchange: Exchange | None = None
+    group: Any = None
+
+    def __init__(self, group: Any = None):
+        """`group`: by default that of all processes."""
+        self.group = group
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         total = self.total(x)
         return total if residual is None else (residual + total).type_as(residual)
 
     def total(self, x: Tensor) -> Tensor:
-        group: Any = dist.group.WORLD
+        group: Any = self.group or dist.group.WORLD
         return functional.wait_tensor(functional.all_reduce(x, "sum", group))  # type: ignore[no-any-return]
 
     def gather(self, part: Tensor, first: int, columns: int) -> Tensor:
@@ -62,7 +67,8 @@ class OverGroup:
 class OverNvlink(OverGroup):
     """What one decode step says goes straight into the other GPUs' memory; longer messages go by the group."""
 
-    def __init__(self, exchange: Exchange):
+    def __init__(self, exchange: Exchange, group: Any = None):
+        super().__init__(group)
         from llama_fast.kernels.exchange import opened  # lazy import: Triton is optional
 
         self.exchange: Exchange = exchange
@@ -84,15 +90,16 @@ class OverNvlink(OverGroup):
 class OverSymmetricMemory(OverGroup):
     """PyTorch's own one-shot sum, for messages of up to `most_bytes`. Multicast plays no part in it."""
 
-    def __init__(self, buffer: Tensor, most_bytes: int):
+    def __init__(self, buffer: Tensor, most_bytes: int, group: Any = None):
         """`buffer`: symmetric memory in which every process's x is laid down, at least `most_bytes` long."""
+        super().__init__(group)
         self.buffer = buffer
         self.most_bytes = most_bytes
 
     def total(self, x: Tensor) -> Tensor:
         if x.nbytes > self.most_bytes or x.nbytes % 16:
             return super().total(x)
-        group: Any = dist.group.WORLD
+        group: Any = self.group or dist.group.WORLD
         laid_down = self.buffer.view(x.dtype)[: x.numel()].view(x.shape)
         laid_down.copy_(x)
         total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(laid_down, "sum", group.group_name)
@@ -113,7 +120,7 @@ class Gather:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Process `rank` of `size`. Summing needs the default process group, cutting does not."""
+    """Process `rank` of `size`. Summing needs a process group, cutting does not."""
 
     rank: int
     size: int
@@ -125,8 +132,18 @@ class TensorParallel:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank={self.rank} is none of {self.size} ranks")
 
+    line: ClassVar[None] = None
+    ends: ClassVar[tuple[bool, bool]] = (True, True)
+
     def __str__(self) -> str:
         return f"tensor parallel over {self.size}"
+
+    @property
+    def everyone(self) -> Exchanger:
+        return self.all_reduce
+
+    def layers(self, config: LlamaConfig) -> range:
+        return range(config.n_layers)
 
     def local_config(self, config: LlamaConfig) -> LlamaConfig:
         """This process's heads and hidden width; the vocabulary's size stays that of all logits."""

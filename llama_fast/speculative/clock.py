@@ -36,8 +36,7 @@ class Clock:
 
 def agreement(runner: Runner) -> Callable[[float], float]:
     """How the processes of a group come to one number: its sum. Alone, the number itself."""
-    if runner.plan.shard.all_reduce.alone:
+    everyone = runner.plan.shard.everyone
+    if everyone.alone:
         return lambda seconds: seconds
-    return lambda seconds: float(
-        runner.plan.shard.all_reduce(torch.full((8,), seconds, dtype=torch.float32, device=runner.device))[0]
-    )
+    return lambda seconds: float(everyone(torch.full((8,), seconds, dtype=torch.float32, device=runner.device))[0])

@@ -24,7 +24,7 @@ from llama_fast.engine.request import Request, Row
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
 from llama_fast.engine.speculation import Statistics
-from llama_fast.engine.steps import Taken, are_read_by, read_on
+from llama_fast.engine.steps import Taken, are_read_by, begin_reading
 from llama_fast.engine.transfer import Readback, pad, upload
 from llama_fast.speculative.adaptive_k import DRAFT, PLAIN, AdaptiveK, Costs
 from llama_fast.speculative.clock import Clock, Marks
@@ -106,6 +106,10 @@ class Rounds:
         """Tokens that each row of a round still wants; 0: it has ended, or there is none."""
         return [0 if row is None else row.left for row in self.rows]
 
+    @property
+    def next_slots(self) -> tuple[int, int]:
+        return 0, self.cache.batch
+
     def is_due(self) -> bool:
         """Whether a step is to be launched before the oldest under way is read; of how many proposals is settled here."""
         left = self.left
@@ -144,7 +148,8 @@ class Rounds:
             self.sampler.set_rows(first, [row.request.sampling for row in rows])
         whole = len(self.slots) == B
         choose = self.target.greedy(B) if not last else self.sampler if whole else self.sampler.rows(first, B)
-        token_B, _, reach_B = read_on(self.target, rows, most, cache, choose)
+        answer, reach_B = begin_reading(self.target, rows, most, cache, choose)
+        token_B = answer()[0]
         if not last:
             state.stand(reach_B)  # what is written behind is written again when the prompt is read on
             return

@@ -46,7 +46,9 @@ class Faces:
     def llama(self, eos_ids: Sequence[int] = (), shift: int = 0) -> Llama:
         """A walker behind the library's face, in float32."""
         plan = with_short_pages(self.plan)
-        return Llama(build(walker(eos_ids, shift), plan, self.device, torch.float32), Letters())
+        line = plan.shard.line
+        model = walker(eos_ids, shift, layers=1 if line is None else line.count)
+        return Llama(build(model, plan, self.device, torch.float32), Letters())
 
     def truth(self) -> RefSubject:
         """The reference's float64 logits of the walker, on the numbers that the plan computes with."""

@@ -188,16 +188,15 @@ class FastSubject:
 
         prompts_BT = padded([row[:split] for row, split in zip(rows, splits)], device, self.vocab_size, 2)
         cache = self._cache(len(rows), max(prompts_BT.shape[1], *(len(row) for row in rows)))
-        model = self.runner.model
         cache.reserve(torch.zeros(len(rows), dtype=torch.int64, device=device), prompts_BT.shape[1])
-        model(prompts_BT, None, cache, show=keep(splits))
+        self._show(prompts_BT, None, cache, keep(splits))
         for step in range(steps):
             at = [min(split + step, len(row) - 1) for row, split in zip(rows, splits)]
             fresh = [int(split + step < len(row)) for row, split in zip(rows, splits)]
             at_B = torch.tensor(at, device=device)
             cache.reserve(at_B, 1)
             token_B1 = torch.tensor([[row[i]] for row, i in zip(rows, at)], device=device)
-            model(token_B1, at_B, cache, show=keep(fresh))
+            self._show(token_B1, at_B, cache, keep(fresh))
         if getattr(self.runner.plan.cache, "bits", None):
             for number, layer in enumerate(cache.layers):
                 for name, kept_BKSd in (("k_kept", layer.k), ("v_kept", layer.v)):
@@ -205,6 +204,15 @@ class FastSubject:
                         kept_TKd = kept_BKSd[row, :, : len(tokens)].transpose(0, 1)
                         seen[row][f"layers.{number}.{name}"] = [kept_TKd.flatten(1).clone()]
         return [{stage: torch.cat(values) for stage, values in row.items()} for row in seen]
+
+    def _show(self, tokens_BT: Tensor, start_B: Tensor | None, cache: Any, show: Callable[[str, Tensor], None]) -> None:
+        """A pass that shows its stages; of a model whose layers stand on several processes, those of this one."""
+
+        def phase(model: Any, tokens_BT: Tensor, start_B: Any, cache: Any, choose: Any) -> tuple[Tensor, Tensor]:
+            out = model(tokens_BT, start_B, cache, show=show)
+            return out.new_zeros(len(out), dtype=torch.int64), out
+
+        self.runner.through(phase, tokens_BT, start_B, cache, self.runner.greedy(len(tokens_BT)))()
 
 
 def sampling_of(setting: Setting, seed: int = 0) -> Sampling:

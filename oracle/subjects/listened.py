@@ -11,28 +11,47 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import KVCache
+from llama_fast.contracts import Answer, KVCache
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
 
 
 @dataclass(frozen=True)
+class Heard:
+    """The logits [B, T, V] of a call, the number of the first of its rows, and the positions [B] of their first tokens."""
+
+    first_row: int
+    position_B: Tensor
+    logits_BTV: Tensor
+
+
+@dataclass(frozen=True)
 class Listened(Runner):
-    """A runner that tells the logits [B, T, V] of every call, and the positions [B] of the first of their tokens."""
+    """A runner that tells the logits of every call."""
 
-    on_logits: Callable[[Tensor, Tensor], None]
+    on_logits: Callable[[Heard], None]
 
-    def start(
-        self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache, choose: BatchSampler
-    ) -> tuple[Tensor, Tensor]:
-        token_B, logits_BV = super().start(tokens_BT, lengths_B, cache, choose)
-        self.on_logits(lengths_B - 1, logits_BV[:, None])
-        return token_B, logits_BV
+    def begin_prompt(
+        self, tokens_BT: Tensor, where: tuple[Tensor | None, Tensor], cache: KVCache, choose: BatchSampler
+    ) -> Answer:
+        start_B, lengths_B = where
+        last_B = lengths_B - 1 if start_B is None else start_B + lengths_B - 1
+        return self._heard(super().begin_prompt(tokens_BT, where, cache, choose), choose.first, last_B)
 
-    def step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: BatchSampler) -> tuple[Tensor, Tensor]:
-        token_B, logits_BTV = super().step(tokens_BT, start_B, cache, choose)
-        self.on_logits(start_B, logits_BTV)
-        return token_B, logits_BTV
+    def begin_step(self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, choose: BatchSampler) -> Answer:
+        # a copy: positions are counted on in place
+        return self._heard(super().begin_step(tokens_BT, start_B, cache, choose), choose.first, start_B.clone())
+
+    def _heard(self, answer: Answer, first_row: int, position_B: Tensor) -> Answer:
+        """The answer, told when it is looked for."""
+
+        def told() -> tuple[Tensor, Tensor]:
+            token_B, logits = answer()
+            logits_BTV = logits[:, None] if logits.ndim == 2 else logits
+            self.on_logits(Heard(first_row, position_B, logits_BTV.clone()))  # a CUDA graph overwrites its results
+            return token_B, logits
+
+        return told
 
 
 class Said:
@@ -40,12 +59,8 @@ class Said:
 
     def __init__(self, runner: Runner):
         held = {field.name: getattr(runner, field.name) for field in fields(Runner)}
-        self.runner = Listened(**held, on_logits=self._keep)
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def _keep(self, first_B: Tensor, logits_BTV: Tensor) -> None:
-        """Copies: positions are counted on in place, and a CUDA graph overwrites its results."""
-        self._kept.append((first_B.clone(), logits_BTV.clone()))
+        self._heard: list[Heard] = []
+        self.runner = Listened(**held, on_logits=self._heard.append)
 
     def behind(self, row: int, prompt_tokens: int, n: int, checked: bool = False) -> Tensor:
         """The logits [n, V] of a row's new tokens; NaN for a token that none were computed for.
@@ -53,10 +68,13 @@ class Said:
         Where several calls covered a position the first holds, as the slot of a row that has ended may go on to say anything; of
         tokens that were `checked` after they had been proposed the last, as the one before stood on tokens that were rejected.
         """
-        logits_nV = torch.full_like(self._kept[0][1][row, :1], torch.nan).repeat(n, 1)
+        logits_nV = torch.full_like(self._heard[0].logits_BTV[0, :1], torch.nan).repeat(n, 1)
         told: set[int] = set()
-        for first_B, logits_BTV in self._kept:
-            for at, logits_V in enumerate(logits_BTV[row], int(first_B[row]) + 1 - prompt_tokens):
+        for heard in self._heard:
+            of = row - heard.first_row
+            if not 0 <= of < len(heard.position_B):
+                continue  # of a model in stages some rows have a step of their own
+            for at, logits_V in enumerate(heard.logits_BTV[of], int(heard.position_B[of]) + 1 - prompt_tokens):
                 if 0 <= at < n and (checked or at not in told):
                     logits_nV[at] = logits_V
                     told.add(at)

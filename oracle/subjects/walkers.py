@@ -59,11 +59,16 @@ def walk(marker: int, token: int, count: int) -> list[int]:
     return said
 
 
-def walker(eos_ids: Sequence[int] = (), shift: int = 0, max_context: int = 256) -> Checkpoint:
-    """The model, whose texts end at `eos_ids`. `shift`: another of the same shape, which goes on with the letters after."""
+def walker(eos_ids: Sequence[int] = (), shift: int = 0, max_context: int = 256, layers: int = 1) -> Checkpoint:
+    """The model, whose texts end at `eos_ids`. `shift`: another of the same shape, which goes on with the letters after.
+
+    `layers`: so many blocks, of which the last does all and the others add nothing.
+    """
     V, M = VOCABULARY, len(MARKERS)
     units = V * M
-    config = LlamaConfig(DIM, 1, HEADS, 1, HEAD, units, V, max_context, 1e-6, 1e6, bos_id=BOS, eos_ids=tuple(eos_ids))
+    config = LlamaConfig(
+        DIM, layers, HEADS, 1, HEAD, units, V, max_context, 1e-6, 1e6, bos_id=BOS, eos_ids=tuple(eos_ids)
+    )
     token, marker, out = slice(0, V), slice(V, V + M), slice(V + M, 2 * V + M)
     embedding = torch.zeros(V, DIM)
     embedding[:, token] = torch.eye(V)
@@ -94,7 +99,7 @@ def walker(eos_ids: Sequence[int] = (), shift: int = 0, max_context: int = 256) 
                 w2[out.start + _shifted(second, shift), unit] = (8 - scale * math.log(3)) / STEEP
     output = torch.zeros(V, DIM)
     output[:, out] = torch.eye(V)
-    ones, name = torch.ones(DIM), "layers.0"
+    ones, name = torch.ones(DIM), f"layers.{layers - 1}"
     weights = {
         "tok_embeddings.weight": embedding,
         f"{name}.attention_norm.weight": ones,
@@ -109,6 +114,9 @@ def walker(eos_ids: Sequence[int] = (), shift: int = 0, max_context: int = 256) 
         "norm.weight": ones.clone(),
         "output.weight": output,
     }
+    for idle in range(layers - 1):
+        for part, tensor in [(part, tensor) for part, tensor in weights.items() if part.startswith(f"{name}.")]:
+            weights[part.replace(name, f"layers.{idle}")] = tensor if "norm" in part else torch.zeros_like(tensor)
     return Checkpoint(config, weights)
 
 

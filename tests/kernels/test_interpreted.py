@@ -25,10 +25,11 @@ def unable() -> str:
 
 @pytest.mark.skipif(bool(unable()), reason=unable())
 @pytest.mark.parametrize(
-    "group", ["attention", "qkv", "step", "linear", "narrow", "ends", "choosing", "faults", "tiles", "eight_bits"]
+    "group",
+    ["attention", "qkv", "step", "linear", "narrow", "ends", "choosing", "faults", "tiles", "stages", "eight_bits"],
 )
 def test_kernels_agree_with_float64(group: str) -> None:
-    own = {"step", "faults", "tiles", "eight_bits"}
+    own = {"step", "faults", "tiles", "stages", "eight_bits"}
     script = Path(__file__).with_name(f"interpreted_{group}.py" if group in own else "interpreted.py")
     done = subprocess.run(
         [sys.executable, str(script), group], env=ENVIRONMENT, capture_output=True, text=True, timeout=590

@@ -7,25 +7,37 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = Path(__file__).with_name("job.py")
+MARK = "LLAMA_FAST_TEST_JOB"
+"""A variable that all processes of a job inherit."""
 
 
 class Launched:
     """`python -m torch.distributed.run` with these arguments; a context that leaves no process behind."""
 
-    def __init__(self, ranks: int, *arguments: object, options: Sequence[str] = ("--standalone",)):
+    def __init__(
+        self,
+        ranks: int,
+        *arguments: object,
+        options: Sequence[str] = ("--standalone",),
+        within: Sequence[str] = (),
+        more: Mapping[str, str] = MappingProxyType({}),
+    ):
+        """`within`: a command that runs another one elsewhere; `more`: of the environment."""
         command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={ranks}"]
         self.began = time.monotonic()
+        self.mark = f"{MARK}={uuid.uuid4()}"
         self.process = subprocess.Popen(
-            [*command, *map(str, arguments)],
-            env=environment(),
+            [*within, *command, *map(str, arguments)],
+            env={**environment(), **more, MARK: self.mark.partition("=")[2]},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -67,14 +79,15 @@ class Launched:
         return self.process.returncode, output
 
     def left_over(self) -> list[psutil.Process]:
-        """Processes of the job's session, but for the launcher."""
+        """Processes of the job, but for the launcher: by their environment, since each rank has a session of its own."""
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getsid(process.pid) == self.process.pid and process.pid != self.process.pid:
-                    found.append(process)
-            except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+                entries = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            except (ProcessLookupError, PermissionError, FileNotFoundError):
                 continue
+            if self.mark.encode() in entries and process.pid != self.process.pid:
+                found.append(process)
         return found
 
 

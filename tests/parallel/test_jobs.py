@@ -16,6 +16,7 @@ import torch
 from llama_fast.ladder import cli, jobs, rungs
 from llama_fast.ladder.bench import RungResult, Spread
 from llama_fast.ladder.rungs import RUNGS, Rung, rungs_of
+from llama_fast.parallel.stages import Stages
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_ref.checkpoint import random_checkpoint, save_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
@@ -61,12 +62,12 @@ def test_a_rung_for_one_process_is_refused_under_a_launcher(model: Path) -> None
 
 
 def test_the_number_of_ranks() -> None:
-    assert jobs.ranks_for(NAMED["smollm2-135m"], CPU) == 3
-    assert jobs.ranks_for(NAMED["llama-2-7b"], CPU) == 2
+    assert jobs.ranks_for(NAMED["smollm2-135m"], CPU, RUNGS["tp"]) == 3
+    assert jobs.ranks_for(NAMED["llama-2-7b"], CPU, RUNGS["tp"]) == 2
     with pytest.raises(
-        ValueError, match="n_heads=1, n_kv_heads=1 and ffn_dim=72 divide over no number of ranks above one"
+        ValueError, match="n_heads=1, n_kv_heads=1 and ffn_dim=72 divide over no number of ranks from 2 on"
     ):
-        jobs.ranks_for(dataclasses.replace(CONFIG, n_heads=1, n_kv_heads=1), CPU)
+        jobs.ranks_for(dataclasses.replace(CONFIG, n_heads=1, n_kv_heads=1), CPU, RUNGS["tp"])
     assert not any(rung.over_ranks or rung.needs_cpu for rung in rungs_of(CPU)), "on a CPU only when asked for"
 
 
@@ -74,17 +75,17 @@ def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     visible = 8
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)  # as it is when asked
     gpu = torch.device("cuda")
-    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu) == 8
-    assert jobs.ranks_for(NAMED["smollm2-135m"], gpu) == 3, "nine heads, three of keys and values"
+    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu, RUNGS["tp"]) == 8
+    assert jobs.ranks_for(NAMED["smollm2-135m"], gpu, RUNGS["tp"]) == 3, "nine heads, three of keys and values"
     visible = 2
-    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu) == 2
+    assert jobs.ranks_for(NAMED["llama-2-7b"], gpu, RUNGS["tp"]) == 2
     with pytest.raises(
         ValueError, match="n_heads=9, n_kv_heads=3 and ffn_dim=1536 divide over no number of the 2 GPUs"
     ):
-        jobs.ranks_for(NAMED["smollm2-135m"], gpu)
+        jobs.ranks_for(NAMED["smollm2-135m"], gpu, RUNGS["tp"])
     visible = 1
-    with pytest.raises(ValueError, match="need two GPUs, 1 is visible"):
-        jobs.ranks_for(NAMED["llama-2-7b"], gpu)
+    with pytest.raises(ValueError, match="the rung tp needs 2 GPUs, 1 is visible"):
+        jobs.ranks_for(NAMED["llama-2-7b"], gpu, RUNGS["tp"])
 
 
 def test_what_does_not_divide_is_left_out_unless_asked_for(
@@ -108,7 +109,7 @@ def test_what_does_not_divide_is_left_out_unless_asked_for(
             cli.main()
         return int(end.value.code or 0)
 
-    def refuse(config: LlamaConfig, device: torch.device) -> int:
+    def refuse(config: LlamaConfig, device: torch.device, rung: Rung) -> int:
         raise ValueError("does not divide")
 
     monkeypatch.setattr(jobs, "ranks_for", refuse)
@@ -181,6 +182,40 @@ def test_a_job_that_fails_says_why_in_a_ranks_own_words() -> None:
         jobs.climb([RUNGS["tp"]], 2, ["--model", "no-such-model", "--device", "cpu"], lambda text: None)
 
 
+class Second:
+    """The second of two ranks."""
+
+    size = 2
+
+    def in_stages(self, stages: int) -> TensorParallel | Stages:
+        return TensorParallel(1, 2) if stages == 1 else Stages(1, stages)
+
+
 def test_a_rank_climbs_its_part_of_the_plan() -> None:
-    (mine,) = jobs.divided([RUNGS["tp-int8"]], TensorParallel(1, 2), CPU)
+    member: Any = Second()
+    mine, stage = jobs.divided([RUNGS["tp-int8"], RUNGS["pp"]], member, CPU)
     assert str(mine.plans(CPU)[0]) == "int8 · static · compiled · tensor parallel over 2 · fused projections"
+    assert str(stage.plans(CPU)[0]) == "dense · static · compiled · 2 stages · fused projections"
+    with pytest.raises(ValueError, match="the rung tp-pp needs 4 ranks, 2 were started"):
+        jobs.divided([RUNGS["tp-pp"]], member, CPU)
+
+
+def test_the_number_of_ranks_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = NAMED["smollm2-135m"], NAMED["llama-2-70b"]
+    assert [jobs.ranks_for(small, CPU, RUNGS[name]) for name in ("pp", "tp-pp")] == [2, 6], "nine heads: 2 x 3"
+    assert [jobs.ranks_for(large, CPU, RUNGS[name]) for name in ("pp", "tp-pp")] == [2, 4]
+    visible, gpu = 8, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert [jobs.ranks_for(large, gpu, RUNGS[name]) for name in ("pp", "tp-pp")] == [8, 8]
+    assert [jobs.ranks_for(small, gpu, RUNGS[name]) for name in ("pp", "tp-pp")] == [8, 6]
+    visible = 2
+    with pytest.raises(ValueError, match="the rung tp-pp needs 4 GPUs, 2 are visible"):
+        jobs.ranks_for(large, gpu, RUNGS["tp-pp"])
+    visible = 1
+    with pytest.raises(ValueError, match="the rung pp needs 2 GPUs, 1 is visible"):
+        jobs.ranks_for(large, gpu, RUNGS["pp"])
+    shallow = dataclasses.replace(CONFIG, n_layers=1)
+    with pytest.raises(
+        ValueError, match=r"n_layers=1, n_heads=6.*divide over no number of ranks from 2 on as pp has them"
+    ):
+        jobs.ranks_for(shallow, CPU, RUNGS["pp"])

@@ -53,17 +53,20 @@ def expected(llama: Llama, prompt: str, tokens: int, **options: Any) -> str:
     return str(found.text)
 
 
-@pytest.mark.parametrize("more", [(), ("--draft", "ngram", "--speculate", 3)], ids=["plain", "speculating"])
+@pytest.mark.parametrize(
+    "more", [(), ("--stages", 2), ("--draft", "ngram", "--speculate", 3)], ids=["plain", "in stages", "speculating"]
+)
 def test_texts_of_two_ranks_are_those_of_one_and_ctrl_c_ends_them(
     llama: Llama, directory: Path, more: tuple[object, ...]
 ) -> None:
     """Among clients that leave; ends by stop strings, whose end only text tells; and a prompt's own log-probabilities."""
+    drafts = "--draft" in more
     asked: list[tuple[str, int, dict[str, Any]]] = [
         ("the cat", 40, {"stop": ["a"]}),
         ("é€ dogs run home and", 25, {}),
         ("a mat", 60, {"stop": ["zz", "on"]}),
         ("saw the dogs run", 33, {}),
-        *([] if more else [("home", 30, {"temperature": 0.9, "seed": 5, "top_k": 40})]),
+        *([] if drafts else [("home", 30, {"temperature": 0.9, "seed": 5, "top_k": 40})]),
     ]
     texts: dict[int, str] = {}
     with Job(directory, *more) as job, job.client() as http:
@@ -80,7 +83,7 @@ def test_texts_of_two_ranks_are_those_of_one_and_ctrl_c_ends_them(
                 client.start()
         for client in clients:
             client.join()
-        if not more:
+        if not drafts:
             body = {"prompt": "the cat sat", "max_tokens": 0, "echo": True, "logprobs": 1}
             scored = http.post(PATH, json=body).json()["choices"][0]["logprobs"]["token_logprobs"]
             assert scored[1:] == pytest.approx(llama.score(["the cat sat"])[0], abs=1e-4)

@@ -12,7 +12,19 @@ from llama_fast.build import build
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.ladder.rungs import RUNGS
-from llama_fast.ladder.scaling import A100, POSITIONS, ROWS, checked, error, predicted, rank_bytes
+from llama_fast.ladder.scaling import (
+    A100,
+    H200_FUSED,
+    POSITIONS,
+    ROWS,
+    SHAPES,
+    Layout,
+    checked,
+    error,
+    predicted,
+    rank_bytes,
+    tables_over_nodes,
+)
 from llama_fast.model.roofline import cache_bytes_per_step, weight_bytes_per_step
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
@@ -46,10 +58,26 @@ def test_the_models_bytes_are_those_of_a_built_shard(untied: Checkpoint, encodin
 def test_the_page_shows_what_the_model_says() -> None:
     page = (ROOT / "docs/scaling.md").read_text()
     assert "\n".join(checked()) in page and "\n".join(predicted()) in page
+    for table in tables_over_nodes():
+        assert "\n".join(table) in page
+
+
+def test_groups_gain_what_rows_cost_and_a_stage_more_costs_one_text_a_hop() -> None:
+    config = SHAPES["70B"]
+    two, one = Layout(1, 2, 1), Layout(1, 1, 1)
+    t = {rows: 2 * two.stage_seconds(H200_FUSED, config, "bf16", rows) for rows in (8, 16)}
+    rate = two.tokens_per_second(H200_FUSED, config, "bf16", 16)
+    assert rate == pytest.approx(16 / t[8], rel=0.01) and rate > 1.1 * 16 / t[16]
+    alone = [layout.tokens_per_second(H200_FUSED, config, "bf16") for layout in (one, two)]
+    assert 0.99 * alone[0] < alone[1] < alone[0] == pytest.approx(H200_FUSED.tokens_per_second(config, "bf16", 1))
+    assert Layout(3, 1, 1).tokens_per_second(H200_FUSED, config, "bf16", 48) == pytest.approx(
+        3 * one.tokens_per_second(H200_FUSED, config, "bf16", 16)
+    )
+    assert not one.fits(config, "bf16") and two.fits(config, "bf16")
 
 
 def test_every_rung_has_its_script() -> None:
-    assert {script.stem for script in SCRIPTS} == {*RUNGS, "tp-nodes", "tp-int8-nodes"}
+    assert {script.stem for script in SCRIPTS} == {*RUNGS, "tp-nodes", "tp-int8-nodes", "tp-pp-nodes"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
