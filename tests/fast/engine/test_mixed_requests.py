@@ -1,4 +1,4 @@
-"""Requests of all kinds at random times over few pages, against each alone: the small form of `tests/gpu/test_requests.py`."""
+"""Requests of all kinds at random times over few pages, against each alone: `tests/gpu/test_many_requests.py` made small."""
 
 from __future__ import annotations
 
