@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -53,13 +54,17 @@ class Changing(Ngram):
 
     def begin(self, *arguments: Any, **options: Any) -> Rounds:
         rounds = super().begin(*arguments, **options)
-        turns = itertools.cycle((0, 2, 0, 1))
+        turns = deque((0, 1, 0, 2))
+        launch = rounds.launch
 
         def next_k() -> int:
-            k = next(turns)
-            return k if k < max(rounds.left) else 0
+            return turns[0] if turns[0] < max(rounds.left) else 0
 
-        rounds.next_k = next_k  # type: ignore[method-assign]
+        def launched() -> None:  # and not whenever a step is thought of
+            launch()
+            turns.rotate(-1)
+
+        rounds.next_k, rounds.launch = next_k, launched  # type: ignore[method-assign]
         return rounds
 
 
@@ -98,11 +103,18 @@ def law_of(name: str, target: Runner, proposer: Proposer, setting: Setting) -> V
     """Sequences that came, against their probabilities."""
     place = V ** torch.arange(NEW - 1, -1, -1)
     counts = torch.zeros(V**NEW, dtype=torch.float64)
+    rounds = plain_steps = 0
     for batch in range(BATCHES):
         sampling = sampling_of(setting, seed=1000 + ROWS * batch)
         done = generate(target, [PROMPT] * ROWS, NEW, sampling, draft=proposer)
+        assert done.speculation is not None
+        rounds, plain_steps = rounds + done.speculation.rounds, plain_steps + done.speculation.plain_steps
         tokens = torch.tensor([completion.tokens for completion in done.completions])
         counts += torch.bincount(tokens @ place, minlength=V**NEW)
+    if not rounds or (isinstance(proposer, Changing) and not plain_steps):
+        return empty(
+            f"{name}: law of {NEW} tokens", f"{rounds} rounds and {plain_steps} plain steps: not both were asked"
+        )
     expected = joint_law(target, setting) * ROWS * BATCHES
     possible = expected > 0
     impossible = Check(f"{name}: sequences of probability 0", int(counts[~possible].sum()), 0, "", ROWS * BATCHES)
