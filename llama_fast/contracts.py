@@ -6,12 +6,14 @@ Shapes: B batch, T tokens, S cache slots, K key/value heads, d head width, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llama_fast.choosing import SamplingKernels
+from llama_fast.processes import AllReduce, Line
+from llama_fast.step import Step
 from llama_ref.checkpoint import TensorSource
 from llama_ref.config import LlamaConfig
 
@@ -65,41 +67,6 @@ class Encoding(Protocol):
 
     def rows(self, ids: Tensor, parts: Parts, dtype: torch.dtype) -> Tensor:
         """The matrix's rows [..., in] at ids [...], in `dtype`: an embedding."""
-
-
-Show = Callable[[str, Tensor], None]
-"""Is given a stage's name and its value."""
-
-
-class Step(NamedTuple):
-    """Where the tokens of one forward pass stand. An arithmetic fills in what it needs."""
-
-    start_B: Tensor | None
-    """The position of each row's first token; None: 0, with nothing before."""
-    position_BT: Tensor | None = None
-    mask_BTS: Tensor | None = None
-    """Which slots a token sees; None: those of the T tokens themselves, and causal."""
-    cos_sin_BTd2: Tensor | None = None
-    """Cosine and sine of each position's angles."""
-    slots_BT: Tensor | None = None
-    """Where each token's keys stand in a pool of pages."""
-    show: Show | None = None
-    name: str = ""
-    """The part of the model that the step is in."""
-
-    def part(self, name: str) -> Step:
-        """The same step in a part of the model: "layers.3", and in that "ffn_out" is "layers.3.ffn_out"."""
-        return self if self.show is None else self._replace(name=f"{self.name}.{name}".lstrip("."))
-
-    def see(self, **stages: Tensor) -> None:
-        """Show stages of this part: in "layers.3" see(q=q) shows "layers.3.q"."""
-        for stage, value in stages.items() if self.show is not None else ():
-            self.part(stage).see_part(value)
-
-    def see_part(self, value: Tensor) -> None:
-        """Show what this part as a whole gives."""
-        if self.show is not None:
-            self.show(self.name, value)
 
 
 class Operations(Protocol):
@@ -252,48 +219,6 @@ class Compiler(Protocol):
 
     def compile(self, prefill: Phase, decode: Phase, model: Any) -> tuple[Phase, Phase]:
         """The two functions, compiled or not; a compiler may instead compile the model's blocks in place of the whole."""
-
-
-class AllReduce(Protocol):
-    """How the partial results of all processes become one."""
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is one process, whose results are whole."""
-
-    @property
-    def exchange(self) -> Any:
-        """The `kernels.exchange.Exchange` by which kernels reach the other processes themselves, or None."""
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The sum of x over all processes; with a residual, residual + sum in the residual's type."""
-
-
-Answer = Callable[[], tuple[Tensor, Tensor]]
-"""Waits for a pass that is under way: the next token [B] and the logits, as its phase gives them."""
-
-
-class Line(Protocol):
-    """How the stages of a model, one behind another, tell each other what they found. All make their calls in the same order."""
-
-    @property
-    def count(self) -> int:
-        """How many stages there are."""
-
-    @property
-    def first(self) -> bool: ...
-
-    @property
-    def last(self) -> bool: ...
-
-    def take(self, empty_BTD: Tensor) -> Tensor:
-        """The hidden states that the stage before has given, written into this tensor."""
-
-    def give(self, x_BTD: Tensor) -> None:
-        """Send hidden states to the next stage, which takes them when it comes to them."""
-
-    def tell(self, token_B: Tensor, logits: Tensor) -> Answer:
-        """Of the last stage: send every other what it chose, and from what. Of the others: receive that into these tensors."""
 
 
 class Shard(Protocol):

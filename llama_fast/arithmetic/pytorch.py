@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import AllReduce, KVCache, LayerCache, Slots, Step
+from llama_fast.contracts import KVCache, LayerCache, Slots
 from llama_fast.model.attention import attend, visible
 from llama_fast.model.rope import rotate
+from llama_fast.processes import AllReduce
+from llama_fast.step import Step
 from llama_ref.config import LlamaConfig
 
 

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.choosing import SamplingKernels
-from llama_fast.contracts import AllReduce, KVCache, LayerCache, Slots, Step
+from llama_fast.contracts import KVCache, LayerCache, Slots
 from llama_fast.kernels import available, interpreted
 from llama_fast.model.attention import visible
+from llama_fast.processes import AllReduce
+from llama_fast.step import Step
 from llama_ref.config import LlamaConfig
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from llama_fast.choosing import Sampler
 from llama_fast.compilers.compilation import own_code
 from llama_fast.compilers.tuner_clock import steady_tuning
-from llama_fast.contracts import KVCache, LayerCache, Phase, Step
+from llama_fast.contracts import KVCache, LayerCache, Phase
 from llama_fast.model.llama import Llama
+from llama_fast.step import Step
 from llama_ref.arguments import flag
 
 Options = dict[str, str | int | bool | Callable[..., Any]]

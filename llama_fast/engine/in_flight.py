@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_fast.contracts import Answer, KVCache
+from llama_fast.contracts import KVCache
 from llama_fast.engine.caches import part_of
 from llama_fast.engine.request import Row
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
 from llama_fast.engine.steps import PlainSteps, Taken, most_told
+from llama_fast.processes import Answer
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.choosing import Sampler
-from llama_fast.contracts import Answer, KVCache, Phase, Shard
+from llama_fast.contracts import KVCache, Phase, Shard
 from llama_fast.engine.sampling import BatchSampler, Sampling
 from llama_fast.model.llama import Llama
 from llama_fast.plan import Plan
+from llama_fast.processes import Answer
 from llama_fast.weights import DecodedWeights
 from llama_ref.arguments import whole
 from llama_ref.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Answer, KVCache
+from llama_fast.contracts import KVCache
 from llama_fast.engine import logprobs
 from llama_fast.engine.caches import part_of
 from llama_fast.engine.logprobs import TokenLogprob
@@ -22,6 +22,7 @@ from llama_fast.engine.request import Row
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
 from llama_fast.engine.transfer import Readback, pad, upload
+from llama_fast.processes import Answer
 
 Taken = list[tuple[Row, list[tuple[int, TokenLogprob | None]]]]
 """The tokens that each row got from one step, in order."""

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import KVCache, LayerCache, Operations, Show, Step
+from llama_fast.contracts import KVCache, LayerCache, Operations
 from llama_fast.model.rope import rope_table
+from llama_fast.step import Show, Step
 from llama_ref.config import LlamaConfig
 
 

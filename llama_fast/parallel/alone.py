@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from llama_fast.contracts import AllReduce
+from llama_fast.processes import AllReduce
 from llama_ref.config import LlamaConfig
 
 

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama_fast.contracts import AllReduce, Answer, Line, Shard
+from llama_fast.contracts import Shard
 from llama_fast.parallel.alone import Alone, Whole
+from llama_fast.processes import AllReduce, Answer, Line
 from llama_ref.arguments import whole
 from llama_ref.config import LlamaConfig
 

@@ -19,8 +19,8 @@ import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_fast.contracts import AllReduce
 from llama_fast.model.matrices import SplitHead
+from llama_fast.processes import AllReduce
 from llama_ref.arguments import whole
 from llama_ref.config import LlamaConfig
 

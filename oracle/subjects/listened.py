@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from llama_fast.contracts import Answer, KVCache
+from llama_fast.contracts import KVCache
 from llama_fast.engine.runner import Runner
 from llama_fast.engine.sampling import BatchSampler
+from llama_fast.processes import Answer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch import Tensor
 from llama_fast.build import build
 from llama_fast.caches.paged import Paged
 from llama_fast.caches.static import Static
-from llama_fast.contracts import Answer
 from llama_fast.encodings.dense import Dense
 from llama_fast.encodings.int8 import Int8
 from llama_fast.engine.engine import Engine
@@ -32,6 +31,7 @@ from llama_fast.parallel.alone import Whole
 from llama_fast.parallel.stages import Stages
 from llama_fast.parallel.tensor_parallel import TensorParallel
 from llama_fast.plan import Plan
+from llama_fast.processes import Answer
 from llama_fast.weights import encoded
 from llama_ref.checkpoint import Checkpoint, random_checkpoint
 from llama_ref.config import NAMED, LlamaConfig
