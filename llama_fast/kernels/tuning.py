@@ -251,8 +251,9 @@ def several_tile(epilogue: str, n: int, k: int, m: int, kind: str) -> Tile:
     if kind == "int4" and m <= VECTOR_ROWS:
         return Tile(2 if epilogue == "gated" else 4, max(64, min(4096, next_power_of_2(k))), 4, apart=True, vector=True)
     each, large = 128, n >= MANY_ROWS
-    if kind != "int4":
-        tile = Tile(16, 4 * each, 4, slices=4) if large else Tile(16, 8 * each, 8, slices=8, ahead=2)
+    if kind != "int4":  # of more rows than 32 the activations of eight slices do not fit into every GPU's shared memory
+        small = Tile(16, 8 * each, 8, slices=8, ahead=2) if m <= 32 else Tile(16, 4 * each, 4, slices=4, ahead=2)
+        tile = Tile(16, 4 * each, 4, slices=4) if large else small
     elif m <= 8 and not large:
         tile = Tile(16, 8 * each, 8, slices=8, ahead=4)
     elif m <= 8 and epilogue == "rope":

@@ -369,11 +369,11 @@ def serve(
     if setup.warms_up:
         warm_up(served.thread.engine)
     try:
-        run_server(served, Address(host, port), limits, api_key)
+        number = run_server(served, Address(host, port), limits, api_key)
     except KeyboardInterrupt:
         ranks.hard_exit(INTERRUPTED)  # Python takes seconds to clear away what PyTorch has loaded
     if member.watch is not None:
-        member.watch.end(member.watch.signal or signal.SIGINT)
+        member.watch.end(member.watch.signal or number or signal.SIGINT)
 
 
 def engine_of(member: ranks.Member, llama: Llama, settings: dict[str, Any]) -> Engine:

@@ -7,6 +7,7 @@ import ipaddress
 import socket
 import sys
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -57,6 +58,12 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._thread = thread
         thread.on_failure = self.leave
+        self.signal: int | None = None
+        """The first signal that asked it to end."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or sig
+        super().handle_exit(sig, frame)
 
     def leave(self) -> None:
         """End as if it had been asked to."""
@@ -86,8 +93,8 @@ def warm_up(engine: Engine) -> None:
             engine.step()
 
 
-def run_server(served: Served, address: Address, limits: Limits, api_key: str | None) -> None:
-    """Serve until Ctrl-C (KeyboardInterrupt) or SIGTERM. RuntimeError if the engine fails."""
+def run_server(served: Served, address: Address, limits: Limits, api_key: str | None) -> int | None:
+    """Serve until Ctrl-C or SIGTERM; which it was. KeyboardInterrupt unless others handle it, RuntimeError if the engine fails."""
     with address.bind() as listening:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -100,6 +107,8 @@ def run_server(served: Served, address: Address, limits: Limits, api_key: str | 
             f"{served.name} at http://{shown}:{port}: {served.thread.rows} rows of {served.length} positions",
             flush=True,
         )
-        Server(config, served.thread).run(sockets=[listening])
+        server = Server(config, served.thread)
+        server.run(sockets=[listening])
     if served.thread.failure is not None:
         raise RuntimeError(f"the engine has failed: {served.thread.failure}")
+    return server.signal

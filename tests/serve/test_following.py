@@ -49,7 +49,7 @@ class Watched(Engine):
 
 
 def named(row: Row | None) -> object:
-    return None if row is None else (row.id, len(row.tokens), row.text)
+    return None if row is None else (row.id, *row.tokens)
 
 
 def lead(llama: Llama, seed: int) -> tuple[Wire, list[Any], int]:

@@ -195,7 +195,8 @@ def test_recordings_go_with_their_cache(untied: Checkpoint, recorded: list[tuple
         (3, 2, 2),
         (9, 2, 2),
         (9, 9, None),
-        (65, 2, None),
+        (65, 2, 2),
+        (129, 8, None),
     ],
 )
 def test_prompts_are_padded_to_few_widths(B: int, T: int, width: int | None) -> None:

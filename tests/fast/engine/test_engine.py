@@ -439,8 +439,10 @@ def test_a_prompt_that_begins_as_its_slot_held_is_read_from_there_on() -> None:
 
 def test_requests_wait_their_turn_and_start_together_where_all_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    start = Runner.start
-    monkeypatch.setattr(Runner, "start", lambda self, ids, *rest: read.append(len(ids)) or start(self, ids, *rest))
+    begin = Runner.begin_prompt
+    monkeypatch.setattr(
+        Runner, "begin_prompt", lambda self, ids, *rest: read.append(len(ids)) or begin(self, ids, *rest)
+    )
     engine = Engine(RUNNERS["static"], 3, LENGTH)
     firsts = []
     for _ in range(5):

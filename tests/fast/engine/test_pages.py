@@ -150,10 +150,9 @@ def test_a_long_prompt_is_read_by_chunks_between_the_steps_of_others(
     """While it is read every step brings the running rows their tokens, and reads no more of a prompt than a chunk."""
     runner = rebuild(APART, dataclasses.replace(APART.plan, cache=cache))
     engine, read = Engine(runner, 3, 80, chunk=16), []
-    start, extend = Runner.start, Runner.extend
-    monkeypatch.setattr(Runner, "start", lambda self, ids, *rest: read.append(ids.shape[1]) or start(self, ids, *rest))
+    begin = Runner.begin_prompt
     monkeypatch.setattr(
-        Runner, "extend", lambda self, ids, *rest: read.append(ids.shape[1]) or extend(self, ids, *rest)
+        Runner, "begin_prompt", lambda self, ids, *rest: read.append(ids.shape[1]) or begin(self, ids, *rest)
     )
     requests = [Request([1, 2], 40, Sampling(1.0, seed=2)), Request([3], 30), Request([n % 101 for n in range(70)], 4)]
     said: list[list[int]] = [[], [], []]
