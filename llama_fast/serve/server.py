@@ -94,7 +94,7 @@ def warm_up(engine: Engine) -> None:
 
 
 def run_server(served: Served, address: Address, limits: Limits, api_key: str | None) -> int | None:
-    """Serve until Ctrl-C (KeyboardInterrupt, unless others handle it) or SIGTERM; the signal. RuntimeError if the engine fails."""
+    """Serve until Ctrl-C (KeyboardInterrupt, unless it is handled) or SIGTERM: the signal. RuntimeError if the engine fails."""
     with address.bind() as listening:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
