@@ -17,6 +17,7 @@ from llama_fast.build import build
 from llama_ref.models import resolve
 from oracle.plans import Words
 from oracle.questions.checkpoints import answer
+from oracle.questions.eight_bits import without_bits
 from oracle.questions.witnesses import Told, ask_witnesses
 from oracle.subjects.adapters import ReadOnce
 from oracle.subjects.fast import FastSubject
@@ -36,7 +37,8 @@ def main() -> None:
     said: dict[str, object] = {}
     if question["prompts"]:
         prompts = question["prompts"]
-        runner = build(checkpoint, Words(**json.loads(asked.plan)).plan(), device=device, dtype=dtype)
+        plan = without_bits(Words(**json.loads(asked.plan)).plan())  # as `verify` asks all but the cache itself
+        runner = build(checkpoint, plan, device=device, dtype=dtype)
         subject = FastSubject(runner, batch=len(prompts), cache_length=asked.cache_length)
         said |= answer(subject, prompts, question["new_tokens"])
         del runner, subject
