@@ -65,6 +65,12 @@ def paged(plan: Plan, tokens: int | None = None) -> Plan:
     return replace(plan, cache=Paged(tokens))
 
 
+def check_cache_bits(bits: int | None) -> None:
+    """ValueError for bits of keys and values that no cache keeps; None: those of the arithmetic."""
+    if bits not in (None, 8):
+        raise ValueError(f"--cache-bits {bits}: 8 is known")
+
+
 def in_eight_bits(plan: Plan) -> Plan:
     """The plan with keys and values in eight bits, in the slots or pages that it has."""
     cache: Any = plan.cache

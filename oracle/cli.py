@@ -102,16 +102,16 @@ def verify(
     place = Place.of_environment()
     if of_rung is not None and stages == 1:
         stages = of_rung or (ranks or 1 if place is None else place.size)
-    if of_rung is not None and not ranks and Place.of_environment() is None:
+    if of_rung is not None and not ranks and place is None:
         raise ValueError(f"--rung {rung} is for several processes: say --ranks 2, or start them with torchrun")
-    if cache_bits and (ranks or of_rung is not None or Place.of_environment() is not None):
+    if cache_bits and (ranks or of_rung is not None or place is not None):
         raise ValueError("--cache-bits is asked of one process: leave --ranks")
     if cache_bits and draft:
         raise ValueError("--cache-bits is asked without a draft: rounding keys is a step function, and texts may part")
-    if ranks is not None and Place.of_environment() is None:
+    if ranks is not None and place is None:
         check_ranks(resolve(model).open(), ranks, stages)
         raise typer.Exit(start_ranks(ranks, sys.argv[1:]))
-    if stages != 1 and Place.of_environment() is None:
+    if stages != 1 and place is None:
         raise ValueError(
             f"--stages {stages}: it takes several processes: say --ranks {2 * stages}, or start them with torchrun"
         )
@@ -127,7 +127,7 @@ def verify(
     if rung is None:
         spelled = replace(spelled, encoding=chosen_encoding(encoding, checkpoint, fused).name)
         plan = spelled.plan()
-    if Place.of_environment() is not None and subject == "ours":
+    if place is not None and subject == "ours":
         if draft is not None or proposed is not None:
             raise ValueError("--draft is asked of one process")
         of_rank = verify_ranks(checkpoint, plan, join(on, stages=stages), in_type, encode, model, say)

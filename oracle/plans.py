@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llama_fast.plan import Plan
-from llama_fast.recipes import encoding_named, fused, in_eight_bits, optimised, paged
+from llama_fast.recipes import check_cache_bits, encoding_named, fused, in_eight_bits, optimised, paged
 
 CACHES = ("static", "growing", "paged")
 PROJECTIONS = ("joined", "separate")
@@ -40,8 +40,7 @@ class Words:
         if self.cache_bits is not None:
             if self.cache == "growing":
                 raise ValueError("--cache-bits is for a static or a paged cache")
-            if self.cache_bits != 8:
-                raise ValueError(f"--cache-bits {self.cache_bits}: 8 is known")
+            check_cache_bits(self.cache_bits)
             plan = in_eight_bits(plan)
         return replace(plan, fuse_projections=self.projections == "joined")
 

@@ -123,7 +123,7 @@ def verify(
             if "sampling" not in certificate.parts:
                 kernels = runner.model.operations.sampling_kernels if device.type == "cuda" else None
                 certificate.ask("sampling", partial(judge_sampling, FastSampler(device, kernels), device))
-            subject, truth = _verify_runner(certificate, runner, checkpoint, case, name, progress)
+            subject, truth, yardstick = _verify_runner(certificate, runner, checkpoint, case, name, progress)
             _verify_window(certificate, checkpoint, plan, device, of_type, progress)
             if of_type is dtype:
                 _verify_loop(certificate, subject, case, beside if extras.repeat else None, progress)
@@ -131,14 +131,13 @@ def verify(
             if asked != plan:
                 progress(f"{name}: keys and values in eight bits")
                 narrow = rebuild(runner, replace(asked, compiler=runner.plan.compiler))
-                question = partial(
-                    _verify_eight_bits, certificate, name, narrow, truth, references(runner, checkpoint)[1], case.rows
-                )
+                question = partial(_verify_eight_bits, certificate, name, narrow, truth, yardstick, case.rows)
                 certificate.ask(f"{name} eight bits", question)
                 if of_type is dtype and encode is not None:
                     rows = text_rows(encode, [min(DRIFT_TOKENS, config.max_context)] * DRIFT_ROWS, text=extras.text)
                     certificate.ask("loss by eight bits", partial(judge_loss, narrow, runner, rows))
-            del runner, subject, truth
+                del narrow, question  # which hold the model
+            del runner, subject, truth, yardstick
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -239,8 +238,8 @@ def _verify_runner(
     case: Case,
     name: str,
     progress: Callable[[str], None],
-) -> tuple[FastSubject, RefSubject]:
-    """Stages, then logits and tokens, of one runner in its own type; the subject and its truth, to be asked more."""
+) -> tuple[FastSubject, RefSubject, RefSubject]:
+    """Stages, then logits and tokens, of one runner in its own type. The subject, truth and yardstick, to be asked more."""
     truth, yardstick = references(runner, checkpoint)
     width = None if runner.plan.compiler.compiles_each_shape else TOKENS_A_STEP  # another width compiles anew
     subject = FastSubject(runner, len(case.rows), case.longest, used_cache=True, tokens_a_step=width)
@@ -256,7 +255,7 @@ def _verify_runner(
     bench = Bench(truth, yardstick)
     certificate.ask(f"{name} logits", partial(judge, subject, bench, case))
     certificate.positions[name] = bench.curves
-    return subject, truth
+    return subject, truth, yardstick
 
 
 def _verify_stages(

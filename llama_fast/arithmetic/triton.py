@@ -47,7 +47,7 @@ class Triton:
         for name, value in asked.items():
             if value:
                 raise ValueError(f"the fused kernels do not do {name}={value}: take Compiled() for this model")
-        if not (slots.cache.plain_slots or hasattr(slots.cache, "page") or hasattr(slots.cache, "bits")):
+        if not (slots.cache.plain_slots or hasattr(slots.cache, "bits")):
             kind = type(slots.cache).__name__
             raise ValueError(f"the fused kernels write no {kind} cache: take Static(), or Compiled() with this one")
         if not slots.fuse_projections:

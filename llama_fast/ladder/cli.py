@@ -334,7 +334,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients, and a page to talk to it. Ctrl-C ends it within seconds."""
     try:
-        from llama_fast.serve.door import Limits
+        from llama_fast.serve.door import Limits, check_key
         from llama_fast.serve.memory import bound_prepared_products
         from llama_fast.serve.server import Address, make_served, run_server, warm_up
         from llama_fast.serve.setup import Setup
@@ -343,8 +343,7 @@ def serve(
 
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout={timeout} must be a positive number of seconds")
-    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
-        raise ValueError("--api-key must be printable ASCII, and not empty")
+    check_key("--api-key", api_key)
     setup = Setup(
         model=model,
         rows=rows,

@@ -116,9 +116,8 @@ def rungs_of(device: torch.device, encoding: str = "dense", launched: bool = Fal
     what one has. By a rank of a job that was `launched`: those over ranks.
     """
     on_gpu = device.type == "cuda"
-    several = (
-        on_gpu and torch.cuda.device_count() > 1
-    )  # stages make one text no faster: they are climbed when asked for
+    several = on_gpu and torch.cuda.device_count() > 1
+    # stages make one text no faster: they are climbed when asked for
     return [
         rung
         for rung in RUNGS.values()

@@ -247,9 +247,8 @@ def exchanger_named(name: str | None, place: Place, device: torch.device, group:
     if name not in (None, "group", "one-shot", "exchange", "apart"):
         raise ValueError(f"unknown exchanger {name!r} (known: group, one-shot, exchange, apart)")
     hosts_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    one_host = (
-        hosts_ranks > 0 and hosts_ranks % place.size == 0
-    )  # neighbours: those of a host, or an equal part of them
+    # neighbours: those of a host, or an equal part of them
+    one_host = hosts_ranks > 0 and hosts_ranks % place.size == 0
     if name == "group" or (
         name is None and not (device.type == "cuda" and one_host and place.size > 1 and reach(device))
     ):

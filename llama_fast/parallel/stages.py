@@ -117,9 +117,8 @@ class Stages:
         """Neighbouring layers, so that every stage reads about as much for a token; the head counts as what it reads."""
         if config.n_layers < self.count:
             raise ValueError(f"n_layers={config.n_layers} are too few for {self.count} stages")
-        of_layer = config.dim * (
-            2 * config.head_dim * (config.n_heads + config.n_kv_heads) + 3 * config.ffn_dim
-        )  # wq, wo, wk, wv; w1, w2, w3
+        # wq, wo, wk, wv; w1, w2, w3
+        of_layer = config.dim * (2 * config.head_dim * (config.n_heads + config.n_kv_heads) + 3 * config.ffn_dim)
         read = config.n_layers + config.vocab_size * config.dim / of_layer
 
         def begin(stage: int) -> int:

@@ -185,9 +185,8 @@ class Answer:
                 end = '],"usage":null}'
             return f"data: {head}{'' if choice is None else ENCODER.encode(choice)}{end}\n\n"
 
-        held = (
-            ""  # how choices begin is told with the first token: what has told nothing can still be answered elsewhere
-        )
+        # how choices begin is told with the first token: what has told nothing can still be answered elsewhere
+        held = ""
         rows = [(at, prompt) for at, prompt in enumerate(p for p in self.prompts for _ in range(self.each))]
         for index, prompt in rows:
             begin = self.form.first(index, prompt)

@@ -37,6 +37,12 @@ class Limits:
     """Rows that may wait for a slot."""
 
 
+def check_key(name: str, key: str | None) -> None:
+    """ValueError, by the argument's name, for an API key that no header can carry."""
+    if key is not None and not (key and key.isascii() and key.isprintable()):
+        raise ValueError(f"{name} must be printable ASCII, and not empty")
+
+
 class Counted(Protocol):
     """Where answers are counted."""
 

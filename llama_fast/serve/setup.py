@@ -58,8 +58,7 @@ class Setup:
             raise ValueError(f"unknown cache {self.cache!r} (known: static, paged)")
         if self.cache_tokens is not None and not self.paged:
             raise ValueError("--cache-tokens is for a paged cache: say --cache paged")
-        if self.cache_bits not in (None, 8):
-            raise ValueError(f"--cache-bits {self.cache_bits}: 8 is known")
+        recipes.check_cache_bits(self.cache_bits)
 
     @property
     def paged(self) -> bool:

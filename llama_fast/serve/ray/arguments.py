@@ -10,7 +10,7 @@ import click
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llama_fast.serve.door import Limits
+from llama_fast.serve.door import Limits, check_key
 from llama_fast.serve.setup import Setup
 from llama_ref.models import DEFAULT_MODEL
 
@@ -96,10 +96,7 @@ def read(given: Mapping[str, Any]) -> Arguments:
         found = Arguments.model_validate(dict(given))
         if found.max_replicas is not None and found.max_replicas < found.replicas:
             raise ValueError(f"max_replicas={found.max_replicas} must be at least replicas={found.replicas}")
-        if found.api_key is not None and not (
-            found.api_key and found.api_key.isascii() and found.api_key.isprintable()
-        ):
-            raise ValueError("api_key must be printable ASCII, and not empty")
+        check_key("api_key", found.api_key)
         _ = found.setup  # what contradicts itself is said here
     except ValidationError as error:
         first = error.errors()[0]
